@@ -1,0 +1,104 @@
+"""Argument checks that name the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+ChoiceT = TypeVar("ChoiceT", bound=str)
+
+
+def describe(value: object) -> str:
+    """Returns a tensor as ``float32 (8, 16)``, anything else as its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Returns ``value`` as a float after checking that it is finite and in range."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    result = float(value)
+    wanted = []
+    if above is not None:
+        wanted.append(f"> {above:g}")
+    if at_least is not None:
+        wanted.append(f">= {at_least:g}")
+    if at_most is not None:
+        wanted.append(f"<= {at_most:g}")
+    inside = (
+        math.isfinite(result)
+        and (above is None or result > above)
+        and (at_least is None or result >= at_least)
+        and (at_most is None or result <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{name} must be finite {' and '.join(wanted)}, got {value}".strip())
+    return result
+
+
+def whole(name: str, value: object, *, at_least: int = 1) -> int:
+    """Returns ``value`` as an int after checking that it is a whole number in range."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
+    if int(value) < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def choice(name: str, value: str, allowed: Sequence[ChoiceT]) -> ChoiceT:
+    """Returns ``value`` after checking that it is one of ``allowed``."""
+    for option in allowed:
+        if value == option:
+            return option
+    raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Returns a hint that lists the known names nearest to ``name``."""
+    names = list(known)
+    close = get_close_matches(name, names, n=5, cutoff=0.4) or names[:10]
+    return f"near names: {', '.join(close)}" if close else "there are none"
+
+
+def labels(target: Tensor | None, batch: int, classes: int, *, reader: str) -> Tensor:
+    """Returns class indices ``(B,)`` after checking that they are there and in range.
+
+    The range is read on the CPU only: on an accelerator that would stall the stream, so there
+    the device's own assertion speaks.
+    """
+    if target is None:
+        raise ValueError(
+            f"{reader} needs target, the class indices (B,): pass them as 3rd argument"
+        )
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be an int64 tensor of class indices, got {describe(target)}")
+    if target.shape != (batch,):
+        raise ValueError(f"target must have shape ({batch},), got {tuple(target.shape)}")
+    in_range(target, "target", classes, "the number of classes in logits")
+    return target.long()
+
+
+def in_range(index: Tensor, name: str, size: int, meaning: str) -> None:
+    """Raises where a CPU tensor of indices leaves ``[0, size)``; ``meaning`` says what size is."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{name} must lie in 0..{size - 1} ({meaning} is {size}), got values in {low}..{high}"
+        )

@@ -1,0 +1,1 @@
+"""Distillation criteria, one family a file."""

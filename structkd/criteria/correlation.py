@@ -1,0 +1,137 @@
+"""Cross-correlation of projected embeddings: the semantic enhancement module (SEM)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from structkd._checks import choice, number
+from structkd.criteria._gram import cross_product_energy, gram_pays, off_diagonal
+from structkd.criteria.base import Criterion, either
+from structkd.features import Features
+
+FORMS = ("auto", "matrix", "gram")
+
+
+class CrossCorrelationLoss(Criterion):
+    r"""Makes every embedding channel match the teacher's and differ from its other channels.
+
+    With projected embeddings :math:`z_s, z_t` of shape ``(B, d)``,
+
+    .. math::
+        C_{ij} = \frac{\langle z_{s,i}, z_{t,j} \rangle}{\|z_{s,i}\| \, \|z_{t,j}\|}, \qquad
+        L = \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \neq j} C_{ij}^2
+
+    where :math:`z_{\cdot,i}` is a column over the batch. The loss is a sum over ``d`` channels, as
+    printed, so its weight goes with ``1 / d``. Terms: ``SEM-1`` (diagonal), ``SEM-2``. A channel
+    that is zero (constant, if centred) over the batch correlates with nothing: C is 0 there.
+
+    The loss has two exact forms. ``matrix`` builds the d x d matrix. ``gram`` uses
+    :math:`\|C\|_F^2 = \langle Z_s Z_s^T, Z_t Z_t^T \rangle_F` on column-normalised Z, which needs
+    B x B only; its B x B part is accumulated in float64, because the off-diagonal sum is a
+    difference of near-equal numbers near the optimum. ``auto`` takes the cheaper one.
+
+    Args:
+        student_projector: Module ``(B, D_s) -> (B, d)``; none means identity.
+        teacher_projector: Module ``(B, D_t) -> (B, d)``. It is frozen, as Eq. 12 minimises over the
+            student's side only, unless ``train_teacher_projector``.
+        lambd: Weight of the off-diagonal part, >= 0.
+        center: Subtract the column means first, which makes C the Pearson correlation of Barlow
+            Twins; the paper does not.
+        form: ``auto``, ``matrix`` or ``gram``.
+        train_teacher_projector: Leave the teacher's projector trainable.
+        gather: Correlate over the batch of all processes.
+
+    Shape:
+        student ``(B, D_s)``, teacher ``(B, D_t)``, any float dtype, B >= 2; output a scalar in
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the projected widths differ, ``lambd`` is negative or ``form`` is unknown.
+
+    References:
+        Si et al., *A Dimensional Structure based Knowledge Distillation Method for Cross-Modal
+        Learning*, Eq. 6-7. The form is Zbontar et al., *Barlow Twins*, 2021.
+
+    Example:
+        >>> criterion = CrossCorrelationLoss(nn.Linear(16, 32), lambd=0.01, center=True)
+        >>> loss = criterion(torch.randn(8, 16), torch.randn(8, 32))
+        >>> loss.shape
+        torch.Size([])
+    """
+
+    reads = ("embedding",)
+    min_batch = 2
+
+    def __init__(
+        self,
+        student_projector: nn.Module | None = None,
+        teacher_projector: nn.Module | None = None,
+        *,
+        lambd: float = 5e-3,
+        center: bool = False,
+        form: str = "auto",
+        train_teacher_projector: bool = False,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
+        self.lambd = number("lambd", lambd, at_least=0)
+        self.center = center
+        self.form = choice("form", form, FORMS)
+        self.student_projector = student_projector or nn.Identity()
+        self.teacher_projector = teacher_projector or nn.Identity()
+        self.teacher_projector.requires_grad_(train_teacher_projector)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        embedding_s, embedding_t = either(student, teacher, "embedding")
+        projected_s = self.student_projector(embedding_s)
+        projected_t = self.teacher_projector(embedding_t)
+        if projected_s.shape[1] != projected_t.shape[1]:
+            raise ValueError(
+                "student and teacher embeddings must have one width after projection, got "
+                f"{projected_s.shape[1]} and {projected_t.shape[1]}; pass student_projector="
+                f"structkd.Projector({embedding_s.shape[1]}, {projected_t.shape[1]})"
+            )
+        unit_s = _unit_columns(projected_s, self.center)
+        unit_t = _unit_columns(projected_t, self.center)
+        if self.form == "gram" or (self.form == "auto" and gram_pays(unit_s)):
+            diagonal, off = _gram_form(unit_s, unit_t)
+        else:
+            diagonal, off = _matrix_form(unit_s, unit_t)
+        return {"SEM-1": (1 - diagonal).square().sum(), "SEM-2": self.lambd * off}
+
+    def extra_repr(self) -> str:
+        return f"lambd={self.lambd}, center={self.center}, form={self.form!r}"
+
+
+def _unit_columns(projected: Tensor, center: bool) -> Tensor:
+    """Scales columns to unit length; columns with nothing in them become zero, not noise."""
+    length = torch.linalg.vector_norm(projected, dim=0)
+    floor = torch.zeros_like(length)
+    if center:
+        # What is left of a constant column is the rounding of its mean.
+        floor = 4 * torch.finfo(projected.dtype).eps * length.detach()
+        projected = projected - projected.mean(dim=0)
+        length = torch.linalg.vector_norm(projected, dim=0)
+    # Written so that NaN stays NaN: a comparison with it is false.
+    empty = length <= floor
+    unit = projected / torch.where(empty, 1, length)
+    return torch.where(empty, 0, unit)
+
+
+def _matrix_form(unit_s: Tensor, unit_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the diagonal of C and the sum of squares off it."""
+    correlation = unit_s.T @ unit_t
+    return correlation.diagonal(), off_diagonal(correlation).square().sum()
+
+
+def _gram_form(unit_s: Tensor, unit_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the same two without the matrix C."""
+    dtype = unit_s.dtype
+    unit_s, unit_t = unit_s.double(), unit_t.double()
+    diagonal = (unit_s * unit_t).sum(dim=0)
+    off = cross_product_energy(unit_s, unit_t) - diagonal.square().sum()
+    # Rounding can leave the difference just below zero; NaN passes through clamp.
+    return diagonal.to(dtype), off.clamp_min(0).to(dtype)

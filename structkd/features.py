@@ -1,0 +1,69 @@
+"""What a forward pass produced, as every criterion reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from structkd._checks import describe
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The named results of one forward pass; criteria read the fields they need.
+
+    Attributes:
+        logits: Class scores ``(B, K)``.
+        embedding: What goes into the classifier, ``(B, D)``.
+        intermediate: Maps ``(B, C, H, W)`` or token sequences ``(B, N, C)``, shallow to deep. A
+            single tensor becomes a tuple of one.
+        index: Position of every sample in the data set, ``(B,)`` int64, for criteria with a memory.
+
+    Raises:
+        TypeError: If a field holds something that is no tensor.
+
+    Example:
+        >>> import torch
+        >>> feats = Features(logits=torch.zeros(8, 10), intermediate=torch.zeros(8, 16, 4, 4))
+        >>> feats
+        Features(logits=(8, 10), intermediate=[(8, 16, 4, 4)])
+        >>> feats.replace(index=torch.arange(8)).index.shape
+        torch.Size([8])
+    """
+
+    logits: Tensor | None = None
+    embedding: Tensor | None = None
+    intermediate: tuple[Tensor, ...] = ()
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        maps: Sequence[Tensor] | Tensor | None = self.intermediate
+        if isinstance(maps, Tensor):
+            maps = (maps,)
+        object.__setattr__(self, "intermediate", tuple(maps or ()))
+        for name in ("logits", "embedding", "index"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"Features.{name} must be a tensor or None, got {describe(value)}")
+        for position, value in enumerate(self.intermediate):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"Features.intermediate[{position}] must be a tensor, got {describe(value)}"
+                )
+
+    def replace(self, **changes: Any) -> Features:
+        """Returns a copy with some fields changed, ``feats.replace(index=index)`` for example."""
+        return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                parts.append(f"{field.name}={tuple(value.shape)}")
+            elif value:
+                parts.append(f"{field.name}={[tuple(part.shape) for part in value]}")
+        return f"Features({', '.join(parts)})"

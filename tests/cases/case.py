@@ -1,0 +1,68 @@
+"""One criterion under the shared contract: how to build it, feed it and check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from structkd import Criterion, Features
+
+
+@dataclass(frozen=True)
+class Example:
+    """A criterion with a batch that it can read."""
+
+    criterion: Criterion
+    student: Features
+    teacher: Features
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the shared contract needs to know of a criterion.
+
+    Attributes:
+        name: Unique name of the case; several cases may test one class.
+        make: ``make(seed, batch)`` builds the criterion and a float64 batch; sizes vary with seed.
+            The criterion comes in float64 too.
+        reads: The fields whose gradient is checked: ``logits``, ``embedding``, ``intermediate``.
+        oracle: ``oracle(example) -> scalar`` in float64 with plain loops, written from the paper.
+        min_batch: The smallest batch that the criterion takes.
+        order_free: Permuting the batch does not change the value.
+        scales: Factors on the inputs for which value and gradient must be finite in float32.
+        half_scales: The same in bfloat16 and float16; only factors whose true gradient fits.
+        gradcheck: The gradient with respect to the student is the value's (not reversed, sampled).
+        pure: Calling twice gives the same value (no memory is updated, nothing is sampled).
+        compiles: ``torch.compile(fullgraph=True)`` takes it.
+        zero: ``zero(seed) -> Example`` whose value is 0, where the criterion has such an optimum.
+    """
+
+    name: str
+    make: Callable[[int, int], Example]
+    reads: tuple[str, ...]
+    oracle: Callable[[Example], Tensor]
+    min_batch: int = 1
+    order_free: bool = True
+    scales: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2, 1e4)
+    half_scales: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2, 1e4)
+    gradcheck: bool = True
+    pure: bool = True
+    compiles: bool = True
+    zero: Callable[[int], Example] | None = field(default=None)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(rng: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def pick(rng: torch.Generator, low: int, high: int) -> int:
+    """Returns a whole number in ``[low, high]``."""
+    return int(torch.randint(low, high + 1, (), generator=rng))
