@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -70,7 +71,7 @@ class FeatureCapture:
         )
         self.embedding = embedding if embedding is not None else _timm_embedding(inner)
         self.logits = logits
-        self._captured: dict[str, tuple[Tensor, int]] = {}
+        self._captured: dict[str, tuple[Tensor, int | None]] = {}
         self._output: Any = None
         self._ran = False
         self._handles: list[RemovableHandle] = []
@@ -161,8 +162,11 @@ class FeatureCapture:
                 "layer inside it"
             )
         # Inference tensors carry no version counter, so a later overwrite would go unseen.
-        inference = value.is_inference()
-        self._captured[name] = (value.clone(), 0) if inference else (value, value._version)
+        if not torch.compiler.is_compiling() and value.is_inference():
+            value = value.clone()
+            self._captured[name] = (value, None)
+        else:
+            self._captured[name] = (value, value._version)
 
     def _input_hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -219,14 +223,14 @@ def _check_layer(argument: str, name: object, layers: dict[str, nn.Module]) -> N
         raise ValueError(f"{argument}={name!r} is no layer of the module; {near(layer, known)}")
 
 
-def _fetch(captured: dict[str, tuple[Tensor, int]], name: str) -> Tensor:
+def _fetch(captured: dict[str, tuple[Tensor, int | None]], name: str) -> Tensor:
     if name not in captured:
         raise RuntimeError(
             f"layer {name!r} never fired in the last forward pass; name a layer that "
             "forward() calls"
         )
     value, version = captured[name]
-    if not value.is_inference() and value._version != version:
+    if version is not None and value._version != version:
         raise RuntimeError(
             f"the tensor captured at {name!r} was overwritten in place by a later layer; name that "
             "layer instead, or build it with inplace=False"

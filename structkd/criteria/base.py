@@ -303,4 +303,7 @@ def _map(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
 
 def _constant(tensor: Tensor) -> Tensor:
     """Detaches; a tensor made under ``inference_mode`` is copied, autograd cannot save it."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+    # A compiled graph copies such inputs itself, and cannot trace the question.
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach()

@@ -227,9 +227,10 @@ class DSLoss(Criterion):
         logits = student.logits
         if logits is None:
             raise ValueError(
-                "a target was given, but student.logits is missing: capture the network's output, "
-                "or leave the cross-entropy to your loop with srm=False"
+                "a target was given, but student.logits is missing: pass Features as "
+                "FeatureCapture gives them, or leave the cross-entropy to your loop with srm=False"
             )
+        self._check_tensor(logits, "student.logits", "logits")
         batch, classes = logits.shape
         if target.is_floating_point():
             if target.shape != logits.shape:

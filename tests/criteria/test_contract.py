@@ -1,0 +1,335 @@
+"""Every criterion keeps the same contract (see tests/cases/case.py)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import structkd
+import tests.cases
+from structkd import Criterion, Features
+from tests.cases.case import Case, Example
+
+CASES: list[Case] = [
+    case
+    for module in pkgutil.iter_modules(tests.cases.__path__)
+    for case in getattr(importlib.import_module(f"tests.cases.{module.name}"), "CASES", [])
+]
+IDS = [case.name for case in CASES]
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _change(features: Features, function) -> Features:
+    """Applies ``function`` to every floating-point field."""
+    return Features(
+        logits=None if features.logits is None else function(features.logits),
+        embedding=None if features.embedding is None else function(features.embedding),
+        intermediate=tuple(function(value) for value in features.intermediate),
+        index=features.index,
+    )
+
+
+def _leaves(case: Case, features: Features) -> list[Tensor]:
+    found = []
+    for field in case.reads:
+        value = getattr(features, field)
+        found += list(value) if field == "intermediate" else [value] if value is not None else []
+    return found
+
+
+def _make(case: Case, seed: int = 0, batch: int = 5) -> Example:
+    example = case.make(seed, max(batch, case.min_batch))
+    require = lambda value: value.detach().clone().requires_grad_()  # noqa: E731
+    return replace(
+        example,
+        student=_change(example.student, require),
+        teacher=_change(example.teacher, require),
+    )
+
+
+def _run(example: Example) -> Tensor:
+    return example.criterion(example.student, example.teacher, example.target)
+
+
+def _fresh(case: Case, example: Example) -> Criterion:
+    """Returns an equal criterion in its first state (a memory moves on with every call)."""
+    return case.make(0, max(5, case.min_batch)).criterion
+
+
+@every_case
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**16), batch=st.integers(1, 6))
+def test_value_and_gradient_equal_the_definition(case: Case, seed: int, batch: int) -> None:
+    ours, definition = _make(case, seed, batch), _make(case, seed, batch)
+    # The definition first: a criterion with a memory changes it when it runs.
+    wanted, value = case.oracle(definition), _run(ours)
+    torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-10)
+    if not case.gradcheck:
+        return
+    grads = torch.autograd.grad(value, _leaves(case, ours.student), allow_unused=True)
+    expected = torch.autograd.grad(
+        wanted, _leaves(case, definition.student), allow_unused=True, materialize_grads=True
+    )
+    for got, want in zip(grads, expected, strict=True):
+        got = torch.zeros_like(want) if got is None else got
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+@every_case
+def test_gradcheck(case: Case) -> None:
+    if not (case.gradcheck and case.pure):
+        pytest.skip("its gradient is not its value's: reversed, sampled or with a memory")
+    example = _make(case, batch=3)
+    leaves = _leaves(case, example.student)
+
+    def value(*inputs: Tensor) -> Tensor:
+        given, feats = list(inputs), example.student
+        for field in case.reads:
+            if field == "intermediate":
+                taken = tuple(given.pop(0) for _ in feats.intermediate)
+                feats = feats.replace(intermediate=taken)
+            elif getattr(feats, field) is not None:
+                feats = feats.replace(**{field: given.pop(0)})
+        return example.criterion(feats, example.teacher, example.target)
+
+    assert torch.autograd.gradcheck(value, leaves, atol=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_finite_over_dtypes_and_scales(case: Case, dtype: torch.dtype) -> None:
+    for scale in case.scales if dtype == torch.float32 else case.half_scales:
+        example = case.make(0, max(5, case.min_batch))
+        example.criterion.float()
+        cast = lambda value, s=scale: (value * s).to(dtype)  # noqa: E731
+        student = _change(example.student, lambda v, c=cast: c(v).requires_grad_())
+        value = example.criterion(student, _change(example.teacher, cast), example.target)
+        assert value.dtype == torch.float32
+        assert value.shape == ()
+        assert value.isfinite(), f"value at scale {scale}"
+        value.backward()
+        reached = [leaf for leaf in _leaves(case, student) if leaf.grad is not None]
+        assert reached, "no gradient reaches the student"
+        for leaf in reached:
+            assert leaf.grad.dtype == dtype
+            assert leaf.grad.isfinite().all(), f"gradient at scale {scale}"
+
+
+@every_case
+def test_teacher_gets_no_gradient(case: Case) -> None:
+    example = _make(case)
+    _run(example).backward()
+    assert any(leaf.grad is not None for leaf in _leaves(case, example.student))
+    assert all(leaf.grad is None for leaf in _leaves(case, example.teacher))
+
+
+@every_case
+def test_terms_sum_to_the_value(case: Case) -> None:
+    terms = _make(case)
+    value = _run(_make(case))
+    named = terms.criterion.terms(terms.student, terms.teacher, terms.target)
+    assert named
+    assert all(term.shape == () for term in named.values())
+    torch.testing.assert_close(torch.stack(list(named.values())).sum(), value)
+
+
+@every_case
+def test_sum_with_another_criterion(case: Case) -> None:
+    value = _run(_make(case))
+    example = _make(case)
+    logits = torch.eye(len(_leaves(case, example.student)[0]), 7, dtype=torch.float64)
+    add = lambda feats: feats if feats.logits is not None else feats.replace(logits=logits)  # noqa: E731
+    student, teacher = add(example.student), add(example.teacher)
+    if teacher.logits.shape != student.logits.shape:
+        teacher = teacher.replace(logits=student.logits.detach())
+    both = 2 * example.criterion + 0.5 * structkd.KDLoss()
+    other = 0.5 * structkd.KDLoss()(student, teacher)
+    if "logits" in case.reads and teacher.logits is not example.teacher.logits:
+        pytest.skip("needs a teacher without logits")
+    torch.testing.assert_close(both(student, teacher, example.target), 2 * value + other)
+
+
+@every_case
+def test_order_of_the_batch_does_not_matter(case: Case) -> None:
+    if not case.order_free:
+        pytest.skip("order is part of its definition")
+    value = _run(_make(case))
+    example = _make(case)
+    order = torch.randperm(
+        len(_leaves(case, example.student)[0]), generator=torch.Generator().manual_seed(1)
+    )
+    shuffled = replace(
+        example,
+        student=_change(example.student, lambda v: v[order]).replace(
+            index=None if example.student.index is None else example.student.index[order]
+        ),
+        teacher=_change(example.teacher, lambda v: v[order]).replace(
+            index=None if example.teacher.index is None else example.teacher.index[order]
+        ),
+        target=None if example.target is None else example.target[order],
+    )
+    torch.testing.assert_close(_run(shuffled), value, rtol=1e-8, atol=1e-10)
+
+
+@every_case
+def test_state_dict_round_trip(case: Case, tmp_path) -> None:
+    example = _make(case)
+    _run(example)  # a memory, if any, moves
+    path = tmp_path / "criterion.pt"
+    torch.save(example.criterion.state_dict(), path)
+    other = case.make(0, max(5, case.min_batch)).criterion
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    other.load_state_dict(torch.load(path, weights_only=True))
+    again = replace(example, criterion=other)
+    torch.testing.assert_close(_run(again), _run(example), rtol=0, atol=0)
+
+
+@every_case
+def test_pure_call_repeats(case: Case) -> None:
+    if not case.pure:
+        pytest.skip("has a memory or samples")
+    example = _make(case)
+    torch.testing.assert_close(_run(example), _run(example), rtol=0, atol=0)
+
+
+@every_case
+def test_compiles_whole(case: Case) -> None:
+    if not case.compiles:
+        pytest.skip("does not compile; its case says why")
+    torch._dynamo.reset()
+    wanted = _run(_make(case))
+    example = _make(case)
+    compiled = torch.compile(example.criterion, backend="aot_eager", fullgraph=True)
+    value = compiled(example.student, example.teacher, example.target)
+    torch.testing.assert_close(value, wanted)
+    value.backward()
+    assert all(leaf.grad is None for leaf in _leaves(case, example.teacher))
+
+
+@every_case
+def test_autocast_changes_nothing(case: Case) -> None:
+    wanted = _run(_make(case))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = _run(_make(case))
+    torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+
+
+@every_case
+def test_teacher_from_inference_mode(case: Case) -> None:
+    wanted = _run(_make(case))
+    example = _make(case)
+    with torch.inference_mode():
+        teacher = _change(example.teacher, lambda v: v.clone())
+    value = _run(replace(example, teacher=teacher))
+    value.backward()
+    torch.testing.assert_close(value, wanted)
+
+
+@every_case
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_in_is_nan_out(case: Case, side: str) -> None:
+    example = _make(case)
+    if not _leaves(case, getattr(example, side)):
+        pytest.skip(f"does not read the {side}")
+    spoiled = _change(getattr(example, side), lambda v: torch.full_like(v, float("nan")))
+    assert _run(replace(example, **{side: spoiled})).isnan()
+
+
+@every_case
+def test_zero_at_the_optimum(case: Case) -> None:
+    if case.zero is None:
+        pytest.skip("has no optimum of 0")
+    value = _run(case.zero(3))
+    assert 0 <= float(value) < 1e-12
+
+
+@every_case
+def test_batches_that_differ_are_named(case: Case) -> None:
+    example = _make(case)
+    shorter = _change(example.teacher, lambda v: torch.cat([v, v]))
+    with pytest.raises(ValueError, match=r"same samples.*batch size"):
+        _run(replace(example, teacher=shorter))
+
+
+@every_case
+def test_integers_are_named(case: Case) -> None:
+    example = _make(case)
+    whole = _change(example.student, lambda v: v.detach().long())
+    with pytest.raises(TypeError, match=r"student\.\w+.* floating-point.* int64"):
+        _run(replace(example, student=whole))
+
+
+@every_case
+def test_wrong_rank_is_named(case: Case) -> None:
+    example = _make(case)
+    flat = _change(example.student, lambda v: v.detach().flatten())
+    with pytest.raises(ValueError, match=r"student\.\w+.* must be .*got float64"):
+        _run(replace(example, student=flat))
+
+
+@every_case
+def test_missing_features_are_named(case: Case) -> None:
+    example = _make(case)
+    with pytest.raises(ValueError, match=r"(?s)student\.(\w+).*Capture"):
+        _run(replace(example, student=Features()))
+    with pytest.raises(TypeError, match="student must be Features"):
+        _run(replace(example, student="logits"))
+
+
+@every_case
+def test_too_small_a_batch_is_named(case: Case) -> None:
+    if case.min_batch == 1:
+        assert _run(case.make(0, 1)).isfinite()
+        return
+    example = case.make(0, case.min_batch)
+    cut = slice(0, case.min_batch - 1)
+    with pytest.raises(ValueError, match=f"at least {case.min_batch}"):
+        _run(
+            replace(
+                example,
+                student=_change(example.student, lambda v: v[cut]),
+                teacher=_change(example.teacher, lambda v: v[cut]),
+                target=None if example.target is None else example.target[cut],
+            )
+        )
+
+
+@every_case
+def test_half_precision_parameters_are_named(case: Case) -> None:
+    example = _make(case)
+    if not list(example.criterion.parameters()):
+        pytest.skip("has no parameters")
+    with pytest.raises(TypeError, match="keep the criterion in float32"):
+        _run(replace(example, criterion=example.criterion.half()))
+
+
+@every_case
+def test_docstring_says_what_a_user_needs(case: Case) -> None:
+    documentation = inspect.getdoc(type(case.make(0, 5).criterion)) or ""
+    for section in ("Example:", "References:", "Raises:", "Shape:"):
+        assert section in documentation
+
+
+def test_every_public_criterion_has_a_case() -> None:
+    public = {
+        name
+        for name in structkd.__all__
+        if inspect.isclass(getattr(structkd, name))
+        and issubclass(getattr(structkd, name), Criterion)
+    }
+    covered = {type(case.make(0, 5).criterion).__name__ for case in CASES}
+    assert public - covered == {"Criterion"}
+
+
+def test_case_names_are_unique() -> None:
+    assert len(set(IDS)) == len(IDS)

@@ -1,0 +1,99 @@
+"""Dimensional-structure distillation as printed (Si et al., Eq. 2, 6-12), in plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cross_correlation(z_s: Tensor, z_t: Tensor, *, center: bool = False) -> list[list[Tensor]]:
+    """Eq. 6, entry by entry; a channel that is zero over the batch correlates with nothing."""
+    batch, width = z_s.shape
+    matrix = []
+    for i in range(width):
+        row = []
+        for j in range(width):
+            mean_s = sum(z_s[b, i] for b in range(batch)) / batch if center else 0.0
+            mean_t = sum(z_t[b, j] for b in range(batch)) / batch if center else 0.0
+            dot = sum((z_s[b, i] - mean_s) * (z_t[b, j] - mean_t) for b in range(batch))
+            square_s = sum((z_s[b, i] - mean_s) ** 2 for b in range(batch))
+            square_t = sum((z_t[b, j] - mean_t) ** 2 for b in range(batch))
+            if square_s.item() == 0 or square_t.item() == 0:
+                row.append(torch.zeros((), dtype=z_s.dtype))
+            else:
+                row.append(dot / (torch.sqrt(square_s) * torch.sqrt(square_t)))
+        matrix.append(row)
+    return matrix
+
+
+def sem_terms(
+    z_s: Tensor, z_t: Tensor, *, lambd: float = 5e-3, center: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7, its two sums apart."""
+    matrix = cross_correlation(z_s, z_t, center=center)
+    width = len(matrix)
+    on = sum(((1 - matrix[i][i]) ** 2 for i in range(width)), start=torch.zeros(()).double())
+    off = sum(
+        (matrix[i][j] ** 2 for i in range(width) for j in range(width) if i != j),
+        start=torch.zeros(()).double(),
+    )
+    return on, lambd * off
+
+
+def mean_rbf(u: Tensor, v: Tensor, sigma: float) -> Tensor:
+    """Eq. 11."""
+    total = torch.zeros((), dtype=u.dtype)
+    for row_u in u:
+        for row_v in v:
+            total = total + torch.exp(-((row_u - row_v) ** 2).sum() / sigma**2)
+    return torch.log(total / (len(u) * len(v)))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    return torch.stack([row / torch.sqrt((row**2).sum()) for row in x])
+
+
+def mean_over_positions(maps: Tensor) -> Tensor:
+    """(B, C, H, W) or (B, N, C) to (B, C)."""
+    if maps.dim() == 4:
+        return torch.stack([torch.stack([plane.mean() for plane in item]) for item in maps])
+    return torch.stack([sum(token for token in item) / len(item) for item in maps])
+
+
+def median_distance(rows: Tensor) -> float:
+    distances = sorted(
+        math.dist(rows[i].tolist(), rows[j].tolist())
+        for i in range(len(rows))
+        for j in range(i + 1, len(rows))
+    )
+    return distances[(len(distances) - 1) // 2]
+
+
+def coral(x: Tensor, y: Tensor) -> Tensor:
+    """Sun & Saenko, Eq. 1-3, entry by entry."""
+
+    def covariance(rows: Tensor, i: int, j: int) -> Tensor:
+        count = len(rows)
+        mean_i = sum(rows[b, i] for b in range(count)) / count
+        mean_j = sum(rows[b, j] for b in range(count)) / count
+        return sum((rows[b, i] - mean_i) * (rows[b, j] - mean_j) for b in range(count)) / (
+            count - 1
+        )
+
+    width = x.shape[1]
+    total = torch.zeros((), dtype=x.dtype)
+    for i in range(width):
+        for j in range(width):
+            total = total + (covariance(x, i, j) - covariance(y, i, j)) ** 2
+    return total / (4 * width**2)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Eq. 2, with h's softmax written out."""
+    total = torch.zeros((), dtype=logits.dtype)
+    for row, label in zip(logits, target.tolist(), strict=True):
+        peak = row.max()
+        total = total - (row[label] - peak - torch.log(torch.exp(row - peak).sum()))
+    return total / len(logits)
