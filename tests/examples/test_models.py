@@ -1,0 +1,65 @@
+"""The registered networks: the benchmark's sizes, and what timm's tools look for."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from crossmodal import models
+from structkd import FeatureCapture
+
+OURS = ["resnet8", "resnet14", "resnet20", "resnet8x0_5", "resnet8x4", "resnet32x4"]
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet8x4", 1_233_540), ("resnet32x4", 7_433_860)])
+def test_parameter_counts_are_the_crd_benchmarks(name: str, count: int) -> None:
+    model = timm.create_model(name, num_classes=100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_stages_and_embedding_are_where_feature_info_says(name: str) -> None:
+    model = models.create(name, num_classes=7, in_chans=1)
+    info = model.feature_info
+    assert models.stage_names(model) == ["layer1", "layer2", "layer3"]
+    images = torch.randn(2, 1, 32, 32, requires_grad=True)
+    with FeatureCapture(model, intermediate=models.stage_names(model)) as capture:
+        feats = capture(images)
+    for stage, features in zip(info, feats.intermediate, strict=True):
+        size = 32 // stage["reduction"]
+        assert features.shape == (2, stage["num_chs"], size, size)
+    assert feats.embedding.shape == (2, model.num_features)
+    assert feats.logits.shape == (2, 7)
+    torch.testing.assert_close(model.get_classifier()(feats.embedding), feats.logits)
+
+
+def test_the_classifier_can_be_reset() -> None:
+    model = models.create("resnet8", num_classes=7, in_chans=3)
+    model.reset_classifier(3)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    assert model.get_classifier().out_features == 3
+    model.reset_classifier(0)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 64)
+    with pytest.raises(ValueError, match="global_pool must be 'avg'"):
+        model.reset_classifier(3, "max")
+
+
+def test_any_other_timm_name_works() -> None:
+    model = models.create("resnet10t", num_classes=5, in_chans=1)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    assert models.stage_names(model)[-1] == "layer4"
+
+
+def test_an_unknown_name_lists_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'resnet8x5'; near names: .*resnet8x4"):
+        models.create("resnet8x5", num_classes=5, in_chans=3)
+
+
+def test_what_a_network_cannot_be() -> None:
+    with pytest.raises(ValueError, match="depth must be 6n"):
+        models.CifarResNet(10, (16, 16, 32, 64))
+    with pytest.raises(ValueError, match="pretrained must be False"):
+        models.resnet8(pretrained=True)
+    with pytest.raises(ValueError, match="Linear has no feature_info"):
+        models.stage_names(torch.nn.Linear(2, 2))

@@ -1,0 +1,72 @@
+"""Tables and figures from made-up runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from crossmodal import figures, report
+
+RUNS = [
+    {"method": method, "seed": seed, "accuracy": accuracy}
+    for method, accuracies in (("alone", (50.0, 52.0)), ("kd", (55.0, 59.0)), ("ds", (60.0, 61.0)))
+    for seed, accuracy in enumerate(accuracies)
+]
+TEACHER = report.Teacher("resnet14", 90.0, 30.0)
+
+
+def test_rows_hold_mean_sample_deviation_and_gain() -> None:
+    alone, kd, ds = report.rows(RUNS)
+    assert (alone.method, alone.mean, alone.gain) == ("alone", 51.0, None)
+    assert alone.std == pytest.approx(2**0.5)  # n - 1
+    assert (kd.mean, kd.gain) == (57.0, 6.0)
+    assert ds.gained == "+9.50"
+    assert kd.accuracy == "57.00 ± 2.83"
+
+
+def test_one_seed_has_no_deviation_and_no_baseline_no_gain() -> None:
+    (row,) = report.rows([{"method": "kd", "accuracy": 40.0}])
+    assert (row.std, row.gain, row.accuracy, row.gained) == (None, None, "40.00", "")
+
+
+def test_markdown() -> None:
+    text = report.markdown(report.rows(RUNS), TEACHER, title="T", command="python x")
+    assert "| kd | 57.00 ± 2.83 | +6.00 | 2 |" in text
+    assert "| *teacher resnet14, poor images* | *30.00* | | 1 |" in text
+    assert "`python x`" in text
+
+
+def test_the_table_shows_methods_and_teacher() -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(report.table(report.rows(RUNS), TEACHER, title="T"))
+    shown = console.export_text()
+    for part in ("60.50 ± 0.71", "+9.50", "teacher resnet14, clean images", "90.00"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_figures_are_drawn(tmp_path: Path, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    networks = {f"net {n}": torch.randn(30, 8 + n, generator=generator) for n in range(count)}
+    rows = report.rows(RUNS[: 2 * count])
+    figures.draw_accuracy(rows, TEACHER, tmp_path / "a.png", title="T")
+    figures.draw_self_similarity(networks, tmp_path / "s.png")
+    labels = torch.arange(30) % 3
+    figures.draw_tsne(networks, labels, ["x", "y", "z"], tmp_path / "t.png")
+    for name in ("a", "s", "t"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size[0] > 400
+            colours = image.convert("RGB").getcolors(1 << 24)
+            assert colours is not None
+            assert len(colours) > 10  # not an empty sheet
+
+
+def test_more_classes_than_hues_still_get_a_figure(tmp_path: Path) -> None:
+    features = {"net": torch.randn(40, 8, generator=torch.Generator().manual_seed(0))}
+    labels = torch.arange(40) % 20
+    figures.draw_tsne(features, labels, [str(n) for n in range(20)], tmp_path / "t.png")
+    assert (tmp_path / "t.png").exists()
