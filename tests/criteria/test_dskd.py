@@ -1,0 +1,457 @@
+"""What the dimensional-structure criteria promise beyond the shared contract."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from structkd import (
+    ConvAdapter,
+    CORALLoss,
+    CrossCorrelationLoss,
+    DSLoss,
+    Features,
+    Projector,
+    UniformityCalibrationLoss,
+)
+from tests.cases.case import generator
+
+seeds = st.integers(0, 2**16)
+some_batches = st.integers(2, 9)
+widths = st.integers(1, 7)
+scales = st.sampled_from([1e-4, 1e-2, 1.0, 1e2, 1e4])
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def value_and_gradient(criterion: nn.Module, student: Tensor, teacher: Tensor):
+    student = student.clone().requires_grad_()
+    value = criterion(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
+def both_forms(kind, student: Tensor, teacher: Tensor):
+    return [value_and_gradient(kind(form), student, teacher) for form in ("matrix", "gram")]
+
+
+# --- CrossCorrelationLoss -------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, batch=some_batches, width=widths, scale=scales)
+def test_correlations_lie_between_minus_one_and_one(seed, batch, width, scale) -> None:
+    # With lambd = 1 the loss is |C - I|^2, at most 4 a diagonal and 1 an off-diagonal entry.
+    terms = CrossCorrelationLoss(lambd=1.0).terms(
+        randn(seed, batch, width) * scale, randn(seed + 1, batch, width)
+    )
+    assert 0 <= float(terms["SEM-1"]) <= 4 * width * (1 + 1e-5)
+    assert 0 <= float(terms["SEM-2"]) <= width * (width - 1) * (1 + 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, batch=some_batches, width=widths, center=st.booleans())
+def test_positive_column_scaling_changes_nothing(seed, batch, width, center) -> None:
+    student, teacher = randn(seed, batch, width), randn(seed + 1, batch, width)
+    factors = 10 ** (8 * torch.rand(width, generator=generator(seed)) - 4)
+    criterion = CrossCorrelationLoss(lambd=0.5, center=center)
+    torch.testing.assert_close(
+        criterion(student * factors, teacher / factors),
+        criterion(student, teacher),
+        rtol=2e-5,
+        atol=2e-5,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, batch=st.integers(3, 9), width=st.integers(1, 40), center=st.booleans())
+def test_matrix_and_gram_agree(seed, batch, width, center) -> None:
+    student, teacher = randn(seed, batch, width), randn(seed + 1, batch, width)
+    (value, gradient), (gram_value, gram_gradient) = both_forms(
+        lambda form: CrossCorrelationLoss(lambd=0.3, center=center, form=form), student, teacher
+    )
+    torch.testing.assert_close(gram_value, value, rtol=1e-5, atol=1e-6)
+    # The gradient, and its rounding, goes with one over the column's length.
+    shortest = float((student - student.mean(0) * center).norm(dim=0).min())
+    torch.testing.assert_close(gram_gradient, gradient, rtol=1e-4, atol=3e-6 / shortest)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize("lambd", [5e-3, 1.0, 1e3])
+def test_matrix_and_gram_agree_beside_the_optimum(distance: float, lambd: float) -> None:
+    columns = torch.linalg.qr(randn(0, 64, 32))[0]
+    student = columns + distance * randn(1, 64, 32)
+    (value, gradient), (gram_value, gram_gradient) = both_forms(
+        lambda form: CrossCorrelationLoss(lambd=lambd, form=form), student, columns
+    )
+    assert float(gram_value) >= 0
+    torch.testing.assert_close(gram_value, value, rtol=1e-3, atol=(1 + 10 * lambd) * 1e-12)
+    torch.testing.assert_close(gram_gradient, gradient, rtol=1e-3, atol=2e-6 * max(1, lambd))
+
+
+def test_gram_never_builds_the_square() -> None:
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    student, teacher = randn(0, 8, 4096).requires_grad_(), randn(1, 8, 4096)
+    for criterion in (CrossCorrelationLoss(), CORALLoss()):
+        with Largest() as largest:
+            criterion(student, teacher).backward()
+        assert largest.numel <= 8 * 4096
+
+
+def test_a_dead_channel_counts_one_and_sends_no_gradient() -> None:
+    student, teacher = randn(0, 6, 3), randn(1, 6, 3)
+    student[:, 1] = 0
+    terms = CrossCorrelationLoss().terms(student, student)
+    assert float(terms["SEM-1"]) == pytest.approx(1, abs=1e-5)
+    _, gradient = value_and_gradient(CrossCorrelationLoss(), student, teacher)
+    assert gradient.isfinite().all()
+    assert (gradient[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("level", [0.3, 1e4])
+def test_a_constant_channel_is_dead_once_centred(level: float) -> None:
+    student, teacher = randn(0, 7, 2), randn(1, 7, 2)
+    student[:, 0] = level
+    value, gradient = value_and_gradient(CrossCorrelationLoss(center=True), student, teacher)
+    assert value.isfinite()
+    assert float(gradient[:, 0].abs().max()) < 1e-3
+
+
+def test_centring_is_the_pearson_form() -> None:
+    student, teacher = randn(0, 9, 4), randn(1, 9, 4)
+    shifted = CrossCorrelationLoss(center=True)(student + 5, teacher - 3)
+    torch.testing.assert_close(shifted, CrossCorrelationLoss(center=True)(student, teacher))
+    pearson = torch.corrcoef(torch.cat([student, teacher], 1).T)[:4, 4:]
+    want = (1 - pearson.diagonal()).square().sum()
+    torch.testing.assert_close(
+        CrossCorrelationLoss(center=True).terms(student, teacher)["SEM-1"], want
+    )
+
+
+def test_the_teachers_projector_is_frozen_unless_asked() -> None:
+    frozen = CrossCorrelationLoss(Projector(4, 8), Projector(4, 8))
+    frozen(randn(0, 6, 4), randn(1, 6, 4)).backward()
+    assert all(p.grad is not None for p in frozen.student_projector.parameters())
+    assert all(p.grad is None for p in frozen.teacher_projector.parameters())
+    trained = CrossCorrelationLoss(Projector(4, 8), Projector(4, 8), train_teacher_projector=True)
+    trained(randn(0, 6, 4), randn(1, 6, 4)).backward()
+    assert all(p.grad is not None for p in trained.teacher_projector.parameters())
+
+
+# --- UniformityCalibrationLoss --------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, batch=some_batches, width=widths, scale=scales, normalize=st.booleans())
+def test_uniformity_lies_between_its_bounds(seed, batch, width, scale, normalize) -> None:
+    rows = randn(seed, batch, width) * scale
+    terms = UniformityCalibrationLoss(normalize=normalize).terms(
+        rows, randn(seed + 1, batch, width)
+    )
+    # The self-pairs alone give 1/N.
+    assert -math.log(batch) - 1e-4 <= float(terms["DCM-1"]) <= 1e-5
+    assert float(terms["DCM-2"]) <= 1e-5
+
+
+def test_spread_points_have_the_lowest_uniformity() -> None:
+    angles = torch.arange(6) * math.pi / 3
+    spread = torch.stack([angles.cos(), angles.sin()], 1)
+    for seed in range(20):
+        other = randn(seed, 6, 2)
+        criterion = UniformityCalibrationLoss()
+        assert criterion.terms(spread, spread)["DCM-1"] < criterion.terms(other, other)["DCM-1"]
+
+
+def test_identical_rows_reach_the_upper_bound() -> None:
+    rows = torch.ones(4, 3)
+    terms = UniformityCalibrationLoss().terms(rows, rows)
+    assert float(terms["DCM-1"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_far_rows_do_not_underflow() -> None:
+    rows, far = randn(0, 4, 3) * 1e4, randn(1, 4, 3) * 1e4
+    terms = UniformityCalibrationLoss(normalize=False, sigma=0.1).terms(rows, far)
+    assert float(terms["DCM-1"]) == pytest.approx(-math.log(4), abs=1e-5)
+    assert terms["DCM-2"].isfinite()
+
+
+def test_the_sign_says_what_minimising_does() -> None:
+    student, teacher = randn(0, 8, 4), randn(1, 8, 4)
+
+    def distance_after_a_step(cross_sign: str) -> float:
+        rows = student.clone().requires_grad_()
+        UniformityCalibrationLoss(cross_sign=cross_sign).terms(rows, teacher)["DCM-2"].backward()
+        moved = torch.nn.functional.normalize(rows.detach() - 0.1 * rows.grad, dim=1)
+        return float(torch.cdist(moved, torch.nn.functional.normalize(teacher, dim=1)).mean())
+
+    assert distance_after_a_step("align") < distance_after_a_step("separate")
+
+
+def test_median_bandwidth_makes_the_loss_free_of_scale() -> None:
+    student, teacher = randn(0, 7, 4), randn(1, 7, 4)
+    criterion = UniformityCalibrationLoss(normalize=False, sigma="median")
+    torch.testing.assert_close(
+        criterion(student * 50, teacher * 50), criterion(student, teacher), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_maps_of_other_sizes_are_averaged_or_pooled_to_a_common_one() -> None:
+    student, teacher = randn(0, 4, 3, 8, 8), randn(1, 4, 3, 4, 4)
+    for pool in ("avg", "flatten"):
+        assert UniformityCalibrationLoss(pool=pool)(student, teacher).isfinite()
+    pooled = torch.nn.functional.adaptive_avg_pool2d(student, 4)
+    flat = UniformityCalibrationLoss(pool="flatten")
+    torch.testing.assert_close(flat(student, teacher), flat(pooled, teacher))
+
+
+def test_layer_picks_the_map() -> None:
+    maps = (randn(0, 4, 3, 2, 2), randn(1, 4, 5, 2, 2))
+    other = (randn(2, 4, 3, 2, 2), randn(3, 4, 5, 2, 2))
+    first = UniformityCalibrationLoss(layer=0)(maps, other)
+    torch.testing.assert_close(first, UniformityCalibrationLoss()(maps[0], other[0]))
+    with pytest.raises(ValueError, match=r"layer=2, but student.intermediate holds 2"):
+        UniformityCalibrationLoss(layer=2)(maps, other)
+
+
+# --- CORALLoss ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, batch=some_batches, width=st.integers(1, 40), scale=scales)
+def test_coral_forms_agree_and_are_symmetric(seed, batch, width, scale) -> None:
+    student, teacher = randn(seed, batch, width) * scale, randn(seed + 1, batch, width)
+    (value, gradient), (gram_value, gram_gradient) = both_forms(
+        lambda form: CORALLoss(form=form), student, teacher
+    )
+    torch.testing.assert_close(gram_value, value, rtol=1e-4, atol=1e-10)
+    torch.testing.assert_close(
+        gram_gradient, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-10
+    )
+    torch.testing.assert_close(CORALLoss()(teacher, student), value, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["matrix", "gram"])
+def test_coral_is_zero_for_shifted_and_for_reordered_rows(form: str) -> None:
+    rows = randn(0, 12, 40)
+    assert float(CORALLoss(form=form)(rows + 3, rows)) < 1e-12
+    assert float(CORALLoss(form=form)(rows.flip(0), rows)) < 1e-12
+
+
+# --- DSLoss ---------------------------------------------------------------------------------------
+
+
+def example(batch: int = 6) -> tuple[Features, Features, Tensor]:
+    student = Features(
+        logits=randn(0, batch, 5),
+        embedding=randn(1, batch, 4),
+        intermediate=randn(2, batch, 3, 4, 4),
+    )
+    teacher = Features(embedding=randn(3, batch, 8), intermediate=randn(4, batch, 6, 2, 2))
+    return student, teacher, torch.arange(batch) % 5
+
+
+def test_the_five_terms_are_separate_in_name_and_switch() -> None:
+    student, teacher, target = example()
+    torch.manual_seed(0)
+    every = DSLoss.from_features(student, teacher)
+    terms = every.terms(student, teacher, target)
+    assert list(terms) == ["SRM", "SEM-1", "SEM-2", "DCM-1", "DCM-2"]
+    for name in terms:
+        switch = name.lower().replace("-", "_")
+        torch.manual_seed(0)
+        without = DSLoss.from_features(student, teacher, **{switch: False})
+        left = without.terms(student, teacher, target)
+        assert list(left) == [other for other in terms if other != name]
+        for other, value in left.items():
+            torch.testing.assert_close(value, terms[other])
+
+
+def test_without_a_target_the_supervision_is_left_out() -> None:
+    student, teacher, target = example()
+    criterion = DSLoss.from_features(student, teacher)
+    named = criterion.terms(student, teacher)
+    assert "SRM" not in named
+    with_labels = criterion(student, teacher, target)
+    cross_entropy = torch.nn.functional.cross_entropy(student.logits, target)
+    torch.testing.assert_close(with_labels - criterion(student, teacher), cross_entropy)
+
+
+def test_soft_targets_are_taken_as_mixup_gives_them() -> None:
+    student, teacher, target = example()
+    criterion = DSLoss.from_features(student, teacher)
+    soft = torch.nn.functional.one_hot(target, 5).float()
+    torch.testing.assert_close(
+        criterion(student, teacher, soft), criterion(student, teacher, target)
+    )
+
+
+def test_gamma_scales_the_structure_terms_alone() -> None:
+    student, teacher, target = example()
+
+    def terms(**options) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return DSLoss.from_features(student, teacher, **options).terms(student, teacher, target)
+
+    once, scaled = terms(gamma=1.0), terms(gamma=(3.0, 0.5))
+    for name, factor in {"SRM": 1, "SEM-1": 3, "SEM-2": 3, "DCM-1": 0.5, "DCM-2": 0.5}.items():
+        torch.testing.assert_close(scaled[name], factor * once[name])
+    summed = terms(gamma=1.0, reduction="sum")
+    torch.testing.assert_close(summed["SEM-1"], once["SEM-1"] * 8)
+
+
+def test_the_printed_variant_is_the_equations() -> None:
+    student, teacher, _ = example()
+    criterion = DSLoss.from_features(student, teacher, variant="printed", gamma=0.2)
+    want = CrossCorrelationLoss(criterion.sem.student_projector, criterion.sem.teacher_projector)
+    sem = want(student, teacher)
+    dcm = UniformityCalibrationLoss(criterion.dcm.adapter)(student, teacher)
+    got = criterion(student, teacher)
+    torch.testing.assert_close(got, 0.2 * (sem + dcm))
+    assert criterion.sem.student_projector.out_dim == 4 * 8  # the MLPs raise the width
+
+
+def test_what_is_switched_off_has_no_parameters() -> None:
+    assert not list(DSLoss(4, 8, sem_1=False, sem_2=False).parameters())
+    only_sem = DSLoss(4, 8, student_channels=3, teacher_channels=6, dcm_1=False, dcm_2=False)
+    assert sum(p.numel() for p in only_sem.parameters()) == 4 * 8 + 8
+
+
+def test_from_features_needs_no_map_without_dcm() -> None:
+    student, teacher, _ = example()
+    criterion = DSLoss.from_features(
+        student.replace(intermediate=()), teacher.replace(intermediate=()), dcm_1=False, dcm_2=False
+    )
+    assert criterion(student, teacher).isfinite()
+
+
+def test_projectors_learn_and_are_saved() -> None:
+    student, teacher, target = example()
+    criterion = DSLoss.from_features(student, teacher)
+    before = {name: value.clone() for name, value in criterion.state_dict().items()}
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    first = criterion(student, teacher, target)
+    first.backward()
+    optimizer.step()
+    moved = [n for n, v in criterion.state_dict().items() if not torch.equal(v, before[n])]
+    assert {"sem.student_projector.net.0.weight", "dcm.adapter.conv.weight"} <= set(moved)
+    assert criterion(student, teacher, target) < first
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+EMBED, MAP = torch.zeros(4, 3), torch.zeros(4, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: CrossCorrelationLoss()(EMBED, torch.zeros(4, 5)),
+            ValueError,
+            r"one width after projection, got 3 and 5; pass student_projector=.*Projector\(3, 5\)",
+        ),
+        (lambda: CrossCorrelationLoss()(MAP, MAP), ValueError, r"student.embedding must be 2-D"),
+        (lambda: CrossCorrelationLoss(lambd=-1), ValueError, "lambd must be finite >= 0, got -1"),
+        (lambda: CrossCorrelationLoss(lambd="0"), TypeError, "lambd must be a number, got str"),
+        (lambda: CrossCorrelationLoss(lambd=math.nan), ValueError, "lambd must be finite"),
+        (
+            lambda: CrossCorrelationLoss(form="grams"),
+            ValueError,
+            "form must be one of auto, matrix, gram, got 'grams'",
+        ),
+        (
+            lambda: UniformityCalibrationLoss()(MAP, torch.zeros(4, 5, 2, 2)),
+            ValueError,
+            r"one width, got float32 \(4, 3, 2, 2\) and float32 \(4, 5, 2, 2\); pass adapter=",
+        ),
+        (
+            lambda: UniformityCalibrationLoss()(MAP, torch.zeros(4, 2, 3)),
+            ValueError,
+            "the same rank",
+        ),
+        (
+            lambda: UniformityCalibrationLoss(ConvAdapter(4, 3))(MAP, MAP),
+            ValueError,
+            r"the adapter takes \(B, 4, H, W\)",
+        ),
+        (lambda: UniformityCalibrationLoss(sigma=0), ValueError, "sigma must be finite > 0, got 0"),
+        (
+            lambda: UniformityCalibrationLoss(sigma="mean"),
+            ValueError,
+            "sigma must be one of median, got 'mean'",
+        ),
+        (lambda: UniformityCalibrationLoss(pool="max"), ValueError, "pool must be one of avg, fla"),
+        (
+            lambda: UniformityCalibrationLoss(cross_sign="+"),
+            ValueError,
+            "cross_sign must be one of",
+        ),
+        (
+            lambda: CORALLoss()(EMBED, torch.zeros(4, 5)),
+            ValueError,
+            r"one width, got 3 and 5; project the student's with structkd.Projector\(3, 5\)",
+        ),
+        (lambda: DSLoss(4, 4, gamma=-0.1), ValueError, "gamma must be finite >= 0, got -0.1"),
+        (lambda: DSLoss(4, 4, gamma=(1, -2)), ValueError, r"gamma\[1\] must be finite >= 0"),
+        (lambda: DSLoss(4, 4, gamma=(1, 2, 3)), ValueError, "a number or a pair"),
+        (lambda: DSLoss(0, 4), ValueError, "student_dim must be at least 1, got 0"),
+        (lambda: DSLoss(4, 8, projector="none"), ValueError, "needs equal widths"),
+        (lambda: DSLoss(4, 8, projector="conv"), ValueError, "projector must be one of linear"),
+        (lambda: DSLoss(4, 8, projector_dim=9), ValueError, "goes with projector='mlp'"),
+        (lambda: DSLoss(4, 8, variant="paper"), ValueError, "variant must be one of measured"),
+        (lambda: DSLoss(4, 8, student_channels=3), ValueError, "go together"),
+        (
+            lambda: DSLoss(4, 4, srm=False, sem_1=False, sem_2=False, dcm_1=False, dcm_2=False),
+            ValueError,
+            "nothing is left",
+        ),
+        (lambda: DSLoss(3, 3)(EMBED, EMBED), TypeError, "student must be Features, got float32"),
+        (lambda: DSLoss.from_features(EMBED, EMBED), TypeError, "feats_s must be Features"),
+        (
+            lambda: DSLoss.from_features(Features(), Features()),
+            ValueError,
+            "layer=-1, but student.intermediate holds 0",
+        ),
+        (
+            lambda: DSLoss(3, 3, dcm_1=False, dcm_2=False)(
+                Features(embedding=EMBED), Features(embedding=EMBED), torch.zeros(4).long()
+            ),
+            ValueError,
+            "student.logits is missing",
+        ),
+        (
+            lambda: DSLoss(3, 3, dcm_1=False, dcm_2=False)(
+                Features(embedding=EMBED, logits=EMBED),
+                Features(embedding=EMBED),
+                torch.full((4,), 3),
+            ),
+            ValueError,
+            r"target must lie in 0..2 .* got values in 3..3",
+        ),
+        (
+            lambda: DSLoss(3, 3, sem_1=False, sem_2=False, dcm_1=False, dcm_2=False)(
+                Features(logits=EMBED), Features()
+            ),
+            ValueError,
+            "target is missing and srm is the only term",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
