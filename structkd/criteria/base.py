@@ -154,6 +154,7 @@ class Criterion(nn.Module):
     ) -> torch.dtype:
         """Returns float64 where an input or a parameter is, float32 otherwise."""
         dtypes = {tensor.dtype for _, tensor in tensors}
+        wide = torch.float64 in dtypes
         for parameter in self.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 raise TypeError(
@@ -164,6 +165,11 @@ class Criterion(nn.Module):
                 raise ValueError(
                     f"{type(self).__name__} is on {parameter.device}, its inputs on {device}: "
                     f"call criterion.to('{device}')"
+                )
+            if wide and parameter.dtype != torch.float64:
+                raise TypeError(
+                    f"{type(self).__name__} has parameters in {parameter.dtype}, but its inputs "
+                    "are float64: call criterion.double()"
                 )
             dtypes.add(parameter.dtype)
         return torch.float64 if torch.float64 in dtypes else torch.float32

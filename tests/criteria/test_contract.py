@@ -314,6 +314,17 @@ def test_half_precision_parameters_are_named(case: Case) -> None:
 
 
 @every_case
+def test_double_inputs_to_a_float_criterion_are_named(case: Case) -> None:
+    example = _make(case)
+    example.criterion.float()
+    if not list(example.criterion.parameters()):
+        assert _run(example).dtype == torch.float64
+        return
+    with pytest.raises(TypeError, match=r"call criterion\.double\(\)"):
+        _run(example)
+
+
+@every_case
 def test_docstring_says_what_a_user_needs(case: Case) -> None:
     documentation = inspect.getdoc(type(case.make(0, 5).criterion)) or ""
     for section in ("Example:", "References:", "Raises:", "Shape:"):

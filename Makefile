@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# Threads that spin while they wait slow small networks down many times on shared cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint docs clean
+
+demo: $(INSTALLED)
+	$(PYTHON) examples/train.py mnist --out runs/demo
+
+test: lint
+	$(PYTHON) -m pytest
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+docs: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --editable ".[docs]"
+	$(PYTHON) -m sphinx -W --keep-going docs docs/_build/html
+
+$(INSTALLED): pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
