@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structkd._checks import number
+from structkd._checks import labels, number
 from structkd.criteria.base import Criterion, pair
 from structkd.features import Features
 
@@ -48,13 +51,204 @@ class KDLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        divergence = F.kl_div(
-            F.log_softmax(logits_s / self.temperature, dim=1),
-            F.log_softmax(logits_t / self.temperature, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return {"KD": self.temperature**2 * divergence}
+        return {"KD": softened_divergence(logits_s, logits_t, self.temperature)}
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
+
+
+class LogitMSELoss(Criterion):
+    r"""Regression of the teacher's logits.
+
+    .. math::
+        L = \frac{1}{B K} \sum_{b,k} (s_{bk} - t_{bk})^2
+
+    the mean over samples and classes. The paper's Eq. 1 is :math:`K / 2` times this: it sums over
+    classes and halves. Term: ``Logits``.
+
+    Shape:
+        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: If the class counts differ.
+
+    References:
+        Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, 2014, Eq. 1.
+
+    Example:
+        >>> import torch
+        >>> LogitMSELoss()(torch.zeros(4, 3), torch.full((4, 3), 2.0))
+        tensor(4.)
+    """
+
+    reads = ("logits",)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {"Logits": F.mse_loss(*pair(student, teacher, "logits"))}
+
+
+class DKDLoss(Criterion):
+    r"""Decoupled distillation: of the target's probability, and among the other classes.
+
+    With :math:`p = \mathrm{softmax}(\cdot / \tau)`, the label y, the binary
+    :math:`b = (p_y, 1 - p_y)` and :math:`\hat p` the softmax over the classes other than y,
+
+    .. math::
+        L = \frac{\tau^2}{B} \sum \left[ \alpha \, KL(b^t \| b^s)
+            + \beta \, KL(\hat p^t \| \hat p^s) \right]
+
+    Terms: ``DKD-target`` (the paper's TCKD) and ``DKD-nontarget`` (NCKD). Probabilities stay in
+    logarithms, :math:`\log(1 - p_y)` is a logsumexp over the other classes, so the loss is finite
+    at any gap between logits. The published code takes the logarithm of a sum of probabilities,
+    which is -inf at wide gaps, and masks the label by subtracting 1000. It also ramps the loss up
+    over the first epochs; that belongs to the training loop.
+
+    Args:
+        alpha: Weight of the target's part, >= 0.
+        beta: Weight of the others' part, >= 0.
+        temperature: tau > 0.
+
+    Shape:
+        logits ``(B, K)`` of both, any float dtype, K >= 2; target ``(B,)`` int64 in ``[0, K)``;
+        output a scalar in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the target is missing or out of range, the class counts differ, there is one
+            class only, or an argument is out of range.
+        TypeError: If the target holds no whole numbers.
+
+    References:
+        Zhao et al., *Decoupled Knowledge Distillation*, 2022, Eq. 7.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.eye(3)
+        >>> terms = DKDLoss().terms(logits, logits, torch.tensor([0, 1, 2]))
+        >>> list(terms)
+        ['DKD-target', 'DKD-nontarget']
+    """
+
+    reads = ("logits",)
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.alpha = number("alpha", alpha, at_least=0)
+        self.beta = number("beta", beta, at_least=0)
+        self.temperature = number("temperature", temperature, above=0)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        logits_s, logits_t = pair(student, teacher, "logits")
+        batch, classes = logits_s.shape
+        if classes < 2:
+            raise ValueError(f"DKDLoss needs logits of at least 2 classes, got {classes}")
+        target = labels(target, batch, classes, reader="DKDLoss")
+        others_s, others_t = _without(logits_s, target), _without(logits_t, target)
+        binary = F.kl_div(
+            _binary(logits_s, others_s, target, self.temperature),
+            _binary(logits_t, others_t, target, self.temperature),
+            reduction="batchmean",
+            log_target=True,
+        )
+        others = softened_divergence(others_s, others_t, self.temperature)
+        return {
+            "DKD-target": self.alpha * self.temperature**2 * binary,
+            "DKD-nontarget": self.beta * others,
+        }
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+
+class LogitStandardizationLoss(Criterion):
+    r"""Soft-label distillation of logits standardised row by row.
+
+    .. math::
+        L = \frac{w \tau^2}{B} \sum_b KL\left(
+            \mathrm{softmax}(Z(t_b) / \tau) \,\|\, \mathrm{softmax}(Z(s_b) / \tau) \right), \qquad
+        Z(x) = \frac{x - \bar x}{\sigma(x)}
+
+    with mean and standard deviation over a row's K classes, so that only the relations between a
+    row's logits count, not their range. sigma divides by K as in the paper, whose bound
+    :math:`|Z| \le \sqrt{K-1}` needs it; the published code divides by K-1 and adds 1e-7. A
+    row whose logits are all equal has Z = 0. Term: ``LSKD``.
+
+    Args:
+        temperature: Base temperature tau > 0.
+        weight: w >= 0; the published weight belongs to a cross-entropy of weight 0.1.
+
+    Shape:
+        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: If the class counts differ or an argument is out of range.
+
+    References:
+        Sun et al., *Logit Standardization in Knowledge Distillation*, 2024, Alg. 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.randn(4, 10)
+        >>> float(LogitStandardizationLoss()(logits, 5 * logits + 2)) < 1e-4
+        True
+    """
+
+    reads = ("logits",)
+
+    def __init__(self, temperature: float = 2.0, weight: float = 9.0) -> None:
+        super().__init__()
+        self.temperature = number("temperature", temperature, above=0)
+        self.weight = number("weight", weight, at_least=0)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        logits_s, logits_t = pair(student, teacher, "logits")
+        divergence = softened_divergence(
+            _standardized(logits_s), _standardized(logits_t), self.temperature
+        )
+        return {"LSKD": self.weight * divergence}
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, weight={self.weight}"
+
+
+def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
+    """Returns tau^2 KL(softmax(t / tau) || softmax(s / tau)), averaged over the batch."""
+    divergence = F.kl_div(
+        F.log_softmax(logits_s / temperature, dim=1),
+        F.log_softmax(logits_t / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence
+
+
+def _without(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns every row without its target's column, ``(B, K - 1)``."""
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= target[:, None]))
+
+
+def _binary(logits: Tensor, others: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Returns the logarithms of ``(p_y, 1 - p_y)``, ``(B, 2)``."""
+    own = logits.gather(1, target[:, None]) / temperature
+    rest = torch.logsumexp(others / temperature, dim=1, keepdim=True)
+    return F.log_softmax(torch.cat([own, rest], dim=1), dim=1)
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """Returns rows of mean 0 and standard deviation 1; constant rows become 0, not noise."""
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    deviation = norm / math.sqrt(logits.shape[1])
+    # What is left of a constant row is the rounding of its mean, up to 6 eps at 20,000 classes.
+    largest = logits.detach().abs().amax(dim=1, keepdim=True)
+    # Written so that NaN stays NaN: a comparison with it is false.
+    flat = deviation <= 16 * torch.finfo(logits.dtype).eps * largest
+    return torch.where(flat, 0, centred / torch.where(flat, 1, deviation))
