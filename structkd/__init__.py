@@ -2,11 +2,23 @@
 
 from structkd import diagnostics
 from structkd.capture import FeatureCapture
+from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from structkd.criteria.base import Criterion
+from structkd.criteria.calibration import SemanticCalibrationLoss
+from structkd.criteria.contrastive import ContrastiveRepresentationLoss
 from structkd.criteria.coral import CORALLoss
 from structkd.criteria.correlation import CrossCorrelationLoss
-from structkd.criteria.logits import KDLoss
+from structkd.criteria.flow import FlowMatrixLoss
+from structkd.criteria.logits import DKDLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
+from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
+from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
+from structkd.criteria.relations import (
+    CorrelationCongruenceLoss,
+    DistilVPRLoss,
+    RelationalLoss,
+)
 from structkd.criteria.structure import DSLoss
+from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.features import Features
 from structkd.projectors import ConvAdapter, Projector
@@ -14,15 +26,31 @@ from structkd.projectors import ConvAdapter, Projector
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialFeatureLoss",
+    "AdversarialLogitsLoss",
+    "AttentionTransferLoss",
     "CORALLoss",
+    "ContrastiveRepresentationLoss",
     "ConvAdapter",
+    "CorrelationCongruenceLoss",
     "Criterion",
     "CrossCorrelationLoss",
+    "CurriculumTemperatureLoss",
+    "DKDLoss",
     "DSLoss",
+    "DistilVPRLoss",
     "FeatureCapture",
     "Features",
+    "FitNetLoss",
+    "FlowMatrixLoss",
     "KDLoss",
+    "LogitMSELoss",
+    "LogitStandardizationLoss",
+    "NeuronSelectivityLoss",
     "Projector",
+    "RelationalLoss",
+    "SemanticCalibrationLoss",
     "UniformityCalibrationLoss",
+    "VariationalInformationLoss",
     "diagnostics",
 ]

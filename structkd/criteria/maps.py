@@ -1,0 +1,162 @@
+"""Criteria on what maps say together: attention transfer and neuron selectivity."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structkd._checks import number
+from structkd.criteria._gram import CROSSOVER
+from structkd.criteria._maps import as_map, common_positions, map_pairs
+from structkd.criteria.base import Criterion
+from structkd.features import Features
+from structkd.projectors import to_common_size
+
+_NAMES = "student and teacher intermediate"
+
+
+class AttentionTransferLoss(Criterion):
+    r"""Makes the student look where the teacher looks.
+
+    Over all pairs of maps F, taken in order,
+
+    .. math::
+        Q(F) = \frac{a}{\|a\|_2}, \quad a = \mathrm{vec}\Big(\frac{1}{C} \sum_c |F_c|^p\Big),
+        \qquad L = \sum_{pairs} \frac{1}{B H W} \sum_{b, h, w} (Q(F_s) - Q(F_t))^2
+
+    Channels may differ. Where sizes differ the attention maps a, not the features, are
+    average-pooled to the common size before they are normalised, as the paper has it; the CRD
+    benchmark pools the features. A map that is zero has an attention of zero. Term: ``AT``.
+
+    Args:
+        p: Power >= 1 of the channel responses.
+
+    Shape:
+        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, any float dtype; output a
+        scalar in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the maps do not pair up, or ``p`` is below 1.
+
+    References:
+        Zagoruyko & Komodakis, *Paying More Attention to Attention*, 2017, Eq. 1-2. The mean over
+        positions is the CRD benchmark's, whose weight is 1000.
+
+    Example:
+        >>> criterion = AttentionTransferLoss()
+        >>> criterion(torch.ones(2, 8, 4, 4), torch.ones(2, 16, 8, 8))
+        tensor(0.)
+    """
+
+    reads = ("intermediate",)
+
+    def __init__(self, p: float = 2.0) -> None:
+        super().__init__()
+        self.p = number("p", p, at_least=1)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        gaps = []
+        for map_s, map_t in map_pairs(student, teacher, type(self).__name__):
+            # Only the check: the features themselves are not resized.
+            if map_s.dim() != 4 or map_t.dim() != 4:
+                common_positions(map_s, map_t, _NAMES)
+            attention_s, attention_t = to_common_size(
+                self._attention(map_s), self._attention(map_t)
+            )
+            unit_s, unit_t = (F.normalize(a.flatten(1), dim=1) for a in (attention_s, attention_t))
+            gaps.append((unit_s - unit_t).square().mean())
+        return {"AT": torch.stack(gaps).sum()}
+
+    def _attention(self, features: Tensor) -> Tensor:
+        features = as_map(features)
+        # Q does not change with the map's scale; near 1 no power over- or underflows.
+        peak = features.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
+        features = features / torch.where(peak == 0, 1, peak)
+        return features.abs().pow(self.p).mean(dim=1, keepdim=True)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class NeuronSelectivityLoss(Criterion):
+    r"""Matches the distributions of the channels' responses over positions (NST).
+
+    With :math:`f_i` the response of channel i over all positions, scaled to unit length, and the
+    kernel :math:`k(x, y) = (x^T y)^2`, the squared maximum mean discrepancy of a sample is
+
+    .. math::
+        L = \frac{1}{C_s^2} \sum_{ij} k(s_i, s_j) + \frac{1}{C_t^2} \sum_{ij} k(t_i, t_j)
+            - \frac{2}{C_s C_t} \sum_{ij} k(s_i, t_j)
+
+    averaged over the batch and summed over all pairs of maps. Channels may differ; maps of other
+    sizes are average-pooled to a common size first. A channel that is zero counts as zero. Term:
+    ``NST``.
+
+    With a sample's responses as rows of S and T, L equals
+    :math:`\|S^T S / C_s - T^T T / C_t\|_F^2`. Either these position Grams or the three channel
+    Grams are built, by ``bmm``, whichever are smaller: at most ``B min(N^2, C_s^2 + C_t^2 + C_s
+    C_t)`` numbers up to a small factor, N = H W, and never ``B C^2 N``. Channel Grams are summed in
+    float64, because L is a difference of near-equal numbers there.
+
+    Shape:
+        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, any float dtype; output a
+        scalar in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the maps do not pair up.
+
+    References:
+        Huang & Wang, *Like What You Like: Knowledge Distill via Neuron Selectivity Transfer*, 2017;
+        polynomial kernel with d = 2, c = 0. Pooling to a common size is the CRD
+        benchmark's, whose weight is 50.
+
+    Example:
+        >>> maps = torch.randn(2, 8, 4, 4)
+        >>> float(NeuronSelectivityLoss()(maps, 3 * maps)) < 1e-6
+        True
+    """
+
+    reads = ("intermediate",)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        gaps = []
+        for map_s, map_t in map_pairs(student, teacher, type(self).__name__):
+            map_s, map_t = common_positions(map_s, map_t, _NAMES)
+            unit_s, unit_t = (F.normalize(as_map(m).flatten(2), dim=2) for m in (map_s, map_t))
+            if _channels_pay(unit_s, unit_t):
+                gaps.append(_by_channels(unit_s, unit_t))
+            else:
+                gaps.append(_by_positions(unit_s, unit_t))
+        return {"NST": torch.stack(gaps).sum()}
+
+
+def _channels_pay(unit_s: Tensor, unit_t: Tensor) -> bool:
+    """Tells whether the channel Grams, in float64, are smaller than the position Grams."""
+    wide_s, wide_t, positions = unit_s.shape[1], unit_t.shape[1], unit_s.shape[2]
+    channel_grams = wide_s**2 + wide_t**2 + wide_s * wide_t
+    # Apple's GPUs have no float64.
+    return positions**2 > CROSSOVER * channel_grams and unit_s.device.type != "mps"
+
+
+def _by_positions(unit_s: Tensor, unit_t: Tensor) -> Tensor:
+    gram_s = torch.bmm(unit_s.transpose(1, 2), unit_s) / unit_s.shape[1]
+    gram_t = torch.bmm(unit_t.transpose(1, 2), unit_t) / unit_t.shape[1]
+    return (gram_s - gram_t).square().sum(dim=(1, 2)).mean()
+
+
+def _by_channels(unit_s: Tensor, unit_t: Tensor) -> Tensor:
+    dtype = unit_s.dtype
+    unit_s, unit_t = unit_s.double(), unit_t.double()
+
+    def mean_kernel(left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(left, right.transpose(1, 2)).square().mean(dim=(1, 2))
+
+    own = mean_kernel(unit_s, unit_s) + mean_kernel(unit_t, unit_t)
+    discrepancy = own - 2 * mean_kernel(unit_s, unit_t)
+    # Rounding can leave the difference just below zero; NaN passes through clamp.
+    return discrepancy.mean().clamp_min(0).to(dtype)

@@ -1,0 +1,156 @@
+"""Cases of the criteria on intermediate maps: FitNets, AT, NST, VID."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structkd import Features
+from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
+from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
+from tests.cases.case import Case, Example, generator, normal, pick
+from tests.reference import maps
+
+
+def _shapes(rng: torch.Generator, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of a student's and a teacher's features, without the batch."""
+    width_s, width_t = pick(rng, 1, 4), pick(rng, 1, 4)
+    if kind == "rows":
+        return (width_s,), (width_t,)
+    if kind == "tokens":
+        count = pick(rng, 2, 4)
+        return (count, width_s), (count, width_t)
+    height, width = pick(rng, 1, 4), pick(rng, 2, 4)
+    return (width_s, height, width), (width_t, pick(rng, 1, 4), pick(rng, 2, 4))
+
+
+def _regression(build, oracle, kind: str):
+    def make(seed: int, batch: int) -> Example:
+        rng = generator(seed)
+        shape_s, shape_t = _shapes(rng, kind)
+        torch.manual_seed(seed)
+        student = Features(intermediate=normal(rng, batch, *shape_s))
+        teacher = Features(intermediate=normal(rng, batch, *shape_t))
+        return Example(build(student, teacher).double(), student, teacher)
+
+    def definition(example: Example) -> Tensor:
+        maps_s = maps.tokens_to_map(example.student.intermediate[0])
+        maps_t = maps.tokens_to_map(example.teacher.intermediate[0])
+        return oracle(example.criterion, *maps.common_size(maps_s, maps_t))
+
+    return make, ("intermediate",), definition
+
+
+def _fitnet(kind: str, kernel_size: int = 1):
+    def oracle(criterion: FitNetLoss, map_s: Tensor, map_t: Tensor) -> Tensor:
+        conv = criterion.regressor.conv
+        return maps.mean_square(maps.convolve(map_s, conv.weight, conv.bias), map_t)
+
+    def build(student: Features, teacher: Features) -> FitNetLoss:
+        return FitNetLoss.from_features(student, teacher, kernel_size=kernel_size)
+
+    return _regression(build, oracle, kind)
+
+
+def _vid(kind: str):
+    def oracle(criterion: VariationalInformationLoss, map_s: Tensor, map_t: Tensor) -> Tensor:
+        hidden = map_s
+        for layer in (0, 2):
+            hidden = maps.convolve(hidden, criterion.mean[layer].weight).clamp(min=0)
+        mean = maps.convolve(hidden, criterion.mean[4].weight)
+        return maps.gaussian_code_length(mean, criterion.rho, map_t)
+
+    def build(student: Features, teacher: Features) -> VariationalInformationLoss:
+        criterion = VariationalInformationLoss.from_features(student, teacher, init_variance=0.7)
+        with torch.no_grad():
+            criterion.rho += torch.linspace(-1, 1, len(criterion.rho))
+        return criterion
+
+    return _regression(build, oracle, kind)
+
+
+def _pairs(criterion, oracle, *kinds: str, widen: int = 0):
+    """Several pairs of maps; ``widen`` adds channels to both."""
+
+    def make(seed: int, batch: int) -> Example:
+        rng = generator(seed)
+        shapes = [_shapes(rng, kind) for kind in kinds]
+        grow = lambda s: (s[0] + widen, *s[1:]) if len(s) == 3 else (s[0], s[1] + widen)  # noqa: E731
+        student = [normal(rng, batch, *grow(shape_s)) for shape_s, _ in shapes]
+        teacher = [normal(rng, batch, *grow(shape_t)) for _, shape_t in shapes]
+        return Example(criterion(), Features(intermediate=student), Features(intermediate=teacher))
+
+    def definition(example: Example) -> Tensor:
+        return sum(
+            oracle(maps.tokens_to_map(map_s), maps.tokens_to_map(map_t))
+            for map_s, map_t in zip(
+                example.student.intermediate, example.teacher.intermediate, strict=True
+            )
+        )
+
+    return make, ("intermediate",), definition
+
+
+def _zero_fitnet(seed: int) -> Example:
+    criterion = FitNetLoss(3, 3).double()
+    torch.nn.init.dirac_(criterion.regressor.conv.weight)
+    torch.nn.init.zeros_(criterion.regressor.conv.bias)
+    feats = Features(intermediate=normal(generator(seed), 4, 3, 2, 2))
+    return Example(criterion, feats, feats)
+
+
+def _zero_attention(seed: int) -> Example:
+    value = normal(generator(seed), 4, 3, 2, 2)
+    return Example(
+        AttentionTransferLoss(),
+        Features(intermediate=3 * value),
+        Features(intermediate=-value),
+    )
+
+
+def _zero_selectivity(size: int):
+    def zero(seed: int) -> Example:
+        # The order, sign and length of the channels do not matter.
+        value = normal(generator(seed), 4, 3, size, size)
+        mixed = value[:, [2, 0, 1]] * torch.tensor([3.0, -0.5, 1.0]).view(3, 1, 1)
+        return Example(
+            NeuronSelectivityLoss(), Features(intermediate=mixed), Features(intermediate=value)
+        )
+
+    return zero
+
+
+def _cube(map_s: Tensor, map_t: Tensor) -> Tensor:
+    return maps.attention_transfer(map_s, map_t, 3.0)
+
+
+CASES = [
+    Case("fitnet-maps", *_fitnet("maps"), zero=_zero_fitnet),
+    Case("fitnet-3x3", *_fitnet("maps", kernel_size=3)),
+    Case("fitnet-tokens", *_fitnet("tokens")),
+    Case("fitnet-rows", *_fitnet("rows")),
+    Case("vid-maps", *_vid("maps")),
+    Case("vid-tokens", *_vid("tokens")),
+    Case("vid-rows", *_vid("rows")),
+    Case(
+        "at-maps",
+        *_pairs(AttentionTransferLoss, maps.attention_transfer, "maps", "maps"),
+        zero=_zero_attention,
+    ),
+    Case(
+        "at-cube-tokens",
+        *_pairs(lambda: AttentionTransferLoss(p=3), _cube, "tokens", "maps"),
+    ),
+    # Up to 16 positions under at least 9 channels: position Grams.
+    Case(
+        "nst-positions",
+        *_pairs(NeuronSelectivityLoss, maps.neuron_selectivity, "maps", "tokens", widen=8),
+        zero=_zero_selectivity(2),
+    ),
+    # Few channels: channel Grams wherever positions are many.
+    Case(
+        "nst-channels",
+        *_pairs(NeuronSelectivityLoss, maps.neuron_selectivity, "maps", "maps"),
+        zero=_zero_selectivity(5),
+    ),
+]
