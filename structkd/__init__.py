@@ -3,6 +3,7 @@
 from structkd import diagnostics
 from structkd.capture import FeatureCapture
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
+from structkd.criteria.alignment import SemanticAlignmentLoss
 from structkd.criteria.base import Criterion
 from structkd.criteria.calibration import SemanticCalibrationLoss
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss
@@ -22,6 +23,7 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.features import Features
 from structkd.projectors import ConvAdapter, Projector
+from structkd.transport import LagrangianPlanner, TransportPlan
 
 __version__ = "0.1.0"
 
@@ -44,12 +46,15 @@ __all__ = [
     "FitNetLoss",
     "FlowMatrixLoss",
     "KDLoss",
+    "LagrangianPlanner",
     "LogitMSELoss",
     "LogitStandardizationLoss",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",
+    "SemanticAlignmentLoss",
     "SemanticCalibrationLoss",
+    "TransportPlan",
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",
     "diagnostics",

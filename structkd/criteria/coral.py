@@ -60,18 +60,23 @@ class CORALLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         embedding_s, embedding_t = pair(student, teacher, "embedding")
-        batch, width = embedding_s.shape
-        centred_s = embedding_s - embedding_s.mean(dim=0)
-        centred_t = embedding_t - embedding_t.mean(dim=0)
-        if self.form == "gram" or (self.form == "auto" and gram_pays(embedding_s)):
-            distance = _gram_form(centred_s, centred_t)
-        else:
-            gap = centred_s.T @ centred_s - centred_t.T @ centred_t
-            distance = gap.square().sum()
-        return {"CORAL": distance / (4 * width**2 * (batch - 1) ** 2)}
+        return {"CORAL": coral_distance(embedding_s, embedding_t, self.form)}
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"
+
+
+def coral_distance(rows_s: Tensor, rows_t: Tensor, form: str) -> Tensor:
+    """Returns :class:`CORALLoss`'s value for rows ``(B, d)`` of one width, by one of ``FORMS``."""
+    batch, width = rows_s.shape
+    centred_s = rows_s - rows_s.mean(dim=0)
+    centred_t = rows_t - rows_t.mean(dim=0)
+    if form == "gram" or (form == "auto" and gram_pays(rows_s)):
+        distance = _gram_form(centred_s, centred_t)
+    else:
+        gap = centred_s.T @ centred_s - centred_t.T @ centred_t
+        distance = gap.square().sum()
+    return distance / (4 * width**2 * (batch - 1) ** 2)
 
 
 def _gram_form(centred_s: Tensor, centred_t: Tensor) -> Tensor:

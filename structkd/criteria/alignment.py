@@ -1,0 +1,233 @@
+"""Semantic-aware knowledge alignment (SKA): CORAL on tokens that a transport plan refined."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structkd._checks import choice, describe, whole
+from structkd.criteria.base import Criterion, channels, map_pair
+from structkd.criteria.coral import coral_distance
+from structkd.criteria.correlation import FORMS
+from structkd.features import Features
+from structkd.projectors import ConvAdapter, to_common_size
+from structkd.transport import LagrangianPlanner
+
+SCALES = ("standard", "published")
+
+
+class SemanticAlignmentLoss(Criterion):
+    r"""CORAL between student and teacher on planned tokens and on pooled embeddings.
+
+    The last maps are token sequences ``(B, N, C)``. In each modality and head, queries and keys
+    that are learned per modality give a cost, and the planner an intra-modal plan:
+
+    .. math::
+        \pi = \mathrm{softmax}(-C / \varepsilon), \quad C = -Q K^T, \quad
+        \varepsilon = \sqrt{C_{head}}, \qquad m_j = \tfrac{1}{N} \sum_i \pi_{ij}
+
+    The cross-modal plan is the outer product of the masses :math:`m_s` and :math:`m_t`. A teacher
+    token's weight is that plan's mean over the student's tokens over the mean of :math:`m_t`, a
+    student token's is the mirror of it, each averaged over heads. Refined tokens are token times
+    weight, scaled per sample so that the squared norm of the mean token stays what it was. Then
+
+    .. math::
+        L = CORAL(\mathrm{flat}(s'), \mathrm{flat}(t')) + CORAL(\bar s, \bar t)
+
+    with :math:`\bar s` the map's mean over positions, which is the embedding where a network
+    pools its last map. Terms: ``SKA-tokens``, ``SKA-embeddings``. 7 x 7 x 512 maps are rows of
+    25,088 numbers: CORAL's Gram form keeps them to B x B.
+
+    The mean over the student's tokens leaves nothing of :math:`m_s` but its mean, so a weight is
+    :math:`m_{t,j} \bar m_s / \bar m_t`; the outer product is never built.
+
+    The published total is 0.3 task + 0.4 kd + 0.3 * 0.01 * (L_ot1 + L_ot2), with
+    ``scale="published"``; that weighting is the caller's: ``0.4 * KDLoss() + 0.003 *
+    SemanticAlignmentLoss(...)``.
+
+    Args:
+        student_channels: Channels of the student's map. Where they differ from the teacher's, a
+            :class:`ConvAdapter` brings the student's map to the teacher's channels first.
+        teacher_channels: Channels of the teacher's map.
+        heads: Plans per modality, a divisor of ``teacher_channels``.
+        planner: Intra-modal planner, ``rows`` or ``both``, with ``gradient="unrolled"``, so that
+            queries and keys learn; the closed form above by default. ``both`` leaves every token
+            the same mass.
+        scale: ``standard`` is :class:`CORALLoss`. ``published`` multiplies each term by
+            (B - 1)^2 / d, the published code's covariances.
+        layer: Position in ``Features.intermediate`` of the map to read.
+        form: CORAL's form, ``auto``, ``matrix`` or ``gram``.
+        gather: Estimate the covariances on the batch of all processes.
+
+    Shape:
+        maps ``(B, C, H, W)``, average-pooled to a common size where sizes differ, or tokens
+        ``(B, N, C)`` of one length; any float dtype, B >= 2; output a scalar in float32 (float64
+        for float64 inputs).
+
+    Raises:
+        ValueError: If ``heads`` does not divide ``teacher_channels``, an option is unknown, the
+            planner cannot train or plan tokens, or maps do not fit.
+        TypeError: If ``planner`` is no :class:`LagrangianPlanner`.
+
+    References:
+        Wei et al., *Asymmetric Cross-Modal Knowledge Distillation: Bridging Modalities with Weak
+        Semantic Consistency*, AAAI 2026, the Planner.
+
+    Example:
+        >>> criterion = SemanticAlignmentLoss(16, 32, heads=4)
+        >>> terms = criterion.terms(torch.randn(8, 16, 7, 7), torch.randn(8, 32, 4, 4))
+        >>> sorted(terms)
+        ['SKA-embeddings', 'SKA-tokens']
+    """
+
+    reads = ("intermediate",)
+    min_batch = 2
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        heads: int = 8,
+        planner: LagrangianPlanner | None = None,
+        scale: str = "standard",
+        layer: int = -1,
+        form: str = "auto",
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
+        student_channels = whole("student_channels", student_channels)
+        teacher_channels = whole("teacher_channels", teacher_channels)
+        self.heads = whole("heads", heads)
+        if teacher_channels % self.heads:
+            raise ValueError(f"heads={heads} must divide teacher_channels={teacher_channels}")
+        self.adapter = (
+            None
+            if student_channels == teacher_channels
+            else ConvAdapter(student_channels, teacher_channels)
+        )
+        self.scores_s = nn.Linear(teacher_channels, 2 * teacher_channels, bias=False)
+        self.scores_t = nn.Linear(teacher_channels, 2 * teacher_channels, bias=False)
+        if planner is None:
+            epsilon = math.sqrt(teacher_channels / self.heads)
+            planner = LagrangianPlanner(epsilon, gradient="unrolled")
+        self.planner = _check_planner(planner)
+        self.scale = choice("scale", scale, SCALES)
+        self.layer = layer
+        self.form = choice("form", form, FORMS)
+
+    @classmethod
+    def from_features(
+        cls, feats_s: Features, feats_t: Features, **options: Any
+    ) -> SemanticAlignmentLoss:
+        """Builds the criterion for the channels of two example forward passes.
+
+        Args:
+            feats_s: Any batch of the student's features.
+            feats_t: Any batch of the teacher's.
+            **options: Any keyword of the constructor.
+
+        Returns:
+            The criterion, on the device of the student's map.
+
+        Raises:
+            ValueError: If a map is missing.
+
+        Example:
+            >>> feats_s = Features(intermediate=torch.randn(4, 16, 7, 7))
+            >>> feats_t = Features(intermediate=torch.randn(4, 32, 4, 4))
+            >>> SemanticAlignmentLoss.from_features(feats_s, feats_t)(feats_s, feats_t).shape
+            torch.Size([])
+        """
+        map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
+        return cls(channels(map_s), channels(map_t), **options).to(map_s.device)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        map_s, map_t = map_pair(student, teacher, self.layer)
+        if self.adapter is not None:
+            map_s = self.adapter(map_s)
+        embedding_s, embedding_t = _pooled(map_s), _pooled(map_t)
+        tokens_s, tokens_t = self._tokens(map_s, map_t)
+        mass_s, mass_t = self._mass(tokens_s, self.scores_s), self._mass(tokens_t, self.scores_t)
+        mean_s, mean_t = mass_s.mean(dim=-1, keepdim=True), mass_t.mean(dim=-1, keepdim=True)
+        refined_s = _refined(tokens_s, (mass_s * mean_t / mean_s).mean(dim=1))
+        refined_t = _refined(tokens_t, (mass_t * mean_s / mean_t).mean(dim=1))
+        return {
+            "SKA-tokens": self._coral(refined_s.flatten(1), refined_t.flatten(1)),
+            "SKA-embeddings": self._coral(embedding_s, embedding_t),
+        }
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, scale={self.scale!r}, form={self.form!r}"
+
+    def _tokens(self, map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both as ``(B, N, C)`` of one N, after checking that they fit."""
+        if map_s.dim() != map_t.dim():
+            raise ValueError(
+                "student and teacher intermediate features must have the same rank, got "
+                f"{describe(map_s)} and {describe(map_t)}"
+            )
+        width = self.scores_s.in_features
+        if channels(map_s) != width or channels(map_t) != width:
+            raise ValueError(
+                f"the criterion was built for a teacher of {width} channels, got a student's map "
+                f"{describe(map_s)} (adapted, if channels differ) and a teacher's "
+                f"{describe(map_t)}; build it with from_features"
+            )
+        if map_s.dim() == 4:
+            map_s, map_t = to_common_size(map_s, map_t)
+            return map_s.flatten(2).transpose(1, 2), map_t.flatten(2).transpose(1, 2)
+        if map_s.shape[1] != map_t.shape[1]:
+            raise ValueError(
+                f"token sequences must have one length, got {describe(map_s)} and "
+                f"{describe(map_t)}; pass maps (B, C, H, W), which are pooled to a common size"
+            )
+        return map_s, map_t
+
+    def _mass(self, tokens: Tensor, scores: nn.Linear) -> Tensor:
+        """Returns what every token receives under its modality's plans, ``(B, heads, N)``."""
+        batch, count, width = tokens.shape
+        split: Tensor = scores(tokens).view(batch, count, 2, self.heads, width // self.heads)
+        query, key = split.permute(2, 0, 3, 1, 4)
+        planned: Tensor = self.planner(-query @ key.transpose(-2, -1)).plan
+        return planned.sum(dim=-2)  # row masses are 1 / N: a sum over rows is the softmax's mean
+
+    def _coral(self, rows_s: Tensor, rows_t: Tensor) -> Tensor:
+        distance = coral_distance(rows_s, rows_t, self.form)
+        batch, width = rows_s.shape
+        return distance if self.scale == "standard" else distance * ((batch - 1) ** 2 / width)
+
+
+def _pooled(features: Tensor) -> Tensor:
+    return features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+
+
+def _refined(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Weighs tokens ``(B, N, C)`` by ``(B, N)`` and restores the norm of their mean."""
+    refined = tokens * weight[..., None]
+    before, after = _mean_norm(tokens), _mean_norm(refined)
+    # Tokens that cancel out have no mean to restore.
+    return refined * (before / torch.where(after == 0, 1, after))
+
+
+def _mean_norm(tokens: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(tokens.mean(dim=1), dim=-1)
+    return length[:, None, None]
+
+
+def _check_planner(planner: LagrangianPlanner) -> LagrangianPlanner:
+    if not isinstance(planner, LagrangianPlanner):
+        raise TypeError(f"planner must be a LagrangianPlanner, got {describe(planner)}")
+    if planner.gradient != "unrolled":
+        raise ValueError(
+            "planner must have gradient='unrolled', or queries and keys would never learn, got "
+            f"{planner.gradient!r}"
+        )
+    if planner.constraint == "capacity":
+        raise ValueError("planner must have constraint 'rows' or 'both', got 'capacity'")
+    return planner
