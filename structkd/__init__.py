@@ -22,6 +22,10 @@ from structkd.criteria.structure import DSLoss
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.features import Features
+from structkd.matching.dataset import MatchedDataset, RematchSchedule
+from structkd.matching.gallery import RetrievalGallery
+from structkd.matching.semantic import SemanticMatcher
+from structkd.matching.sembridge import Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
 from structkd.transport import LagrangianPlanner, TransportPlan
 
@@ -49,11 +53,17 @@ __all__ = [
     "LagrangianPlanner",
     "LogitMSELoss",
     "LogitStandardizationLoss",
+    "Match",
+    "MatchedDataset",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",
+    "RematchSchedule",
+    "RetrievalGallery",
+    "SemBridgeMatcher",
     "SemanticAlignmentLoss",
     "SemanticCalibrationLoss",
+    "SemanticMatcher",
     "TransportPlan",
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",

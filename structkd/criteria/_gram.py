@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# One float64 Gram matrix costs about this many times what its float32 share of the d x d matrix
-# costs per element (benchmarks/forms.py), so the Gram form pays from d > CROSSOVER * B on.
-CROSSOVER = 2
 
+def gram_pays(embedding: Tensor, crossover: int) -> bool:
+    """Tells whether the Gram form is the cheaper one for embeddings ``(B, d)``.
 
-def gram_pays(embedding: Tensor) -> bool:
-    """Tells whether the Gram form is the cheaper one for embeddings ``(B, d)``."""
+    Args:
+        embedding: Of the batch and the width in question.
+        crossover: The ``d / B`` from which it was measured to be, by benchmarks/forms.py. It is
+            above 1 because the Gram form computes in float64.
+    """
     rows, width = embedding.shape
     # Apple's GPUs have no float64, which the Gram form needs.
-    return width > CROSSOVER * rows and embedding.device.type != "mps"
+    return width > crossover * rows and embedding.device.type != "mps"
 
 
 def cross_product_energy(left: Tensor, right: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from structkd.criteria.base import Criterion, pair
 from structkd.criteria.correlation import FORMS
 from structkd.features import Features
 
+_CROSSOVER = 6
+
 
 class CORALLoss(Criterion):
     r"""Squared Frobenius distance between the covariances of student and teacher embeddings.
@@ -71,7 +73,7 @@ def coral_distance(rows_s: Tensor, rows_t: Tensor, form: str) -> Tensor:
     batch, width = rows_s.shape
     centred_s = rows_s - rows_s.mean(dim=0)
     centred_t = rows_t - rows_t.mean(dim=0)
-    if form == "gram" or (form == "auto" and gram_pays(rows_s)):
+    if form == "gram" or (form == "auto" and gram_pays(rows_s, _CROSSOVER)):
         distance = _gram_form(centred_s, centred_t)
     else:
         gap = centred_s.T @ centred_s - centred_t.T @ centred_t

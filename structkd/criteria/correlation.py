@@ -11,6 +11,7 @@ from structkd.criteria.base import Criterion, either
 from structkd.features import Features
 
 FORMS = ("auto", "matrix", "gram")
+_CROSSOVER = 4
 
 
 class CrossCorrelationLoss(Criterion):
@@ -96,7 +97,7 @@ class CrossCorrelationLoss(Criterion):
             )
         unit_s = _unit_columns(projected_s, self.center)
         unit_t = _unit_columns(projected_t, self.center)
-        if self.form == "gram" or (self.form == "auto" and gram_pays(unit_s)):
+        if self.form == "gram" or (self.form == "auto" and gram_pays(unit_s, _CROSSOVER)):
             diagonal, off = _gram_form(unit_s, unit_t)
         else:
             diagonal, off = _matrix_form(unit_s, unit_t)

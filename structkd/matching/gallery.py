@@ -1,0 +1,312 @@
+"""The teacher samples by class, and the search for a student's nearest."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structkd._checks import describe, whole
+from structkd.features import Features
+from structkd.matching import _file
+from structkd.matching._index import ClassIndex, IndexSpec
+from structkd.matching._metric import make_metric
+from structkd.matching._store import Column, FeatureStore, by_class, whole_numbers
+
+
+class RetrievalGallery:
+    r"""Holds teacher samples, one FAISS index a class, and finds the nearest of a student's class.
+
+    ``cosine`` scores by :math:`\langle x, y \rangle / (|x| |y|)`. ``kl`` takes logits and scores by
+    :math:`-\mathrm{KL}(p_j \| q_i)` with the teacher's :math:`p_j = \mathrm{softmax}(t_j / T)` and
+    the student's :math:`q_i = \mathrm{softmax}(s_i / T)`. That is an inner product, so the arg-min
+    over the class is an exact search:
+
+    .. math::
+        -\mathrm{KL}(p_j \| q_i) = \langle [\, p_j,\; -\textstyle\sum p_j \log p_j \,],
+        [\, \log q_i,\; 1 \,] \rangle
+
+    Vectors are kept in float32. FAISS proposes candidates in float32; their scores are computed
+    again and ranked in float64, and equal ones stand by id, the lowest first. With ``index="Flat"``
+    on the CPU the result is that of a float64 search over the class: where rounding leaves a doubt,
+    more candidates are asked for. So many equal teachers in a class cost time. Other indexes and
+    the GPU rank exactly what they found, and what they miss stays missed.
+
+    A class too small to train its index (39 vectors a centroid) is searched exactly until it has
+    grown. Every vector is held twice, as given and in its index. The gallery can be pickled and
+    searched inside DataLoader workers, forked or spawned; import torch before faiss for that.
+
+    Args:
+        dim: Width of the vectors; for ``kl`` the number of logits.
+        metric: ``cosine`` or ``kl``.
+        temperature: T > 0, for ``kl`` only; the paper's is 3.
+        index: FAISS factory string of every class's index, ``"IVF1024,Flat"`` for example.
+        parameters: FAISS parameter string for it, ``"nprobe=16"`` for example.
+        device: ``cpu``, or ``cuda[:n]`` where faiss-gpu is installed; vectors stay on the CPU.
+
+    Raises:
+        ValueError: If an argument is out of range, or FAISS refuses ``index`` or ``parameters``.
+        ImportError: If FAISS, or its GPU support for ``cuda``, is not installed.
+
+    References:
+        Wei et al., *Asymmetric Cross-Modal Knowledge Distillation: Bridging Modalities with Weak
+        Semantic Consistency*, AAAI 2026: first matching (cosine), dynamic matching (KL). Search:
+        Douze et al., *The Faiss library*, 2024.
+
+    Example:
+        >>> gallery = RetrievalGallery(2)
+        >>> gallery.add(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([0, 0, 1]))
+        >>> scores, ids = gallery.search(torch.tensor([[1.0, 3.0]]), torch.tensor([0]), k=1)
+        >>> ids
+        tensor([[1]])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        metric: str = "cosine",
+        temperature: float = 3.0,
+        index: str = "Flat",
+        parameters: str = "",
+        device: str = "cpu",
+    ) -> None:
+        self.dim = whole("dim", dim)
+        self._metric = make_metric(metric, temperature)
+        self.metric, self.temperature = metric, float(temperature)
+        self.index, self.parameters, self.device = index, parameters, device
+        self._spec = IndexSpec(self._metric.width(self.dim), index, parameters, str(device))
+        self._classes: dict[int, ClassIndex] = {}
+        self._vectors = Column(torch.empty(0, self.dim, dtype=torch.float32))
+        self._ids = Column(torch.empty(0, dtype=torch.int64))
+        self._features = FeatureStore()
+        self._order: tuple[Tensor, Tensor] | None = None  # ids sorted, and their rows
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"RetrievalGallery(dim={self.dim}, metric={self.metric!r}, index={self.index!r}, "
+            f"samples={len(self)}, classes={len(self._classes)})"
+        )
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """The number of samples by class."""
+        return {label: len(index.rows) for label, index in sorted(self._classes.items())}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether every class has the index that was asked for, none its exact stand-in."""
+        return all(index.is_final for index in self._classes.values())
+
+    def add(
+        self,
+        vectors: Tensor,
+        labels: Tensor,
+        ids: Tensor | None = None,
+        *,
+        features: Features | None = None,
+    ) -> None:
+        """Adds teacher samples.
+
+        Args:
+            vectors: Embeddings, or logits for ``kl``, ``(N, dim)``, any float dtype.
+            labels: Classes ``(N,)``, int64.
+            ids: What ``search`` returns for them, ``(N,)`` int64, >= 0 and never twice. By default
+                they count on from the largest id so far, which is the position in the teacher's
+                data set if all of it is added in order.
+            features: The teacher's features of these samples, kept on the CPU for :meth:`features`
+                (``index`` is not kept: the ids are it). Give them in every call or in none.
+
+        Raises:
+            ValueError: If shapes disagree, a vector is not finite or (for ``cosine``) zero, an id
+                comes twice or is negative, or ``features`` are unlike those of earlier calls.
+            TypeError: If a tensor has the wrong dtype.
+        """
+        vectors = self._checked(vectors, "vectors")
+        count = len(vectors)
+        labels = whole_numbers(labels, "labels", count)
+        ids = self._new_ids(ids, count)
+        self._features.append(self._features.check(features, count, len(self)))
+        rows = torch.arange(len(self), len(self) + count)
+        self._vectors.append(vectors)
+        self._ids.append(ids)
+        self._order = None
+        for label, members in by_class(labels):
+            if label not in self._classes:
+                self._classes[label] = ClassIndex(self._spec)
+            self._classes[label].add(rows[members], self._metric.rows(vectors[members]))
+
+    def search(self, queries: Tensor, labels: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """Finds the ``k`` nearest samples of every query's class, one FAISS call a class.
+
+        Args:
+            queries: ``(Q, dim)``, any float dtype: embeddings, or logits for ``kl``.
+            labels: The class to search for each query, ``(Q,)`` int64.
+            k: How many, >= 1.
+
+        Returns:
+            Scores ``(Q, k)`` float32, best first (cosine in -1..1, or -KL <= 0), and ids ``(Q, k)``
+            int64, on the device of ``queries``. Where the class holds fewer than ``k``, or an
+            inexact index finds fewer, the rest has score -inf and id -1.
+
+        Raises:
+            ValueError: If the gallery or a query's class is empty, a query has another width, is
+                not finite or (for ``cosine``) is zero.
+            TypeError: If a tensor has the wrong dtype.
+        """
+        device = queries.device if isinstance(queries, Tensor) else None
+        queries, labels = self._query(queries, labels)
+        k = whole("k", k)
+        scores = torch.empty(len(queries), k, dtype=torch.float64)
+        ids = torch.empty(len(queries), k, dtype=torch.int64)
+        for label, members in by_class(labels):
+            scores[members], ids[members] = self._classes[label].search(
+                self._metric, queries[members], self._vectors.value, self._ids.value, k
+            )
+        return scores.float().to(device), ids.to(device)
+
+    def scores(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """Returns the exact float64 scores ``(Q, M)`` of queries ``(Q, dim)`` and ids ``(M,)``.
+
+        Raises:
+            ValueError: As :meth:`search`, or if an id is unknown.
+        """
+        device = queries.device if isinstance(queries, Tensor) else None
+        queries = self._checked(queries, "queries")
+        vectors = self._vectors.value[self._rows(ids)]
+        product = self._metric.queries(queries) @ self._metric.rows(vectors).T
+        return product.to(device)
+
+    def ids(self, label: int) -> Tensor:
+        """Returns the ids of a class in rising order, ``(N,)`` int64; none for an unknown class."""
+        if label not in self._classes:
+            return torch.empty(0, dtype=torch.int64)
+        return self._ids.value[self._classes[label].rows].sort().values
+
+    def features(self, ids: Tensor) -> Features:
+        """Returns what :meth:`add` kept of the samples ``ids (M,)``, with the ids as ``index``.
+
+        Raises:
+            ValueError: If an id is unknown or no features were kept.
+        """
+        return self._features.read(self._rows(ids), ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the gallery to one file, atomically, with a version and a checksum."""
+        _file.write(path, self._state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str = "cpu") -> RetrievalGallery:
+        """Reads a gallery that :meth:`save` wrote.
+
+        The checksum tells damage, not malice: load only files that you trust.
+
+        Raises:
+            ValueError: If the file is of another kind or version, cut short, or damaged.
+            FileNotFoundError: If there is none.
+        """
+        gallery = cls.__new__(cls)
+        gallery.__setstate__({**_file.read(path), "device": device})
+        return gallery
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state()
+        for part in state["classes"].values():
+            # Spawned workers take tensors by file descriptor: one that dies meanwhile, as this copy
+            # of the index does, frees its number for the next.
+            part["index"] = part["index"].numpy()
+        return state
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "metric": self.metric,
+            "temperature": self.temperature,
+            "index": self.index,
+            "parameters": self.parameters,
+            "device": self.device,
+            "vectors": self._vectors.value,
+            "ids": self._ids.value,
+            "features": self._features.state(),
+            "classes": {label: index.state() for label, index in self._classes.items()},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = ("metric", "temperature", "index", "parameters", "device")
+        RetrievalGallery.__init__(self, state["dim"], **{name: state[name] for name in names})
+        self._vectors, self._ids = Column(state["vectors"]), Column(state["ids"])
+        self._features = FeatureStore(state["features"])
+        self._classes = {
+            label: ClassIndex.from_state(self._spec, part)
+            for label, part in state["classes"].items()
+        }
+
+    def _checked(self, vectors: Tensor, name: str) -> Tensor:
+        """Returns rows as float32 on the CPU after checking that the metric can score them."""
+        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {describe(vectors)}")
+        if vectors.dim() != 2 or vectors.shape[1] != self.dim:
+            raise ValueError(
+                f"{name} must be (N, {self.dim}), the dim of this gallery, got {describe(vectors)}"
+            )
+        vectors = vectors.detach().float().cpu().contiguous()
+        _refuse(~vectors.isfinite().all(dim=1), name, "hold NaN or infinity")
+        if self.metric == "cosine":
+            _refuse((vectors == 0).all(dim=1), name, "are zero and have no direction")
+        return vectors
+
+    def _query(self, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not len(self):
+            raise ValueError("the gallery is empty: add() teacher samples before a search")
+        queries = self._checked(queries, "queries")
+        labels = whole_numbers(labels, "labels", len(queries))
+        missing = sorted(set(labels.tolist()) - self._classes.keys())
+        if missing:
+            raise ValueError(
+                f"labels name classes without a teacher sample: {missing}; the gallery has "
+                f"{sorted(self._classes)}: leave those students out, or add teachers"
+            )
+        return queries, labels
+
+    def _new_ids(self, ids: Tensor | None, count: int) -> Tensor:
+        if ids is None:
+            start = int(self._ids.value.max()) + 1 if len(self) else 0
+            return torch.arange(start, start + count)
+        ids = whole_numbers(ids, "ids", count)
+        if count and int(ids.min()) < 0:
+            raise ValueError(f"ids must be >= 0 (-1 means none), got {int(ids.min())}")
+        ordered = ids.sort().values
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        double = torch.cat([twice, ids[torch.isin(ids, self._ids.value)]])
+        if len(double):
+            raise ValueError(
+                f"ids must be new and distinct, got again: {double[:5].tolist()}"
+                f"{'...' if len(double) > 5 else ''}"
+            )
+        return ids
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Returns the positions in the gallery of known ids."""
+        ids = whole_numbers(ids, "ids")
+        if self._order is None:
+            self._order = self._ids.value.sort()
+        known, rows = self._order
+        place = torch.searchsorted(known, ids).clamp(max=max(len(known) - 1, 0))
+        wrong = known[place] != ids if len(known) else torch.ones_like(ids, dtype=torch.bool)
+        if wrong.any():
+            raise ValueError(f"ids are not in the gallery: {ids[wrong][:5].tolist()}")
+        return rows[place]
+
+
+def _refuse(bad: Tensor, name: str, what: str) -> None:
+    rows = bad.nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(
+            f"{name} must be finite and usable: {len(rows)} row(s) {what}, "
+            f"rows {rows[:5]}{'...' if len(rows) > 5 else ''}"
+        )
