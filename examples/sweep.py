@@ -10,6 +10,7 @@ in ``<out>/results.json`` and skipped when the same command runs again.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,13 +20,14 @@ from typing import Any
 
 from rich.console import Console
 
-from crossmodal import cli, engine, job, report
-from crossmodal.methods import resolve
-from crossmodal.store import Results, write_atomically
+from crossmodal import cli, report
+from crossmodal.job import Session
+from crossmodal.store import write_atomically
 
 SEM_ONLY: Mapping[str, Any] = {"dcm_1": False, "dcm_2": False}
 DCM_ONLY: Mapping[str, Any] = {"sem_1": False, "sem_2": False}
 LINEAR: Mapping[str, Any] = {"projector": "linear", "center": True}
+MLP: Mapping[str, Any] = {"projector": "mlp", "projector_dim": 512, "center": True}
 
 
 def _sem(weight: float, **options: Any) -> dict[str, Any]:
@@ -51,11 +53,12 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "SEM 5, no projector, centred": ("ds", _sem(5, projector="none", center=True)),
     },
     "gamma": {
-        f"SEM {weight:g}, linear, centred": ("ds", _sem(weight, **LINEAR))
-        for weight in (1, 2, 10, 20)
+        f"SEM {weight:g}, {name}, centred": ("ds", _sem(weight, **kind))
+        for weight in (20, 50, 10)
+        for name, kind in {"MLP": MLP, "linear": LINEAR}.items()
     },
     "lambd": {
-        f"SEM 5, linear, centred, lambd {lambd:g}": ("ds", _sem(5, **LINEAR, lambd=lambd))
+        f"SEM 20, MLP, centred, lambd {lambd:g}": ("ds", _sem(20, **MLP, lambd=lambd))
         for lambd in (0.0, 5e-2, 0.5)
     },
     "dcm": {
@@ -68,15 +71,14 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             "ds",
             _dcm(0.2, cross_sign="align", sigma="median", normalize=False),
         ),
-        "DCM 0.2, align, sigma 2": ("ds", _dcm(0.2, cross_sign="align", sigma=2.0)),
         "DCM 0.2, align, flattened": ("ds", _dcm(0.2, cross_sign="align", pool="flatten")),
     },
     "both": {
-        f"SEM 5, linear, centred + DCM {weight:g}, {sign}": (
+        f"SEM 20, MLP, centred + DCM {weight:g}, {sign}": (
             "ds",
-            {**LINEAR, "gamma": (5.0, weight), "cross_sign": sign},
+            {**MLP, "gamma": (20.0, weight), "cross_sign": sign},
         )
-        for sign, weights in {"separate": (0.02,), "align": (0.02, 0.1, 0.5)}.items()
+        for sign, weights in {"align": (0.02, 0.1, 0.5), "separate": (0.02,)}.items()
         for weight in weights
     },
     "printed": {
@@ -87,56 +89,38 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def main() -> int:
+    """Train what is missing of the candidates; print and write them, the best first."""
+    return cli.reported(_sweep)
+
+
+def _sweep() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--seeds", default="2")
     options, rest = parser.parse_known_args()
-    command = shlex.join(["python", "examples/sweep.py", *sys.argv[1:]])
     console = Console()
-    wanted = cli.parse([*rest, "--seeds", options.seeds], command)
-    out = Path("runs") / f"sweep-{wanted.dataset}" if "--out" not in rest else wanted.out
-    wanted = replace(wanted, evaluate="val", out=out)
-    train, held_out = job.load_splits(wanted)
-    teacher, teacher_settings = job.trained_teacher(wanted, train, console)
-    results = Results(wanted.out)
-    header = {"command": command, "dataset": wanted.dataset}
-    runs = []
+    wanted = cli.parse([*rest, "--seeds", options.seeds])
+    wanted = replace(
+        wanted,
+        evaluate="val",
+        out=wanted.out if "--out" in rest else Path("runs") / f"sweep-{wanted.dataset}",
+        keep_going=True,
+        command=shlex.join(["python", "examples/sweep.py", *sys.argv[1:]]),
+    )
+    session = Session(wanted, console)
     candidates = {k: v for group in options.group for k, v in GROUPS[group].items()}
-    for label, (method, changes) in candidates.items():
-        overrides = {method: changes} if changes else {}
-        for seed in wanted.seeds:
-            needed = teacher_settings if resolve(method).parts else None
-            settings = job.student_settings(wanted, train, seed, needed) | {"options": changes}
-            done = results.find(label, seed, settings)
-            if done is None:
-                config = replace(wanted.config, seed=seed)
-                outcome = engine.distil(
-                    method, wanted.student, teacher, train, config, options=overrides,
-                    console=console,
-                )  # fmt: skip
-                accuracy = engine.evaluate(
-                    outcome.model,
-                    held_out,
-                    modality="poor",
-                    statistics=train.statistics,
-                    device=config.device,
-                )
-                done = {
-                    "method": label,
-                    "seed": seed,
-                    "accuracy": accuracy,
-                    "terms": outcome.terms,
-                    "config": settings,
-                }
-                results.add(done, header=header)
-            console.print(f"{label} seed {seed}: {done['accuracy']:.2f} %")
-            runs.append(done)
-    rows = sorted(report.rows(runs), key=lambda row: -row.mean)
+    rows = report.rows(
+        [
+            session.run_student(method, seed, options=changes, label=label)
+            for label, (method, changes) in candidates.items()
+            for seed in wanted.seeds
+        ]
+    )
+    rows.sort(key=lambda row: -row.mean if row.accuracies else math.inf)
     title = f"{wanted.dataset}, validation accuracy on poor images, student {wanted.student}"
-    text = report.markdown(rows, None, title=title, command=command)
+    text = report.markdown(rows, None, title=title, command=wanted.command)
     write_atomically(wanted.out / "results.md", lambda path: path.write_text(text))
     console.print(text)
-    return 0
 
 
 if __name__ == "__main__":

@@ -67,7 +67,10 @@ class Batches:
         self.size = tuple(pairs.clean.shape[-2:])
         self._amount = pairs.amount if fresh_noise else None
         self._clean = self._stored(pairs.clean)
-        self._poor = self._clean if fresh_noise else self._stored(pairs.poor)
+        # One modality alone comes as both: it is stored, cropped and normalised once.
+        self._single = pairs.poor is pairs.clean and not fresh_noise
+        shared = fresh_noise or self._single
+        self._poor = self._clean if shared else self._stored(pairs.poor)
         self._labels = pairs.labels.to(self.device)
         self._mean = statistics.mean.to(self.device)
         self._std = statistics.std.to(self.device)
@@ -88,18 +91,22 @@ class Batches:
         )
         for number in range(len(self)):
             start = number * self.batch_size
-            yield self._batch(order[start : start + self.batch_size])
+            yield self.take(order[start : start + self.batch_size])
 
     def _stored(self, images: Tensor) -> Tensor:
         # Channels last, border in place: a crop is then one gather, already in channels_last.
         padded = F.pad(images, (self.pad,) * 4)
         return padded.permute(0, 2, 3, 1).contiguous().to(self.device)
 
-    def _batch(self, rows: Tensor) -> Batch:
+    def take(self, rows: Tensor) -> Batch:
+        """The batch of these rows, newly cropped."""
         ys, xs = self._crops(len(rows))
         rows = rows.to(self.device)
         at = (rows.view(-1, 1, 1), ys.unsqueeze(2), xs.unsqueeze(1))
         clean = self._clean[at]
+        if self._single:
+            images = self._normalised(clean)
+            return Batch(images, images, self._labels[rows], rows)
         if self._amount is None:
             poor = self._poor[at]
         else:

@@ -1,21 +1,26 @@
-"""The command line of ``train.py``."""
+"""The command lines of ``train.py`` and ``compare.py``."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
-from crossmodal import job
+from crossmodal import comparison, job, outputs
 from crossmodal.data import DATA_SETS, data_set
 from crossmodal.engine import Config
-from crossmodal.methods import METHODS
+from crossmodal.registry import METHODS
+from crossmodal.report import Row
+from crossmodal.unpaired import recipes
+
+TRAINED = ("alone", "kd", "ds")  # train.py's methods, where none are named
 
 _T = TypeVar("_T")
 
@@ -24,11 +29,24 @@ _OURS = ("crossmodal", "structkd")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; returns 0, or 2 after one line on stderr for input that cannot work."""
+    """``train.py``: returns 0, or 2 after one line on stderr for input that cannot work."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = shlex.join(["python", "examples/train.py", *given])
+    if set(given) & set(recipes.names()):
+        from crossmodal.unpaired import cli as unpaired  # it reads its options with this module
+
+        return reported(lambda: unpaired.run(given))
+    return _run("train.py", TRAINED, outputs.write, given)
+
+
+def compare(arguments: Sequence[str] | None = None) -> int:
+    """``compare.py``: the same job over all methods, with the paper's column in its table."""
+    return _run("compare.py", comparison.EVERYTHING, comparison.write, arguments, keep_going=True)
+
+
+def reported(action: Callable[[], object]) -> int:
+    """Run a script's action; returns 0, or 2 after one line for an error raised on purpose."""
     try:
-        job.run(parse(given, command), Console())
+        action()
     except (ValueError, TypeError, FloatingPointError) as error:
         if not _on_purpose(error):
             raise
@@ -37,11 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str], command: str = "") -> job.Job:
+def _run(
+    script: str,
+    methods: Sequence[str],
+    write: Callable[[job.Session, list[Row], Console], None],
+    arguments: Sequence[str] | None,
+    *,
+    keep_going: bool = False,
+) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def action() -> None:
+        console = Console()
+        wanted = replace(parse(given, script=script, methods=methods), keep_going=keep_going)
+        session, rows = job.run(wanted, console)
+        write(session, rows, console)
+
+    return reported(action)
+
+
+def parse(
+    arguments: Sequence[str], *, script: str = "train.py", methods: Sequence[str] = TRAINED
+) -> job.Job:
     """Turn command-line arguments into a job; the data set's recipe fills what is not given."""
-    options = _parser().parse_args(arguments)
+    options = _parser(script, methods).parse_args(arguments)
     recipe = data_set(options.dataset).recipe
-    device = _device(options.device)
+    device = device_of(options.device)
 
     def given(value: _T | None, default: _T) -> _T:
         return default if value is None else value
@@ -64,7 +103,7 @@ def parse(arguments: Sequence[str], command: str = "") -> job.Job:
         limit=options.limit,
         amount=given(options.amount, recipe.amount),
         methods=_methods(options.method),
-        seeds=_seeds(options.seeds),
+        seeds=seeds_of(options.seeds),
         teacher=options.teacher or recipe.teacher,
         student=options.student or recipe.student,
         teacher_config=Config(epochs=teacher_epochs, **common),
@@ -72,15 +111,14 @@ def parse(arguments: Sequence[str], command: str = "") -> job.Job:
         evaluate=options.evaluate,
         out=options.out or Path("runs") / options.dataset,
         fresh=options.fresh,
-        command=command,
+        command=shlex.join(["python", f"examples/{script}", *arguments]),
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(script: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a teacher on clean images, and students on noisy ones: alone, "
-        "with KD, with DS.",
+        prog=script,
+        description="Train a teacher on clean images, and students on noisy ones by each method.",
         epilog="What is not given comes from the data set's recipe. Finished runs are kept and "
         "skipped when the same command runs again.",
     )
@@ -90,10 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch the data set into --data")
     add(
         "--method",
+        "--methods",
         nargs="+",
-        default=["alone", "kd", "ds"],
+        default=list(methods),
         metavar="NAME",
-        help=f"{', '.join(METHODS)}, or sums such as kd+ds (default: alone kd ds)",
+        help=f"{', '.join(METHODS)}, or sums such as kd+ds (default: {' '.join(methods)})",
     )
     add("--teacher", metavar="NAME", help="a timm model, or one of ours such as resnet32x4")
     add("--student", metavar="NAME", help="likewise")
@@ -130,7 +169,8 @@ def _methods(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _seeds(given: str) -> tuple[int, ...]:
+def seeds_of(given: str) -> tuple[int, ...]:
+    """``--seeds``: a count, or a list."""
     try:
         numbers = [int(part) for part in given.split(",")]
     except ValueError:
@@ -143,7 +183,8 @@ def _seeds(given: str) -> tuple[int, ...]:
     return seeds
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """``--device``: ``auto`` resolved, others tried."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -61,7 +61,7 @@ class ImagePairs:
         # One channel at a time: float64 of the whole set would be eight times its size.
         means = torch.stack([channel.double().mean() for channel in pixels])
         stds = torch.stack([channel.double().std() for channel in pixels])
-        return Statistics(means.float(), stds.clamp_min(1.0).float())
+        return Statistics(means.float(), torch.where(stds > 0, stds, 1.0).float())
 
     @cached_property
     def fingerprint(self) -> str:

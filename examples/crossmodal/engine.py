@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,28 @@ from torch import Tensor, nn
 
 from crossmodal import models
 from crossmodal.batches import Batch, Batches
-from crossmodal.data import ImagePairs, Statistics
-from crossmodal.methods import Options, Plan, Setup, resolve, stages
+from crossmodal.data import ImagePairs
+from crossmodal.methods import Options, Plan, described, resolve
 from crossmodal.progress import RunningMeans, progress_bar, shown
+from crossmodal.registry import Setup
+from crossmodal.stages import stages
 from structkd import FeatureCapture, Features
 from structkd.criteria.base import Criterion
 
-Modality = Literal["clean", "poor"]
-Step = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+Step = Callable[[Batch], tuple[Tensor | None, dict[str, Tensor]]]
 
 _SHOW_EVERY = 20  # steps between two looks at the running means: each look waits for the device
 _CRITERION_SEED = (
     1_000_000  # apart from the students' seeds, so that these start alike in all methods
 )
+
+
+class Passes(Protocol):
+    """What training reads: batches of one epoch at every pass, a new pass every epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,12 @@ class Config:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
 
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """SGD; a subclass may choose another."""
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -80,7 +95,7 @@ class Outcome:
         model: the network, hooks removed.
         loss: what was minimised, the sum of ``terms``.
         terms: the loss's parts by name, weights included.
-        train_accuracy: in percent, on the augmented images while training.
+        train_accuracy: in percent, on the augmented images while training; NaN without logits.
         seconds: of training.
     """
 
@@ -95,13 +110,13 @@ def train_teacher(
     name: str, pairs: ImagePairs, config: Config, *, console: Console | None = None
 ) -> Outcome:
     """Train a network on the clean images with cross-entropy alone."""
-    model = _fresh_model(name, pairs, config)
+    model = fresh_model(name, pairs, config)
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model(batch.clean)
         return logits, {"CE": F.cross_entropy(logits.float(), batch.target)}
 
-    return _train(f"teacher {name}", model, None, step, _batches(pairs, config), config, console)
+    return minimise(f"teacher {name}", model, None, step, _batches(pairs, config), config, console)
 
 
 def distil(
@@ -134,8 +149,44 @@ def distil(
     plan = resolve(method, options)
     if plan.parts and teacher is None:
         raise ValueError(f"method {method!r} needs a teacher, got None")
-    model = _fresh_model(student, pairs, config)
-    batches = _batches(pairs, config)
+    model = fresh_model(student, pairs, config)
+    return follow(
+        plan,
+        model,
+        teacher,
+        _batches(pairs, config),
+        _example(pairs, config),
+        _setup(pairs, config),
+        config,
+        console=console,
+    )
+
+
+def follow(
+    plan: Plan,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: Passes,
+    example: Batch,
+    setup: Setup,
+    config: Config,
+    *,
+    console: Console | None = None,
+) -> Outcome:
+    """Train a given student by a plan on any batches: ``distil`` where those are not pairs.
+
+    ``batch.poor`` goes to the student and ``batch.clean`` to the teacher.
+
+    Args:
+        plan: the criterion and the weight of the cross-entropy.
+        model: the student, on ``config.device``.
+        teacher: the trained teacher; None only where the plan has no parts.
+        batches: a new pass every epoch.
+        example: a batch to build the criterion from.
+        setup: what the criterion is told of the data.
+        config: the schedule.
+        console: where the progress bar goes; None for none.
+    """
     label = f"{plan.name} seed {config.seed}"
     with ExitStack() as hooks:
         if teacher is None or not plan.parts:
@@ -144,12 +195,12 @@ def distil(
                 logits = model(batch.poor)
                 return logits, {"CE": plan.supervision * F.cross_entropy(logits, batch.target)}
 
-            return _train(label, model, None, alone, batches, config, console)
+            return minimise(label, model, None, alone, batches, config, console)
 
         teacher.to(config.device).eval().requires_grad_(False)
         student_capture = hooks.enter_context(_capture(model, plan))
         teacher_capture = hooks.enter_context(_capture(teacher, plan))
-        criterion = _criterion(plan, student_capture, teacher_capture, pairs, config)
+        criterion = _criterion(plan, student_capture, teacher_capture, example, setup, config)
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
@@ -159,51 +210,39 @@ def distil(
             terms = {"CE": plan.supervision * F.cross_entropy(logits.float(), batch.target)}
             return logits, terms | criterion.terms(feats_s, feats_t, batch.target)
 
-        return _train(label, model, criterion, step, batches, config, console)
+        return minimise(label, model, criterion, step, batches, config, console)
 
 
-def evaluate(
-    model: nn.Module,
-    pairs: ImagePairs,
-    *,
-    modality: Modality,
-    statistics: Statistics,
-    device: str = "cpu",
-) -> float:
-    """Accuracy in percent on one modality; ``statistics`` are those of the training images."""
-    model.to(device).eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.no_grad():
-        for batch in Batches(pairs, 256, statistics=statistics, device=device):
-            images = batch.clean if modality == "clean" else batch.poor
-            correct += (model(images).argmax(1) == batch.target).sum()
-    return 100.0 * int(correct) / len(pairs)
+def describe(
+    plan: Plan, student: str, teacher: nn.Module, pairs: ImagePairs, config: Config
+) -> dict[str, Any]:
+    """What a method minimises, down to every option of its criterion; plain JSON values.
+
+    The criterion is built to read its defaults: a default that changes changes the description.
+
+    Raises:
+        ValueError: the criterion does not fit these networks.
+    """
+    model = fresh_model(student, pairs, config)
+    return describe_plan(
+        plan, model, teacher, _example(pairs, config), _setup(pairs, config), config
+    )
 
 
-def capture_features(
-    model: nn.Module,
-    pairs: ImagePairs,
-    *,
-    modality: Modality,
-    statistics: Statistics,
-    device: str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, D) and the mean-pooled last stage but one (N, C) of all images, on the CPU."""
-    model.to(device).eval()
-    names = stages(models.stage_names(model), "one")
-    embeddings, pooled = [], []
-    with FeatureCapture(model, intermediate=names) as capture, torch.no_grad():
-        for batch in Batches(pairs, 256, statistics=statistics, device=device):
-            feats = capture(batch.clean if modality == "clean" else batch.poor)
-            if feats.embedding is None:
-                raise ValueError(f"{type(model).__name__} has no classifier to read embeddings at")
-            embeddings.append(feats.embedding.cpu())
-            (stage,) = feats.intermediate
-            pooled.append(stage.mean((2, 3) if stage.ndim == 4 else 1).cpu())
-    return torch.cat(embeddings), torch.cat(pooled)
+def describe_plan(
+    plan: Plan, model: nn.Module, teacher: nn.Module, example: Batch, setup: Setup, config: Config
+) -> dict[str, Any]:
+    """``describe`` for what ``follow`` is given."""
+    if not plan.parts:
+        return {"supervision": plan.supervision}
+    teacher.to(config.device).eval()
+    with _capture(model, plan) as student_capture, _capture(teacher, plan) as teacher_capture:
+        criterion = _criterion(plan, student_capture, teacher_capture, example, setup, config)
+    return {"supervision": plan.supervision, **described(criterion)}
 
 
-def _fresh_model(name: str, pairs: ImagePairs, config: Config) -> nn.Module:
+def fresh_model(name: str, pairs: ImagePairs, config: Config) -> nn.Module:
+    """A network of that name for these images, its weights drawn by ``config.seed``."""
     torch.manual_seed(config.seed)
     in_chans = pairs.clean.shape[1]
     model = models.create(name, num_classes=len(pairs.classes), in_chans=in_chans)
@@ -224,6 +263,14 @@ def _batches(pairs: ImagePairs, config: Config) -> Batches:
     )
 
 
+def _example(pairs: ImagePairs, config: Config) -> Batch:
+    return next(iter(Batches(pairs, 2, statistics=pairs.statistics, device=config.device)))
+
+
+def _setup(pairs: ImagePairs, config: Config) -> Setup:
+    return Setup(len(pairs.classes), len(pairs), min(config.batch_size, len(pairs)))
+
+
 def _capture(model: nn.Module, plan: Plan) -> FeatureCapture:
     return FeatureCapture(model, intermediate=stages(models.stage_names(model), plan.layers))
 
@@ -238,39 +285,33 @@ def _criterion(
     plan: Plan,
     student: FeatureCapture,
     teacher: FeatureCapture,
-    pairs: ImagePairs,
+    example: Batch,
+    setup: Setup,
     config: Config,
 ) -> Criterion:
     """Build the criterion from an example batch; evaluation mode leaves batch statistics alone."""
-    example = next(iter(Batches(pairs, 2, statistics=pairs.statistics, device=config.device)))
     student.module.eval()
     with torch.no_grad():
         feats_s, feats_t = student(example.poor), teacher(example.clean)
     torch.manual_seed(_CRITERION_SEED + config.seed)
-    steps = config.epochs * max(len(pairs) // config.batch_size, 1)
-    criterion = plan.build(feats_s, feats_t, Setup(len(pairs.classes), len(pairs), steps))
+    criterion = plan.build(feats_s, feats_t, setup)
     if criterion is None:
         raise ValueError(f"method {plan.name!r} has no criterion")
     return criterion.to(config.device)
 
 
-def _train(
+def minimise(
     label: str,
     model: nn.Module,
     criterion: Criterion | None,
     step: Step,
-    batches: Batches,
+    batches: Passes,
     config: Config,
     console: Console | None,
 ) -> Outcome:
-    """SGD with a cosine schedule over ``step``'s summed terms; returns the last epoch's means."""
+    """A cosine schedule over ``step``'s summed terms; returns the last epoch's means."""
     heads = [] if criterion is None else list(criterion.parameters())
-    optimizer = torch.optim.SGD(
-        [*model.parameters(), *heads],
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = config.optimizer([*model.parameters(), *heads])
     total = config.epochs * len(batches)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, config.final_lr)
     autocast = torch.autocast(
@@ -294,8 +335,7 @@ def _train(
                 lr = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 scheduler.step()
-                hits = (logits.detach().argmax(1) == batch.target).float().mean()
-                running.add({"loss": loss, **terms, "accuracy": 100 * hits})
+                running.add({"loss": loss, **terms, **_hits(logits, batch)})
                 if number % _SHOW_EVERY == 0 or number == len(batches):
                     means = running.read()
                     text = f"epoch {epoch}/{config.epochs}  lr {lr:.4f}  {shown(means)}"
@@ -305,6 +345,23 @@ def _train(
                     f"{label}: the loss of epoch {epoch} is not finite ({shown(means)}); "
                     "fix: a smaller --lr, or --precision fp32"
                 )
+            if criterion is not None:
+                _step_epoch(criterion)
     seconds = time.perf_counter() - started
-    total_loss, accuracy = means.pop("loss"), means.pop("accuracy")
+    total_loss, accuracy = means.pop("loss"), means.pop("accuracy", math.nan)
     return Outcome(model, total_loss, means, accuracy, seconds)
+
+
+def _hits(logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+    """The accuracy in percent, where there are logits to tell it."""
+    if logits is None:
+        return {}
+    return {"accuracy": 100 * (logits.detach().argmax(1) == batch.target).float().mean()}
+
+
+def _step_epoch(criterion: Criterion) -> None:
+    """Tells every criterion that counts epochs that one is over."""
+    for module in criterion.modules():
+        step = getattr(module, "step_epoch", None)
+        if step is not None:
+            step()

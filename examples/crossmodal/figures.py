@@ -18,7 +18,7 @@ from crossmodal.store import write_atomically
 from structkd.diagnostics import effective_rank, self_similarity
 
 # Paul Tol's "muted" scheme: ten hues that stay apart for colour-blind readers.
-_CLASSES = (
+PALETTE = (
     "#332288",
     "#88CCEE",
     "#44AA99",
@@ -46,11 +46,20 @@ _STYLE: Any = {
 def draw_accuracy(
     methods: Sequence[Row], teacher: Teacher | None, path: Path, *, title: str
 ) -> None:
-    """Every seed a dot, with mean and standard deviation a method; the teacher in the caption."""
+    """Every seed a dot, with mean and standard deviation a method; the teacher in the caption.
+
+    A method that failed with every seed keeps its place and says so.
+    """
     width = max(4.8, 1.2 + 0.8 * len(methods))
-    with _figure(path, (width, 3.4)) as figure:
+    with drawing(path, (width, 3.4)) as figure:
         axes = figure.subplots()
         for place, row in enumerate(methods):
+            if not row.accuracies:
+                axes.text(
+                    place, 0.5, "failed", transform=axes.get_xaxis_transform(), ha="center",
+                    rotation=90,
+                )  # fmt: skip
+                continue
             colour = _ALONE if row.method == BASELINE else _DISTILLED
             axes.errorbar(
                 place, row.mean, yerr=row.std, fmt="_", color=_INK, capsize=4, markersize=18
@@ -64,7 +73,7 @@ def draw_accuracy(
                 linewidths=0,
             )
             axes.annotate(
-                row.accuracy,
+                row.accuracy.replace(" ± ", "\n± "),
                 (place, max([*row.accuracies, row.mean + (row.std or 0)])),
                 xytext=(0, 6),
                 textcoords="offset points",
@@ -89,7 +98,7 @@ def draw_accuracy(
 
 def draw_self_similarity(embeddings: Mapping[str, Tensor], path: Path) -> None:
     """The paper's Fig. 2(a-b): |cosine| between the channels of each network's output embedding."""
-    with _figure(path, (3.0 * len(embeddings) + 0.6, 3.4)) as figure:
+    with drawing(path, (3.0 * len(embeddings) + 0.6, 3.4)) as figure:
         panels = figure.subplots(1, len(embeddings), squeeze=False)[0]
         for axes, (name, embedding) in zip(panels, embeddings.items(), strict=True):
             matrix = self_similarity(embedding).abs()
@@ -113,10 +122,10 @@ def draw_tsne(
     """The paper's Fig. 2(c-d): t-SNE of each network's pooled intermediate features, by class."""
     from sklearn.manifold import TSNE
 
-    many = len(classes) > len(_CLASSES)
-    palette = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(classes))) if many else _CLASSES
+    many = len(classes) > len(PALETTE)
+    palette = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(classes))) if many else PALETTE
     colours = [palette[label] for label in labels.tolist()]
-    with _figure(path, (3.0 * len(features), 3.5)) as figure:
+    with drawing(path, (3.0 * len(features), 3.5)) as figure:
         panels = figure.subplots(1, len(features), squeeze=False)[0]
         for axes, (name, rows) in zip(panels, features.items(), strict=True):
             perplexity = min(30.0, (len(rows) - 1) / 3)
@@ -141,7 +150,8 @@ def _wrapped(text: str, inches: float) -> str:
 
 
 @contextmanager
-def _figure(path: Path, inches: tuple[float, float]) -> Iterator[Figure]:
+def drawing(path: Path, inches: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of this size in the common style, written when the block is left."""
     # Figure itself, not pyplot: no global state, no window, the Agg canvas whatever the machine.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=inches, layout="constrained")

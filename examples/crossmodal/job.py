@@ -1,31 +1,29 @@
-"""The main job: one teacher, students by method and seed, then the report."""
+"""The main job: one teacher, students by method and seed, each finished run stored at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
 import structkd
-from crossmodal import engine, figures, models, report
+from crossmodal import engine, evaluation, models, report
 from crossmodal.data import ImagePairs, load
 from crossmodal.engine import Config
 from crossmodal.methods import resolve
-from crossmodal.sources import stratified
-from crossmodal.store import Checkpoint, Results, key, write_atomically
+from crossmodal.store import Checkpoint, Results, key
 
-_FIGURE_IMAGES = 1000  # t-SNE of more takes minutes and shows less
 _NO_PART_OF_A_RESULT = ("device",)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one call of ``train.py`` asks for.
+    """Everything that one call of a script asks for.
 
     Attributes:
         dataset, data_dir, download, limit, amount: as ``data.load`` takes them.
@@ -36,6 +34,7 @@ class Job:
         evaluate: ``test`` (training on all of train), or ``val`` (training on the rest of it).
         out: folder for checkpoints, results and figures.
         fresh: train students again that ``results.json`` already has.
+        keep_going: store a student whose loss stops being finite as failed, and go on.
         command: the command line, for the record.
     """
 
@@ -53,66 +52,187 @@ class Job:
     limit: int | None = None
     evaluate: str = "test"
     fresh: bool = False
+    keep_going: bool = False
     command: str = ""
 
 
-def run(job: Job, console: Console) -> list[report.Row]:
-    """Train what is missing, write results.json, results.md and the figures, print the table."""
-    plans = {resolve(name).name: resolve(name) for name in job.methods}
-    train, held_out = load_splits(job)
-    results = Results(job.out)
-    teacher, teacher_settings = trained_teacher(job, train, console)
-    statistics, device = train.statistics, job.config.device
-    clean, poor = (
-        engine.evaluate(teacher, held_out, modality=m, statistics=statistics, device=device)
-        for m in ("clean", "poor")
-    )
-    facts = report.Teacher(job.teacher, clean, poor)
+class Session:
+    """A job under way: its images, its trained teacher, its results file.
+
+    Opening one reads the images and the results and trains the teacher if no checkpoint has it.
+
+    Attributes:
+        job: what was asked for.
+        train, held_out: the images to train on and to evaluate on.
+        teacher: the trained teacher.
+    """
+
+    def __init__(self, job: Job, console: Console) -> None:
+        self.job, self.console = job, console
+        self.train, self.held_out = _load_splits(job)
+        self._results = Results(job.out)
+        self.teacher, self._teacher_settings = _trained_teacher(job, self.train, console)
+        self._losses: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def facts(self) -> report.Teacher:
+        """The teacher's accuracy on both modalities."""
+        clean, poor = (self._accuracy(self.teacher, modality) for modality in ("clean", "poor"))
+        return report.Teacher(self.job.teacher, clean, poor)
+
+    def run_student(
+        self,
+        method: str,
+        seed: int,
+        *,
+        options: Mapping[str, Any] | None = None,
+        label: str | None = None,
+        keep: bool = False,
+    ) -> dict[str, Any]:
+        """One student: from the results file if these settings are there, else trained and stored.
+
+        Args:
+            method: a name for ``methods.resolve``.
+            seed: of the student.
+            options: keywords of the criterion, for a method that is no sum.
+            label: what the run is called in the results; the method's name by default.
+            keep: keep the student's weights in a checkpoint.
+
+        Returns:
+            The stored run. One with ``failed`` in it has no accuracy: only with ``job.keep_going``.
+
+        Raises:
+            FloatingPointError: the loss is not finite, and the job is not to keep going.
+        """
+        job, label = self.job, label or method
+        settings = self.settings(method, seed, options)
+        checkpoint = self.checkpoint(label, seed, settings)
+        done = self._results.find(label, seed, settings)
+        if done is not None and not job.fresh and self._whole(done, checkpoint if keep else None):
+            self.console.print(f"{label} seed {seed}: {_outcome(done)} (finished before)")
+            return done
+        done = {"method": label, "seed": seed, "device": job.config.device, "config": settings}
+        try:
+            done |= self._distil(method, seed, options, checkpoint if keep else None)
+        except FloatingPointError as error:
+            if not job.keep_going:
+                raise
+            done["failed"] = str(error)
+        self._results.add(done, header=self.header)
+        took = f" ({done['seconds']:.0f} s)" if "seconds" in done else ""
+        self.console.print(f"{label} seed {seed}: {_outcome(done)}{took}")
+        return done
+
+    def _whole(self, run: dict[str, Any], checkpoint: Checkpoint | None) -> bool:
+        """Whether a stored run is all that this job wants of it."""
+        if "failed" in run:  # nothing is random: it would fail again
+            return self.job.keep_going
+        return checkpoint is None or checkpoint.path.exists()
+
+    def settings(
+        self, method: str, seed: int, options: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """All that a student's result depends on; plain JSON values."""
+        job, train = self.job, self.train
+        return {
+            "model": job.student,
+            "dataset": job.dataset,
+            "images": train.fingerprint,
+            "amount": train.amount,
+            "samples": len(train),
+            "evaluate": job.evaluate,
+            "structkd": structkd.__version__,
+            "teacher": self._teacher_key(method),
+            "training": training_settings(replace(job.config, seed=seed)),
+            "loss": self._loss(method, options),
+        }
+
+    def checkpoint(self, label: str, seed: int, settings: dict[str, Any]) -> Checkpoint:
+        """Where a student's weights lie, or would."""
+        return Checkpoint(self.job.out, f"student-{label}-seed{seed}", settings)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What stands above the runs in the results file."""
+        job = self.job
+        return {"command": job.command, "dataset": job.dataset, "teacher": asdict(self.facts)}
+
+    def close(self) -> None:
+        """Write the results with this call's header, also where nothing was trained."""
+        self._results.write(self.header)
+
+    def _teacher_key(self, method: str) -> str | None:
+        if not resolve(method).parts:
+            return None
+        return f"{self.job.teacher}-{key(self._teacher_settings)}"
+
+    def _loss(self, method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        plan = resolve(method, {method: options} if options else None)
+        known = f"{plan.name} {sorted((options or {}).items())}"
+        if known not in self._losses:
+            job = self.job
+            self._losses[known] = engine.describe(
+                plan, job.student, self.teacher, self.train, job.config
+            )
+        return self._losses[known]
+
+    def _distil(
+        self,
+        method: str,
+        seed: int,
+        options: Mapping[str, Any] | None,
+        checkpoint: Checkpoint | None,
+    ) -> dict[str, Any]:
+        job = self.job
+        outcome = engine.distil(
+            method,
+            job.student,
+            self.teacher,
+            self.train,
+            replace(job.config, seed=seed),
+            options={method: options} if options else None,
+            console=self.console,
+        )
+        if checkpoint is not None:
+            checkpoint.save(outcome.model)
+        return {
+            "accuracy": self._accuracy(outcome.model, "poor"),
+            "loss": outcome.loss,
+            "terms": outcome.terms,
+            "train_accuracy": outcome.train_accuracy,
+            "seconds": round(outcome.seconds, 2),
+        }
+
+    def _accuracy(self, model: nn.Module, modality: evaluation.Modality) -> float:
+        return evaluation.evaluate(
+            model,
+            self.held_out,
+            modality=modality,
+            statistics=self.train.statistics,
+            device=self.job.config.device,
+        )
+
+
+def run(job: Job, console: Console) -> tuple[Session, list[report.Row]]:
+    """Train the teacher and the students that are missing; one row a method, in their order."""
+    names = list(dict.fromkeys(resolve(name).name for name in job.methods))
+    session = Session(job, console)
+    facts = session.facts
     console.print(
-        f"teacher {job.teacher}: {clean:.2f} % on clean images, {poor:.2f} % on poor ones"
+        f"teacher {job.teacher}: {facts.clean:.2f} % on clean images, {facts.poor:.2f} % on poor"
     )
-    header = {"command": job.command, "dataset": job.dataset, "teacher": asdict(facts)}
-    runs = []
-    for name, plan in plans.items():
-        for seed in job.seeds:
-            settings = student_settings(job, train, seed, teacher_settings if plan.parts else None)
-            checkpoint = Checkpoint(job.out, f"student-{name}-seed{seed}", settings)
-            keep = seed == job.seeds[0]
-            done = results.find(name, seed, settings)
-            if done is None or job.fresh or (keep and not checkpoint.path.exists()):
-                config = replace(job.config, seed=seed)
-                outcome = engine.distil(name, job.student, teacher, train, config, console=console)
-                if keep:
-                    checkpoint.save(outcome.model)
-                accuracy = engine.evaluate(
-                    outcome.model, held_out, modality="poor", statistics=statistics, device=device
-                )
-                done = {
-                    "method": name,
-                    "seed": seed,
-                    "accuracy": accuracy,
-                    "loss": outcome.loss,
-                    "terms": outcome.terms,
-                    "train_accuracy": outcome.train_accuracy,
-                    "seconds": round(outcome.seconds, 2),
-                    "device": device,
-                    "config": settings,
-                }
-                results.add(done, header=header)
-                console.print(f"{name} seed {seed}: {accuracy:.2f} % ({outcome.seconds:.0f} s)")
-            else:
-                console.print(f"{name} seed {seed}: {done['accuracy']:.2f} % (finished before)")
-            runs.append(done)
-    results.write(header)
-    rows = report.rows(runs)
-    _report(job, rows, facts, console)
-    _draw(job, train, held_out, teacher, teacher_settings, rows, facts)
-    console.print(f"results, table and figures: {job.out}")
-    return rows
+    for name in names:
+        session.settings(name, job.seeds[0])  # what does not fit these networks fails here
+    runs = [
+        session.run_student(name, seed, keep=seed == job.seeds[0])
+        for name in names
+        for seed in job.seeds
+    ]
+    session.close()
+    return session, report.rows(runs)
 
 
-def load_splits(job: Job) -> tuple[ImagePairs, ImagePairs]:
-    """The training images and the held-out ones that the job evaluates on."""
+def _load_splits(job: Job) -> tuple[ImagePairs, ImagePairs]:
     train, held_out = (
         load(
             job.dataset,
@@ -127,119 +247,33 @@ def load_splits(job: Job) -> tuple[ImagePairs, ImagePairs]:
     return train, held_out
 
 
-def trained_teacher(
-    job: Job, train: ImagePairs, console: Console | None
+def _trained_teacher(
+    job: Job, train: ImagePairs, console: Console
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher from its checkpoint, or trained and saved, with the settings it depends on."""
     settings = {
         "model": job.teacher,
         "dataset": job.dataset,
         "images": train.fingerprint,
-        "training": _training(job.teacher_config),
+        "training": training_settings(job.teacher_config),
     }
     checkpoint = Checkpoint(job.out, "teacher", settings)
     in_chans = train.clean.shape[1]
     model = models.create(job.teacher, num_classes=len(train.classes), in_chans=in_chans)
     models.on_device(model, job.config.device)
     if checkpoint.load_into(model):
-        if console is not None:
-            console.print(f"teacher read from {checkpoint.path}")
+        console.print(f"teacher read from {checkpoint.path}")
         return model, settings
     outcome = engine.train_teacher(job.teacher, train, job.teacher_config, console=console)
     checkpoint.save(outcome.model, seconds=outcome.seconds)
-    if console is not None:
-        console.print(f"teacher {job.teacher} trained in {outcome.seconds:.0f} s")
+    console.print(f"teacher {job.teacher} trained in {outcome.seconds:.0f} s")
     return outcome.model, settings
 
 
-def _training(config: Config) -> dict[str, Any]:
+def training_settings(config: Config) -> dict[str, Any]:
+    """The part of a schedule that a result depends on."""
     return {k: v for k, v in asdict(config).items() if k not in _NO_PART_OF_A_RESULT}
 
 
-def student_settings(
-    job: Job, train: ImagePairs, seed: int, teacher: dict[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "model": job.student,
-        "dataset": job.dataset,
-        "images": train.fingerprint,
-        "amount": train.amount,
-        "samples": len(train),
-        "evaluate": job.evaluate,
-        "structkd": structkd.__version__,
-        "teacher": None if teacher is None else f"{teacher['model']}-{key(teacher)}",
-        "training": _training(replace(job.config, seed=seed)),
-    }
-
-
-def _report(
-    job: Job, rows: Sequence[report.Row], teacher: report.Teacher, console: Console
-) -> None:
-    title = _title(job)
-    console.print(report.table(rows, teacher, title=title))
-    text = report.markdown(rows, teacher, title=title, command=job.command)
-    write_atomically(job.out / "results.md", lambda path: path.write_text(text))
-
-
-def _title(job: Job) -> str:
-    held_out = "validation" if job.evaluate == "val" else "test"
-    return f"{job.dataset}, {held_out} accuracy on poor images, student {job.student}"
-
-
-def _draw(
-    job: Job,
-    train: ImagePairs,
-    held_out: ImagePairs,
-    teacher: nn.Module,
-    teacher_settings: dict[str, Any],
-    rows: Sequence[report.Row],
-    facts: report.Teacher,
-) -> None:
-    figures.draw_accuracy(rows, facts, job.out / "accuracy.png", title=_title(job))
-    shown = first_images(held_out, _FIGURE_IMAGES)
-    networks: dict[str, tuple[nn.Module, engine.Modality]] = {
-        f"teacher ({job.teacher}, clean)": (teacher, "clean")
-    }
-    for method in _figure_methods([row.method for row in rows]):
-        student = models.create(
-            job.student, num_classes=len(train.classes), in_chans=train.clean.shape[1]
-        )
-        needed = teacher_settings if resolve(method).parts else None
-        seed = job.seeds[0]
-        settings = student_settings(job, train, seed, needed)
-        Checkpoint(job.out, f"student-{method}-seed{seed}", settings).load_into(student)
-        name = "student alone (poor)" if method == "alone" else f"student, {method} (poor)"
-        networks[name] = (student, "poor")
-    features = {
-        name: engine.capture_features(
-            model,
-            shown,
-            modality=modality,
-            statistics=train.statistics,
-            device=job.config.device,
-        )
-        for name, (model, modality) in networks.items()
-    }
-    embeddings = {name: embedding for name, (embedding, _) in features.items()}
-    figures.draw_self_similarity(embeddings, job.out / "self_similarity.png")
-    pooled = {name: stage for name, (_, stage) in features.items()}
-    figures.draw_tsne(pooled, shown.labels, shown.classes, job.out / "tsne.png")
-
-
-def _figure_methods(methods: Sequence[str]) -> list[str]:
-    """The lone student and DS where they were run; else the last method stands for DS."""
-    distilled = [name for name in methods if name != "alone"]
-    second = ["ds"] if "ds" in distilled else distilled[-1:]
-    return [name for name in methods if name == "alone"] + second
-
-
-def first_images(pairs: ImagePairs, count: int) -> ImagePairs:
-    """A stratified choice of at most ``count`` images."""
-    rows = torch.from_numpy(stratified(pairs.labels.numpy(), count, draw=0))
-    return replace(
-        pairs,
-        clean=pairs.clean[rows],
-        poor=pairs.poor[rows],
-        labels=pairs.labels[rows],
-        index=pairs.index[rows],
-    )
+def _outcome(run: dict[str, Any]) -> str:
+    return f"failed: {run['failed']}" if "failed" in run else f"{run['accuracy']:.2f} %"

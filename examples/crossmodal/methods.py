@@ -1,65 +1,21 @@
-"""Distillation methods by name; a further one is one entry in ``METHODS``, and sums come free."""
+"""Method names resolved: one entry of the registry, or a sum of several."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor
-
-import structkd
+from crossmodal.registry import METHODS, Method, Setup
+from crossmodal.stages import Layers, OneStage, one_stage
 from structkd import Features
-from structkd.criteria.base import Criterion, Input
+from structkd.criteria.base import Criterion
 
-Layers = Literal["one", "all"]
 Options = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a criterion may need beyond features: how many classes, training images, steps."""
-
-    classes: int
-    samples: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method.
-
-    Attributes:
-        build: ``build(feats_s, feats_t, setup, **options) -> Criterion`` from two example forward
-            passes; None trains without a teacher.
-        supervision: weight of the labels' cross-entropy when the method stands alone.
-        weight: weight of the criterion, alone and in a sum.
-        layers: ``one`` hands it the last stage but one, ``all`` every stage.
-    """
-
-    build: Callable[..., Criterion] | None
-    supervision: float = 1.0
-    weight: float = 1.0
-    layers: Layers = "one"
-
-
-def _kd(feats_s: Features, feats_t: Features, setup: Setup, **options: Any) -> Criterion:
-    return structkd.KDLoss(**{"temperature": 4.0, **options})
-
-
-def _ds(feats_s: Features, feats_t: Features, setup: Setup, **options: Any) -> Criterion:
-    # The engine adds the cross-entropy for every method, so DSLoss leaves its own out.
-    return structkd.DSLoss.from_features(feats_s, feats_t, **{"srm": False, **options})
-
-
-METHODS: dict[str, Method] = {
-    "alone": Method(None),
-    "kd": Method(_kd, supervision=0.1, weight=0.9),  # as in the CRD benchmark
-    "ds": Method(_ds),
-}
 
 
 @dataclass(frozen=True)
@@ -94,26 +50,10 @@ class Plan:
             options = dict(self.options.get(name, {}))
             weight = options.pop("weight", method.weight)
             narrow = method.layers == "one" and self.layers == "all"
-            pair = (_one(feats_s), _one(feats_t)) if narrow else (feats_s, feats_t)
+            pair = (one_stage(feats_s), one_stage(feats_t)) if narrow else (feats_s, feats_t)
             criterion = method.build(*pair, setup, **options)
             criteria.append(weight * (OneStage(criterion) if narrow else criterion))
         return reduce(add, criteria)
-
-
-class OneStage(Criterion):
-    """Hands a criterion the last stage but one where every stage was captured."""
-
-    def __init__(self, criterion: Criterion) -> None:
-        super().__init__()
-        self.criterion = criterion
-
-    def terms(
-        self, student: Input, teacher: Input, target: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The wrapped criterion's terms."""
-        if not isinstance(student, Features) or not isinstance(teacher, Features):
-            raise TypeError("student and teacher must be Features")
-        return self.criterion.terms(_one(student), _one(teacher), target)
 
 
 def resolve(name: str, options: Options | None = None) -> Plan:
@@ -154,11 +94,21 @@ def resolve(name: str, options: Options | None = None) -> Plan:
     return Plan("+".join(names), parts, supervision, options)
 
 
-def stages(names: list[str], layers: Layers) -> list[str]:
-    """Which of a model's stages to capture: all, or the last but one (the only one of one)."""
-    return names if layers == "all" else [names[max(len(names) - 2, 0)]]
+def described(criterion: Criterion) -> dict[str, Any]:
+    """A criterion in plain JSON values: equal where class, options, weights and layers are.
+
+    ``repr`` alone would miss the options that a class does not print.
+    """
+    lines = []
+    for module in criterion.modules():
+        if isinstance(module, Criterion):
+            options = {k: v for k, v in sorted(vars(module).items()) if _is_option(k, v)}
+            shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            lines.append(f"{type(module).__name__}({shown})")
+    layers = hashlib.sha256(repr(criterion).encode()).hexdigest()[:8]
+    return {"criterion": lines, "layers": layers}
 
 
-def _one(feats: Features) -> Features:
-    maps = feats.intermediate
-    return feats.replace(intermediate=(maps[max(len(maps) - 2, 0)],))
+def _is_option(name: str, value: object) -> bool:
+    plain = value is None or isinstance(value, bool | int | float | str | tuple)
+    return plain and not name.startswith("_") and name != "training"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +15,20 @@ BASELINE = "alone"
 
 @dataclass(frozen=True)
 class Row:
-    """One method over its seeds; accuracies in percent, gain in points over the lone student."""
+    """One method over its seeds; accuracies in percent, gain in points over the lone student.
+
+    ``failures`` holds the errors of the seeds that have no accuracy; the rest speaks of the others.
+    """
 
     method: str
     accuracies: tuple[float, ...]
     gain: float | None
+    failures: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.accuracies)
+        """Mean over the seeds; NaN where all of them failed."""
+        return statistics.fmean(self.accuracies) if self.accuracies else math.nan
 
     @property
     def std(self) -> float | None:
@@ -32,8 +37,18 @@ class Row:
 
     @property
     def accuracy(self) -> str:
-        """``mean ± std``, or the mean of a single seed."""
-        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+        """``mean ± std``, or the mean of a single seed; failed seeds are told."""
+        if not self.accuracies:
+            return f"failed: {self.failure}"
+        shown = f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+        total = len(self.accuracies) + len(self.failures)
+        return shown + (f" ({len(self.failures)} of {total} failed)" if self.failures else "")
+
+    @property
+    def failure(self) -> str:
+        """What went wrong with the first seed that failed, without its numbers and the fix."""
+        first = self.failures[0] if self.failures else ""
+        return first.partition(": ")[2].partition(" (")[0] or first
 
     @property
     def gained(self) -> str:
@@ -51,18 +66,25 @@ class Teacher:
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row a method, in the order of the runs."""
-    by_method: dict[str, list[float]] = {}
+    """One row a method, in the order of the runs; a run with ``failed`` has no accuracy."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        by_method.setdefault(run["method"], []).append(run["accuracy"])
-    base = statistics.fmean(by_method[BASELINE]) if BASELINE in by_method else None
+        by_method.setdefault(run["method"], []).append(run)
+    accuracies = {
+        method: tuple(run["accuracy"] for run in found if "failed" not in run)
+        for method, found in by_method.items()
+    }
+    base = accuracies.get(BASELINE)
     return [
         Row(
             method,
-            tuple(accuracies),
-            None if base is None or method == BASELINE else statistics.fmean(accuracies) - base,
+            accuracies[method],
+            statistics.fmean(accuracies[method]) - statistics.fmean(base)
+            if base and accuracies[method] and method != BASELINE
+            else None,
+            tuple(run["failed"] for run in found if "failed" in run),
         )
-        for method, accuracies in by_method.items()
+        for method, found in by_method.items()
     ]
 
 
@@ -73,7 +95,7 @@ def table(methods: Sequence[Row], teacher: Teacher | None, *, title: str) -> Tab
     result.add_column("accuracy %", justify="right")
     result.add_column("gain", justify="right")
     result.add_column("seeds", justify="right")
-    best = max(row.mean for row in methods)
+    best = max((row.mean for row in methods if row.accuracies), default=math.nan)
     for row in methods:
         style = "bold" if row.mean == best and len(methods) > 1 else ""
         result.add_row(row.method, row.accuracy, row.gained, str(len(row.accuracies)), style=style)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import number
-from structkd.criteria._gram import CROSSOVER
 from structkd.criteria._maps import as_map, common_positions, map_pairs
 from structkd.criteria.base import Criterion
 from structkd.features import Features
@@ -139,8 +138,8 @@ def _channels_pay(unit_s: Tensor, unit_t: Tensor) -> bool:
     """Tells whether the channel Grams, in float64, are smaller than the position Grams."""
     wide_s, wide_t, positions = unit_s.shape[1], unit_t.shape[1], unit_s.shape[2]
     channel_grams = wide_s**2 + wide_t**2 + wide_s * wide_t
-    # Apple's GPUs have no float64.
-    return positions**2 > CROSSOVER * channel_grams and unit_s.device.type != "mps"
+    # A float64 number takes two float32 ones; Apple's GPUs have none.
+    return positions**2 > 2 * channel_grams and unit_s.device.type != "mps"
 
 
 def _by_positions(unit_s: Tensor, unit_t: Tensor) -> Tensor:

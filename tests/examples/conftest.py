@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crossmodal import data, job
+from crossmodal import data, engine, figures, outputs
 from crossmodal.data import DataSet, ImagePairs, Recipe
 from crossmodal.sources import Images, Source
 
@@ -30,10 +30,38 @@ def tiny_set(monkeypatch: pytest.MonkeyPatch) -> None:
         "resnet8", "resnet8x0_5", 0.2, epochs=2, teacher_epochs=3, lr=0.05, batch_size=16, pad=1
     )
     monkeypatch.setitem(data.DATA_SETS, "tiny", DataSet(lambda folder, download: source, recipe))
-    monkeypatch.setattr(job, "_FIGURE_IMAGES", 24)
+    monkeypatch.setattr(outputs, "_FIGURE_IMAGES", 24)
 
 
 @pytest.fixture
 def pairs() -> ImagePairs:
     """The training images of ``tiny``."""
     return data.load("tiny", split="train", amount=0.2)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records which networks are trained, and leaves out the figures that take the most time."""
+    for slow in ("draw_tsne", "draw_self_similarity"):
+        monkeypatch.setattr(figures, slow, lambda *a, **k: None)
+    names: list[str] = []
+    teach, distil = engine.train_teacher, engine.distil
+
+    def teach_recorded(name: str, *rest: object, **options: object) -> engine.Outcome:
+        names.append("teacher")
+        return teach(name, *rest, **options)
+
+    def distil_recorded(
+        method: str,
+        student: str,
+        teacher: object,
+        pairs: object,
+        config: engine.Config,
+        **o: object,
+    ) -> engine.Outcome:
+        names.append(f"{method} {config.seed}")
+        return distil(method, student, teacher, pairs, config, **o)
+
+    monkeypatch.setattr(engine, "train_teacher", teach_recorded)
+    monkeypatch.setattr(engine, "distil", distil_recorded)
+    return names

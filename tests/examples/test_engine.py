@@ -10,7 +10,9 @@ from torch import nn
 
 from crossmodal import engine, models
 from crossmodal.data import ImagePairs, load
-from crossmodal.engine import Config, distil, evaluate, train_teacher
+from crossmodal.engine import Config, distil, train_teacher
+from crossmodal.evaluation import capture_features, evaluate
+from crossmodal.registry import METHODS
 
 CONFIG = Config(epochs=1, batch_size=16, pad=0, flip=False)
 
@@ -113,6 +115,37 @@ def test_the_criterions_heads_are_trained(
     assert all(not torch.equal(v, before[name]) for name, v in criterion.named_parameters())
 
 
+# Sums that mix criteria of one stage with criteria of all.
+@pytest.mark.parametrize("method", [*METHODS, "nst+ds", "fitnets+kd", "at+crd", "kd+ds+rkd"])
+def test_every_method_trains(pairs: ImagePairs, teacher: nn.Module, method: str) -> None:
+    config = replace(CONFIG, lr=0.01)
+    outcome = distil(method, "resnet8x0_5", teacher, pairs, config)
+    assert len(outcome.terms) > method.count("+") + (method != "alone")
+    values = torch.tensor([outcome.loss, *outcome.terms.values()])
+    assert values.isfinite().all(), outcome.terms
+    assert outcome.loss == pytest.approx(sum(outcome.terms.values()), rel=1e-4)
+    for name, value in outcome.model.state_dict().items():
+        assert value.isfinite().all(), name
+
+
+def test_semckd_trains_where_the_only_batch_is_incomplete(
+    pairs: ImagePairs, teacher: nn.Module
+) -> None:
+    outcome = distil("semckd", "resnet8x0_5", teacher, pairs, replace(CONFIG, batch_size=200))
+    assert outcome.loss < float("inf")
+
+
+def test_criteria_that_count_epochs_are_told(
+    pairs: ImagePairs, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    original = engine._criterion
+    monkeypatch.setattr(engine, "_criterion", lambda *a: built.append(original(*a)) or built[-1])
+    distil("ctkd+at", "resnet8x0_5", teacher, pairs, replace(CONFIG, epochs=3))
+    (epoch,) = (buffer for name, buffer in built[0].named_buffers() if name.endswith("epoch"))
+    assert epoch == 4
+
+
 def test_no_hooks_are_left_on_the_student(pairs: ImagePairs, teacher: nn.Module) -> None:
     model = distil("ds", "resnet8x0_5", teacher, pairs, CONFIG).model
     assert not any(module._forward_hooks for module in [*model.modules(), *teacher.modules()])
@@ -134,13 +167,11 @@ def test_pooled_features_come_in_the_order_of_the_images(
     pairs: ImagePairs, teacher: nn.Module
 ) -> None:
     statistics = pairs.statistics
-    embedding, pooled = engine.capture_features(
-        teacher, pairs, modality="clean", statistics=statistics
-    )
+    embedding, pooled = capture_features(teacher, pairs, modality="clean", statistics=statistics)
     assert embedding.shape == (80, 64)
     assert pooled.shape == (80, 32)
     one = replace(pairs, clean=pairs.clean[5:6], poor=pairs.poor[5:6], labels=pairs.labels[5:6])
-    single, _ = engine.capture_features(teacher, one, modality="clean", statistics=statistics)
+    single, _ = capture_features(teacher, one, modality="clean", statistics=statistics)
     torch.testing.assert_close(single[0], embedding[5])
 
 

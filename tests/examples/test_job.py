@@ -11,40 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossmodal import cli, engine, models
+from crossmodal import cli, engine, evaluation, models
 from crossmodal.store import Checkpoint, Results, key, write_atomically
+from structkd.criteria.structure import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
 
 def train(out: Path, *more: str) -> int:
     return cli.main(["tiny", "--out", str(out), "--device", "cpu", *more])
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records which networks are trained."""
-    names: list[str] = []
-    teach, distil = engine.train_teacher, engine.distil
-
-    def teach_recorded(name: str, *rest: object, **options: object) -> engine.Outcome:
-        names.append("teacher")
-        return teach(name, *rest, **options)
-
-    def distil_recorded(
-        method: str,
-        student: str,
-        teacher: object,
-        pairs: object,
-        config: engine.Config,
-        **o: object,
-    ) -> engine.Outcome:
-        names.append(f"{method} {config.seed}")
-        return distil(method, student, teacher, pairs, config, **o)
-
-    monkeypatch.setattr(engine, "train_teacher", teach_recorded)
-    monkeypatch.setattr(engine, "distil", distil_recorded)
-    return names
 
 
 def test_the_job_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +86,18 @@ def test_other_settings_train_again_beside_the_old(tmp_path: Path, trained: list
     trained.clear()
     train(tmp_path, "--method", "kd", "--seeds", "1", "--evaluate", "val")
     assert trained == ["teacher", "kd 0"]
+
+
+def test_a_changed_default_trains_again(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, "--method", "kd", "ds", "--seeds", "1")
+    trained.clear()
+    monkeypatch.setitem(VARIANTS["measured"], "gamma", (1.0, 0.1))
+    train(tmp_path, "--method", "kd", "ds", "--seeds", "1")
+    assert trained == ["ds 0"]
+    train(tmp_path, "--method", "kd", "ds", "--seeds", "1")
+    assert trained == ["ds 0"]
 
 
 def test_a_run_is_written_as_soon_as_it_is_finished(
@@ -220,7 +207,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_an_error_that_nobody_raised_on_purpose_keeps_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: torch.tensor([1, 2]).view(3).item())
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: torch.ones(2).view(3).item())
     monkeypatch.setattr(engine, "train_teacher", lambda *a, **k: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         train(tmp_path)
@@ -241,6 +228,18 @@ def test_recipes_fill_what_is_not_given() -> None:
     both = cli.parse(["cifar10", "--epochs", "20", "--teacher-epochs", "30", "--fresh-noise"])
     assert (both.config.epochs, both.teacher_config.epochs) == (20, 30)
     assert (both.config.fresh_noise, both.teacher_config.fresh_noise) == (True, False)
+
+
+def test_torch_is_not_imported_before_its_threads_are_told_to_sleep() -> None:
+    check = (
+        "import sys, os, crossmodal; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT / "examples", env=environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False PASSIVE\n"
 
 
 def test_the_script_runs_from_the_repository_root() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossmodal import methods
-from crossmodal.methods import METHODS, Method, Setup, resolve, stages
-from structkd import DSLoss, Features, KDLoss
+from crossmodal.methods import described, resolve
+from crossmodal.registry import METHODS, Method, Setup
+from crossmodal.stages import AdaptedStages, stages
+from structkd import DSLoss, Features, FlowMatrixLoss, KDLoss
 from structkd.criteria.base import Criterion
 
-SETUP = Setup(classes=5, samples=80, steps=10)
+SETUP = Setup(classes=5, samples=80, batch_size=6)
 
 
 class StageCount(Criterion):
@@ -27,7 +28,7 @@ class StageCount(Criterion):
 @pytest.fixture(autouse=True)
 def counting_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     for layers in ("one", "all"):
-        entry = Method(lambda s, t, setup: StageCount(), layers=layers)
+        entry = Method("Count", "features", lambda s, t, setup: StageCount(), layers=layers)
         monkeypatch.setitem(METHODS, f"count-{layers}", entry)
 
 
@@ -110,7 +111,7 @@ def test_one_stage_is_the_last_but_one() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dss", r"unknown method 'dss'; did you mean 'ds'\? known: alone, kd, ds"),
+        ("dss", r"unknown method 'dss'; did you mean 'ds'\? known: alone, kd, alkd"),
         ("kd+", "unknown method ''"),
         ("kd+kd", "names a part twice"),
         ("alone+kd", "'alone' has no criterion"),
@@ -126,15 +127,73 @@ def test_options_for_a_part_that_is_not_there() -> None:
         resolve("kd", {"ds": {"gamma": 1.0}})
 
 
-def test_every_registered_method_builds() -> None:
-    for name in METHODS:
-        plan = methods.resolve(name)
-        student, teacher = features(), features((16, 32, 64))
+def test_every_registered_method_reads_what_it_is_handed() -> None:
+    target = torch.arange(6) % 5
+    for name in (name for name in METHODS if not name.startswith("count")):
+        plan = resolve(name)
         one = plan.layers == "one"
-        pair = [
-            f.replace(intermediate=f.intermediate[1:2]) if one else f for f in (student, teacher)
-        ]
-        index = torch.arange(6)
-        pair = [f.replace(index=index) for f in pair]
-        criterion = plan.build(*pair, SETUP)
-        assert criterion is None or criterion(*pair, torch.arange(6) % 5).isfinite()
+        student, teacher = (
+            f.replace(
+                intermediate=f.intermediate[1:2] if one else f.intermediate, index=torch.arange(6)
+            )
+            for f in (features(), features((16, 32, 64)))
+        )
+        criterion = plan.build(student, teacher, SETUP)
+        if criterion is None:
+            assert name == "alone"
+            continue
+        leaf = student.logits.clone().requires_grad_()
+        maps = [value.clone().requires_grad_() for value in student.intermediate]
+        rows = student.embedding.clone().requires_grad_()
+        student = student.replace(logits=leaf, embedding=rows, intermediate=maps)
+        criterion(student, teacher, target).backward()
+        read = [value for value in (leaf, rows, *maps) if value.grad is not None]
+        assert read, name
+        if not one:  # asking for all stages means using all of them
+            assert all(value.grad is not None and value.grad.any() for value in maps), name
+
+
+def test_weights_are_the_published_ones() -> None:
+    weights = {
+        "kd": (0.1, 0.9), "ctkd": (0.1, 0.9), "lskd": (0.1, 1), "fitnets": (1, 100),
+        "at": (1, 1000), "nst": (1, 50), "vid": (1, 1), "crd": (1, 0.8), "semckd": (1, 400),
+        "rkd": (1, 1), "fsp": (1, 50), "cc": (1, 100), "dkd": (1, 1), "logits": (1, 0.1),
+    }  # fmt: skip
+    found = {name: (METHODS[name].supervision, METHODS[name].weight) for name in weights}
+    assert found == weights
+
+
+def test_unequal_channels_are_adapted_for_fsp_and_equal_ones_left_alone() -> None:
+    student, teacher = features((8, 16, 32)), features((8, 16, 64))
+    criterion = AdaptedStages(FlowMatrixLoss(flows="chain"), student, teacher)
+    shapes = [tuple(p.shape) for p in criterion.parameters()]
+    assert shapes == [(64, 32, 1, 1), (64,)]
+    same = AdaptedStages(FlowMatrixLoss(flows="chain"), teacher, teacher)
+    assert not list(same.parameters())
+    assert same(teacher, teacher) == 0
+    short = teacher.replace(intermediate=teacher.intermediate[:2])
+    uneven = AdaptedStages(FlowMatrixLoss(flows="chain"), student, short)
+    with pytest.raises(ValueError, match="as many flows, got 2 and 1"):
+        uneven(student, short)
+
+
+def test_a_description_changes_with_every_option() -> None:
+    student, teacher = features((16,)), features((32,))
+
+    def description(name: str, **options: object) -> object:
+        return described(resolve(name, {name: options}).build(student, teacher, SETUP))
+
+    assert description("kd") == description("kd", temperature=4.0)
+    variants = [
+        description("kd"),
+        description("kd", temperature=3.0),
+        description("kd", weight=0.8),
+        description("ds"),
+        description("ds", gamma=1.0),
+        description("ds", reduction="sum"),  # no part of DSLoss's repr
+        description("ds", lambd=0.1),
+        description("ds", sem_2=False),
+        description("fitnets"),
+        description("fitnets", kernel_size=3),
+    ]
+    assert all(variants[i] != other for i in range(len(variants)) for other in variants[:i])

@@ -33,6 +33,25 @@ def test_one_seed_has_no_deviation_and_no_baseline_no_gain() -> None:
     assert (row.std, row.gain, row.accuracy, row.gained) == (None, None, "40.00", "")
 
 
+def test_failed_seeds_are_told() -> None:
+    message = "kd seed 1: the loss of epoch 2 is not finite (loss nan  KD nan); fix: a smaller --lr"
+    runs = [*RUNS[:3], {"method": "kd", "seed": 1, "failed": message}]
+    kd = report.rows(runs)[1]
+    assert (kd.accuracies, kd.gain, kd.failures) == ((55.0,), 4.0, (message,))
+    assert kd.accuracy == "55.00 (1 of 2 failed)"
+    (gone,) = report.rows(runs[3:])
+    assert gone.accuracy == "failed: the loss of epoch 2 is not finite"
+    assert (gone.gain, gone.std) == (None, None)
+
+
+def test_a_figure_keeps_the_place_of_a_method_that_failed(tmp_path: Path) -> None:
+    failed = {"method": "dkd", "seed": 0, "failed": "dkd seed 0: it failed"}
+    path = tmp_path / "a.png"
+    figures.draw_accuracy(report.rows([*RUNS, failed]), TEACHER, path, title="T")
+    with Image.open(path) as image:
+        assert image.size[0] > 400
+
+
 def test_markdown() -> None:
     text = report.markdown(report.rows(RUNS), TEACHER, title="T", command="python x")
     assert "| kd | 57.00 ± 2.83 | +6.00 | 2 |" in text
