@@ -8,7 +8,6 @@ version = release = structkd.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
@@ -17,7 +16,6 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_custom_sections = ["Shape"]
-intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", None)}
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "structkd"

@@ -54,11 +54,11 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "gamma": {
         f"SEM {weight:g}, {name}, centred": ("ds", _sem(weight, **kind))
-        for weight in (20, 50, 10)
+        for weight in (5, 2, 20, 50)
         for name, kind in {"MLP": MLP, "linear": LINEAR}.items()
     },
     "lambd": {
-        f"SEM 20, MLP, centred, lambd {lambd:g}": ("ds", _sem(20, **MLP, lambd=lambd))
+        f"SEM 5, MLP, centred, lambd {lambd:g}": ("ds", _sem(5, **MLP, lambd=lambd))
         for lambd in (0.0, 5e-2, 0.5)
     },
     "dcm": {
@@ -74,9 +74,9 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "DCM 0.2, align, flattened": ("ds", _dcm(0.2, cross_sign="align", pool="flatten")),
     },
     "both": {
-        f"SEM 20, MLP, centred + DCM {weight:g}, {sign}": (
+        f"SEM 5, MLP, centred + DCM {weight:g}, {sign}": (
             "ds",
-            {**MLP, "gamma": (20.0, weight), "cross_sign": sign},
+            {**MLP, "gamma": (5.0, weight), "cross_sign": sign},
         )
         for sign, weights in {"align": (0.02, 0.1, 0.5), "separate": (0.02,)}.items()
         for weight in weights

@@ -172,7 +172,15 @@ DATA_SETS: dict[str, DataSet] = {
     "mnist": DataSet(
         open_mnist,
         Recipe(
-            "resnet14", "resnet8x0_5", 0.5, epochs=12, teacher_epochs=8, lr=0.05, pad=2, flip=False
+            "resnet8",
+            "resnet8x0_5",
+            amount=0.5,
+            epochs=12,
+            teacher_epochs=8,
+            lr=0.1,
+            batch_size=32,
+            pad=2,
+            flip=False,
         ),
     ),
     # The paper's protocol (6.2), with its "0.1" read as the fraction replaced.

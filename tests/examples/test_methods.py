@@ -7,8 +7,8 @@ import torch
 
 from crossmodal.methods import described, resolve
 from crossmodal.registry import METHODS, Method, Setup
-from crossmodal.stages import AdaptedStages, stages
-from structkd import DSLoss, Features, FlowMatrixLoss, KDLoss
+from crossmodal.stages import AdaptedStages, Regressor, stages
+from structkd import ConvAdapter, DSLoss, Features, FlowMatrixLoss, KDLoss
 from structkd.criteria.base import Criterion
 
 SETUP = Setup(classes=5, samples=80, batch_size=6)
@@ -167,7 +167,7 @@ def test_unequal_channels_are_adapted_for_fsp_and_equal_ones_left_alone() -> Non
     student, teacher = features((8, 16, 32)), features((8, 16, 64))
     criterion = AdaptedStages(FlowMatrixLoss(flows="chain"), student, teacher)
     shapes = [tuple(p.shape) for p in criterion.parameters()]
-    assert shapes == [(64, 32, 1, 1), (64,)]
+    assert shapes == [(64, 32, 1, 1), (64,), (64,), (64,)]  # convolution, batch norm
     same = AdaptedStages(FlowMatrixLoss(flows="chain"), teacher, teacher)
     assert not list(same.parameters())
     assert same(teacher, teacher) == 0
@@ -175,6 +175,15 @@ def test_unequal_channels_are_adapted_for_fsp_and_equal_ones_left_alone() -> Non
     uneven = AdaptedStages(FlowMatrixLoss(flows="chain"), student, short)
     with pytest.raises(ValueError, match="as many flows, got 2 and 1"):
         uneven(student, short)
+
+
+def test_a_regressor_treats_tokens_as_maps() -> None:
+    torch.manual_seed(0)
+    regressor, maps = Regressor(ConvAdapter(3, 5)), torch.randn(4, 3, 2, 6)
+    tokens = regressor(maps.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(tokens, regressor(maps).flatten(2).transpose(1, 2))
+    assert tokens.shape == (4, 12, 5)
+    assert (tokens >= 0).all()
 
 
 def test_a_description_changes_with_every_option() -> None:

@@ -1,0 +1,10 @@
+"""Every method on one data set, beside the paper's column: ``python examples/compare.py mnist``."""
+
+from __future__ import annotations
+
+import sys
+
+from crossmodal.cli import compare
+
+if __name__ == "__main__":
+    sys.exit(compare())

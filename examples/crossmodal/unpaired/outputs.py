@@ -1,0 +1,116 @@
+"""What an unpaired job leaves beside its results: the table, and the cost of its matches."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from crossmodal import figures, report
+from crossmodal.store import write_atomically
+from crossmodal.unpaired.job import Session
+
+Run = dict[str, Any]
+
+
+def write(session: Session, runs: Sequence[Run], console: Console) -> None:
+    """Print the table and the time of re-matching; write results.md and the two figures."""
+    job = session.job
+    rows = report.rows(runs)
+    title = f"{job.name}, test accuracy on poor images ({session.views.poverty})"
+    title += f", student {job.student}"
+    notes = [
+        f"Teacher {job.teacher}: {session.teacher_accuracy:.2f} % on rich test images.",
+        rematching_time(runs),
+    ]
+    console.print(report.table(rows, None, title=title))
+    for note in filter(None, notes):
+        console.print(note)
+    text = report.markdown(rows, None, title=title, command=job.command)
+    text += "".join(f"\n{note}\n" for note in filter(None, notes))
+    write_atomically(job.out / "results.md", lambda path: path.write_text(text))
+    figures.draw_accuracy(rows, None, job.out / "accuracy.png", title=title)
+    draw_transport(costs(runs), job.out / "transport.png", title=f"{job.name}: teacher to student")
+    console.print(f"results, table and figures: {job.out}")
+
+
+def rematching_time(runs: Sequence[Run]) -> str:
+    """The seconds of a re-matching, as a share of an epoch and of the whole training."""
+    matched = [run for run in runs if run["trace"]["rematching"]]
+    if not matched:
+        return ""
+    lines = []
+    for planned in (False, True):
+        found = [run for run in matched if (run["config"]["planner"] is not None) == planned]
+        if not found:
+            continue
+        seconds, search = (
+            statistics.fmean(value for run in found for value in run["trace"][kind].values())
+            for kind in ("rematching", "searching")
+        )
+        # An epoch without its re-matching, which is in the seconds.
+        epochs = [
+            (run["seconds"] - sum(run["trace"]["rematching"].values()))
+            / run["config"]["training"]["epochs"]
+            for run in found
+        ]
+        epoch = statistics.fmean(epochs)
+        whole = statistics.fmean(
+            sum(run["trace"]["rematching"].values()) / run["seconds"] for run in found
+        )
+        name = "Planned re-matching" if planned else "Re-matching"
+        lines.append(
+            f"{name}: {1000 * seconds:.0f} ms ({1000 * search:.0f} ms the search, the rest the "
+            f"student's pass over its images), {100 * seconds / epoch:.1f} % of an epoch of "
+            f"{epoch:.2f} s; {100 * whole:.1f} % of the whole training."
+        )
+    return " ".join(lines)
+
+
+def costs(runs: Sequence[Run]) -> Mapping[str, Mapping[str, np.ndarray]]:
+    """By method, ``transport`` and ``matched``, each (seeds, epochs + 1)."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for run in runs:
+        if run["trace"]["transport"]:
+            kinds = found.setdefault(run["method"], {"transport": [], "matched": []})
+            for kind, values in kinds.items():
+                values.append(run["trace"][kind])
+    return {
+        method: {kind: np.asarray(values) for kind, values in kinds.items()}
+        for method, kinds in found.items()
+    }
+
+
+def draw_transport(
+    methods: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, title: str
+) -> None:
+    """The paper's Fig. 2: what it costs to carry the teacher's features to the student's.
+
+    Features are logits, each row centred: each network's own classifier takes its embedding to the
+    one space that both share, so nothing is fitted and widths need not agree. Left, the Wasserstein
+    distance of the two sets; right, the root mean square distance of the pairs in use. Means over
+    the seeds, with their range.
+    """
+    if not methods:
+        return
+    names = {"transport": "Wasserstein distance", "matched": "distance of the matched pairs"}
+    with figures.drawing(path, (8.2, 3.8)) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (kind, label) in zip(panels, names.items(), strict=True):
+            for number, (method, kinds) in enumerate(methods.items()):
+                values = kinds[kind]
+                epochs = np.arange(values.shape[1])
+                colour = figures.PALETTE[number % len(figures.PALETTE)]
+                axes.plot(epochs, values.mean(0), color=colour, label=method, linewidth=1.3)
+                axes.fill_between(
+                    epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+                )
+            axes.set_title(label)
+            axes.set_xlabel("epochs done")
+        panels[0].set_ylabel(f"{title}, logits")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)

@@ -1,0 +1,112 @@
+"""The rows of the table: which teacher image a student image gets, and what is minimised."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import structkd
+from crossmodal.methods import Plan, resolve
+from crossmodal.registry import Method, Setup
+from crossmodal.report import BASELINE
+from structkd import Features
+from structkd.criteria.base import Criterion
+
+First = Literal["none", "each epoch", "random", "semantic", "itself"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        title: its name in the table; ``{}`` is the criterion.
+        first: the first matching. ``none`` trains without a teacher, ``each epoch`` draws in the
+            class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and
+            ``itself`` the student's own image in the rich modality, which only a reference has.
+        dynamic: whether the student chooses again while it learns (DynM).
+        aligned: whether SKA is added.
+        planned: whether matches come from a transport plan that limits a teacher image's share.
+    """
+
+    title: str
+    first: First = "semantic"
+    dynamic: bool = False
+    aligned: bool = False
+    planned: bool = False
+
+    @property
+    def matched(self) -> bool:
+        """Whether galleries are searched at all."""
+        return self.first == "semantic" or self.dynamic
+
+
+# "full without SKA" is the row ssm+dynm.
+VARIANTS: Mapping[str, Variant] = {
+    "alone": Variant(BASELINE, "none"),
+    "random": Variant("{} random", "each epoch"),
+    "ssm": Variant("{} matching (SSM)"),
+    "ssm+dynm": Variant("{} matching + DynM (full without SKA)", dynamic=True),
+    "full": Variant("{} full SemBridge", dynamic=True, aligned=True),
+    "full-ssm": Variant("{} full without SSM", "random", dynamic=True, aligned=True),
+    "full-dynm": Variant("{} full without DynM", aligned=True),
+    "planned": Variant("{} full, planned matching", dynamic=True, aligned=True, planned=True),
+    "paired": Variant("{} paired (reference)", "itself"),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of cross-entropy, criterion and alignment; the published ones by default."""
+
+    task: float = 0.3
+    kd: float = 0.4
+    ska: float = 0.3 * 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"weight {name} must be at least 0, got {value}")
+
+
+def variant(name: str) -> Variant:
+    """The variant of that name; ValueError with the known names where there is none."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown variant {name!r}; {hint}known: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def plan(variant: Variant, criterion: str, weights: Weights) -> Plan:
+    """What a variant minimises: task * CE + kd * criterion + ska * (L_ot1 + L_ot2).
+
+    The criterion keeps its own weight from the registry inside ``kd``. Where that and the weight
+    of the cross-entropy there sum to 1 (``kd``: 0.9 and 0.1), it is a share, which ``weights``
+    take the place of.
+    """
+    if variant.first == "none":
+        return replace(resolve("alone"), name=variant.title)
+    chosen = resolve(criterion)
+    if not chosen.parts:
+        raise ValueError(f"--criterion must name a criterion, got {criterion!r}")
+    parts = tuple((name, _weighted(method, weights.kd)) for name, method in chosen.parts)
+    if variant.aligned:
+        parts += (("ska", replace(_SKA, weight=weights.ska)),)
+    return Plan(variant.title.format(chosen.name), parts, weights.task)
+
+
+def _weighted(method: Method, weight: float) -> Method:
+    is_share = method.supervision < 1 and abs(method.weight + method.supervision - 1) < 1e-9
+    return replace(method, weight=weight * (1.0 if is_share else method.weight))
+
+
+def _alignment(feats_s: Features, feats_t: Features, setup: Setup, **options: Any) -> Criterion:
+    return structkd.SemanticAlignmentLoss.from_features(
+        feats_s, feats_t, **{"scale": "published", **options}
+    )
+
+
+_SKA = Method("SKA", "structure", _alignment, layers="all")
