@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from crossmodal import comparison, job, outputs
+from crossmodal.config import Config
 from crossmodal.data import DATA_SETS, data_set
-from crossmodal.engine import Config
 from crossmodal.registry import METHODS
 from crossmodal.report import Row
 from crossmodal.unpaired import recipes
@@ -120,7 +120,8 @@ def _parser(script: str, methods: Sequence[str]) -> argparse.ArgumentParser:
         prog=script,
         description="Train a teacher on clean images, and students on noisy ones by each method.",
         epilog="What is not given comes from the data set's recipe. Finished runs are kept and "
-        "skipped when the same command runs again.",
+        "skipped when the same command runs again. train.py also has jobs without pairs, with "
+        f"options of their own (NAME --help): {', '.join(recipes.names())}.",
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=f"one of {', '.join(DATA_SETS)}")

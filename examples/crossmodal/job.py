@@ -13,8 +13,8 @@ from torch import nn
 
 import structkd
 from crossmodal import engine, evaluation, models, report
+from crossmodal.config import Config
 from crossmodal.data import ImagePairs, load
-from crossmodal.engine import Config
 from crossmodal.methods import resolve
 from crossmodal.store import Checkpoint, Results, key
 

@@ -39,24 +39,13 @@ class OneStage(Criterion):
         return self.criterion.terms(one_stage(student), one_stage(teacher), target)
 
 
-class Regressor(nn.Module):
-    """The CRD benchmark's map to the teacher's channels: 1x1 convolution, batch norm, ReLU.
+def regressor(convolution: ConvAdapter) -> nn.Module:
+    """The CRD benchmark's map to the teacher's channels: a convolution, batch norm, ReLU.
 
     The benchmark's weights need the norm: with a bare convolution, FitNets at weight 100 and FSP
     at 50 diverge within a few steps of learning rate 0.1.
     """
-
-    def __init__(self, convolution: ConvAdapter) -> None:
-        super().__init__()
-        self.convolution = convolution
-        self.norm = nn.BatchNorm2d(convolution.out_channels)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) or (B, N, C), of the student's channels to the teacher's."""
-        adapted: Tensor = self.convolution(features)
-        if adapted.dim() == 4:
-            return self.norm(adapted).relu()
-        return self.norm(adapted.transpose(1, 2).unsqueeze(2)).relu().squeeze(2).transpose(1, 2)
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
 
 
 class AdaptedStages(Criterion):
@@ -76,7 +65,7 @@ class AdaptedStages(Criterion):
             for s, t in zip(feats_s.intermediate, feats_t.intermediate, strict=False)
         ]
         self.adapters = nn.ModuleList(
-            nn.Identity() if width_s == width_t else Regressor(ConvAdapter(width_s, width_t))
+            nn.Identity() if width_s == width_t else regressor(ConvAdapter(width_s, width_t))
             for width_s, width_t in widths
         )
 
@@ -86,8 +75,17 @@ class AdaptedStages(Criterion):
         """The wrapped criterion's terms of the adapted maps."""
         spare = student.intermediate[len(self.adapters) :]  # for the criterion to refuse
         adapted = [
-            adapter(value)
+            _adapted(adapter, value)
             for adapter, value in zip(self.adapters, student.intermediate, strict=False)
         ]
         student = student.replace(intermediate=(*adapted, *spare))
         return self.criterion.terms(student, teacher, target)
+
+
+def _adapted(adapter: nn.Module, features: Tensor) -> Tensor:
+    if features.dim() == 4:
+        adapted: Tensor = adapter(features)
+        return adapted
+    # Tokens are a map one pixel high.
+    row: Tensor = adapter(features.transpose(1, 2).unsqueeze(2))
+    return row.squeeze(2).transpose(1, 2)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from crossmodal import engine, models
+from crossmodal.config import Config
 from crossmodal.data import ImagePairs, load
-from crossmodal.engine import Config, distil, train_teacher
+from crossmodal.engine import distil, train_teacher
 from crossmodal.evaluation import capture_features, evaluate
 from crossmodal.registry import METHODS
 

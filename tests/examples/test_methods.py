@@ -7,8 +7,8 @@ import torch
 
 from crossmodal.methods import described, resolve
 from crossmodal.registry import METHODS, Method, Setup
-from crossmodal.stages import AdaptedStages, Regressor, stages
-from structkd import ConvAdapter, DSLoss, Features, FlowMatrixLoss, KDLoss
+from crossmodal.stages import AdaptedStages, stages
+from structkd import DSLoss, Features, FlowMatrixLoss, KDLoss
 from structkd.criteria.base import Criterion
 
 SETUP = Setup(classes=5, samples=80, batch_size=6)
@@ -177,13 +177,15 @@ def test_unequal_channels_are_adapted_for_fsp_and_equal_ones_left_alone() -> Non
         uneven(student, short)
 
 
-def test_a_regressor_treats_tokens_as_maps() -> None:
+def test_adapted_tokens_are_treated_as_maps() -> None:
+    maps_s, maps_t = features((3, 4)), features((5, 6))
     torch.manual_seed(0)
-    regressor, maps = Regressor(ConvAdapter(3, 5)), torch.randn(4, 3, 2, 6)
-    tokens = regressor(maps.flatten(2).transpose(1, 2))
-    torch.testing.assert_close(tokens, regressor(maps).flatten(2).transpose(1, 2))
-    assert tokens.shape == (4, 12, 5)
-    assert (tokens >= 0).all()
+    criterion = AdaptedStages(FlowMatrixLoss(flows="chain"), maps_s, maps_t)
+    tokens_s, tokens_t = (
+        f.replace(intermediate=[m.flatten(2).transpose(1, 2) for m in f.intermediate])
+        for f in (maps_s, maps_t)
+    )
+    torch.testing.assert_close(criterion(tokens_s, tokens_t), criterion(maps_s, maps_t))
 
 
 def test_a_description_changes_with_every_option() -> None:

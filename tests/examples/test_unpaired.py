@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from crossmodal import cli, data, engine, models
+from crossmodal.config import Config
 from crossmodal.data import DataSet
-from crossmodal.engine import Config
 from crossmodal.sources import Source
 from crossmodal.unpaired import cli as unpaired_cli
 from crossmodal.unpaired import matching, outputs, recipes, training, variants

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from crossmodal.batches import Batch, Batches
+from crossmodal.config import Config
 from crossmodal.data import ImagePairs, Statistics
-from crossmodal.engine import Config
 
 _TEACHER_SEED = 2_000_000  # the teacher's crops are none of the student's
 

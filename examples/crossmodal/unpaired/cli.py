@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from crossmodal.cli import device_of, seeds_of
+from crossmodal.config import Config
 from crossmodal.data import DATA_SETS
-from crossmodal.engine import Config
 from crossmodal.unpaired import job, outputs, recipes, scenes, views
 from crossmodal.unpaired.variants import VARIANTS, Weights
 

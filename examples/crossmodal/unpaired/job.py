@@ -13,8 +13,8 @@ from torch import nn
 
 import structkd
 from crossmodal import engine, evaluation
+from crossmodal.config import Config, Outcome
 from crossmodal.data import ImagePairs
-from crossmodal.engine import Config, Outcome
 from crossmodal.job import training_settings
 from crossmodal.methods import Plan
 from crossmodal.store import Checkpoint, Results, key

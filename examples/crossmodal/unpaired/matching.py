@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from crossmodal import models
 from crossmodal.batches import Batch, Batches
+from crossmodal.config import Config, Outcome
 from crossmodal.data import ImagePairs
-from crossmodal.engine import Config, Outcome, minimise
+from crossmodal.engine import minimise
 from crossmodal.unpaired.batches import MatchedBatches
 from crossmodal.unpaired.views import Unpaired
 from structkd import LagrangianPlanner

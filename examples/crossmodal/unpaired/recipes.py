@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from crossmodal.config import Config
 from crossmodal.data import DATA_SETS
-from crossmodal.engine import Config
 from structkd.matching.dataset import RematchSchedule
 
 PREFIX = "unpaired-"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from crossmodal import engine
 from crossmodal.batches import Batch, Batches
+from crossmodal.config import Config, Outcome
 from crossmodal.data import ImagePairs
-from crossmodal.engine import Config, Outcome
 from crossmodal.methods import Plan
 from crossmodal.registry import Setup
 from crossmodal.sources import stratified
