@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test lint docs clean
 
 demo: $(INSTALLED)
-	$(PYTHON) examples/train.py mnist --out runs/demo
+	$(PYTHON) examples/train.py mnist --amount 0.7 --out runs/demo
 
 test: lint
 	$(PYTHON) -m pytest

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossmodal.data import ImagePairs, Statistics
+from crossmodal.models import memory_format
 from crossmodal.noise import fresh_salt_and_pepper
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalised float32 images (B, C, H, W) in channels_last, labels and rows, each (B,) int64."""
+    """Normalised float32 images (B, C, H, W), labels and rows, each (B,) int64."""
 
     clean: Tensor
     poor: Tensor
@@ -94,7 +95,7 @@ class Batches:
             yield self.take(order[start : start + self.batch_size])
 
     def _stored(self, images: Tensor) -> Tensor:
-        # Channels last, border in place: a crop is then one gather, already in channels_last.
+        # Channels last, border in place: a crop is then one gather.
         padded = F.pad(images, (self.pad,) * 4)
         return padded.permute(0, 2, 3, 1).contiguous().to(self.device)
 
@@ -133,4 +134,5 @@ class Batches:
         return images
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return ((images - self._mean) / self._std).permute(0, 3, 1, 2)
+        normalised = ((images - self._mean) / self._std).permute(0, 3, 1, 2)
+        return normalised.contiguous(memory_format=memory_format(self.device))

@@ -155,19 +155,23 @@ def test_a_sweep_resumes(
     trained: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    candidates = {
+        f"gamma {gamma:g}": ("ds", {"variant": "printed", "gamma": gamma}) for gamma in (1e-3, 1e-2)
+    }
+    monkeypatch.setitem(sweep.GROUPS, "printed", candidates)
     arguments = "sweep.py tiny --epochs 1 --seeds 1 --group baselines printed --device cpu --out"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), str(tmp_path)])
     assert sweep.main() == 0
-    assert trained == ["teacher", "alone 0", "kd 0", "ds 0", "ds 0", "ds 0"]
+    assert trained == ["teacher", "alone 0", "kd 0", "ds 0", "ds 0"]
     trained.clear()
     assert sweep.main() == 0
     assert trained == []
     content = json.loads((tmp_path / "results.json").read_text())
     labels = [run["method"] for run in content["runs"]]
-    assert labels[:3] == ["alone", "kd", "as printed, gamma 0.001"]
+    assert labels[:3] == ["alone", "kd", "gamma 0.001"]
     assert {run["config"]["evaluate"] for run in content["runs"]} == {"val"}
     assert report.rows(content["runs"])[0].method == "alone"
-    assert "| as printed, gamma 0.1 |" in (tmp_path / "results.md").read_text()
+    assert "| gamma 0.01 |" in (tmp_path / "results.md").read_text()
     monkeypatch.setattr(sys, "argv", ["sweep.py", "nosuch"])
     assert sweep.main() == 2
     assert "unknown data set" in capsys.readouterr().err
