@@ -14,7 +14,12 @@ from structkd._checks import describe, near
 from structkd.features import Features
 
 _INPUT = ":input"
-_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and torch.compile
+# Where a wrapper keeps the network; torch.compile's is OptimizedModule.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 class FeatureCapture:
@@ -183,16 +188,8 @@ class FeatureCapture:
 
 def _unwrap(module: nn.Module) -> nn.Module:
     """Returns the network inside DDP and torch.compile wrappers."""
-    wrapped = True
-    while wrapped:
-        wrapped = False
-        kind = type(module).__name__
-        if kind in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
-            for attribute in _WRAPPERS:
-                inner = getattr(module, attribute, None)
-                if isinstance(inner, nn.Module):
-                    module, wrapped = inner, True
-                    break
+    while attribute := _WRAPPERS.get(type(module).__name__):
+        module = getattr(module, attribute)
     return module
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+FORMS = ("auto", "matrix", "gram")
 
-def gram_pays(embedding: Tensor, crossover: int) -> bool:
-    """Tells whether the Gram form is the cheaper one for embeddings ``(B, d)``.
+
+def takes_gram(form: str, embedding: Tensor, crossover: int) -> bool:
+    """Tells whether one of ``FORMS`` means the Gram form for embeddings ``(B, d)``.
 
     Args:
+        form: ``auto`` takes the cheaper one.
         embedding: Of the batch and the width in question.
-        crossover: The ``d / B`` from which it was measured to be, by benchmarks/forms.py. It is
-            above 1 because the Gram form computes in float64.
+        crossover: The ``d / B`` from which the Gram form was measured to be the cheaper one, by
+            benchmarks/forms.py. It is above 1 because the Gram form computes in float64.
     """
+    if form != "auto":
+        return form == "gram"
     rows, width = embedding.shape
     # Apple's GPUs have no float64, which the Gram form needs.
     return width > crossover * rows and embedding.device.type != "mps"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, whole
+from structkd.criteria._gram import FORMS
 from structkd.criteria.base import Criterion, channels, map_pair
 from structkd.criteria.coral import coral_distance
-from structkd.criteria.correlation import FORMS
 from structkd.features import Features
 from structkd.projectors import ConvAdapter, to_common_size
 from structkd.transport import LagrangianPlanner

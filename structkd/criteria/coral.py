@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from structkd._checks import choice
-from structkd.criteria._gram import cross_product_energy, gram_pays
+from structkd.criteria._gram import FORMS, cross_product_energy, takes_gram
 from structkd.criteria.base import Criterion, pair
-from structkd.criteria.correlation import FORMS
 from structkd.features import Features
 
 _CROSSOVER = 6
@@ -73,7 +72,7 @@ def coral_distance(rows_s: Tensor, rows_t: Tensor, form: str) -> Tensor:
     batch, width = rows_s.shape
     centred_s = rows_s - rows_s.mean(dim=0)
     centred_t = rows_t - rows_t.mean(dim=0)
-    if form == "gram" or (form == "auto" and gram_pays(rows_s, _CROSSOVER)):
+    if takes_gram(form, rows_s, _CROSSOVER):
         distance = _gram_form(centred_s, centred_t)
     else:
         gap = centred_s.T @ centred_s - centred_t.T @ centred_t

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import choice, number
-from structkd.criteria._gram import cross_product_energy, gram_pays, off_diagonal
+from structkd.criteria._gram import FORMS, cross_product_energy, off_diagonal, takes_gram
 from structkd.criteria.base import Criterion, either
 from structkd.features import Features
 
-FORMS = ("auto", "matrix", "gram")
 _CROSSOVER = 4
 
 
@@ -97,7 +96,7 @@ class CrossCorrelationLoss(Criterion):
             )
         unit_s = _unit_columns(projected_s, self.center)
         unit_t = _unit_columns(projected_t, self.center)
-        if self.form == "gram" or (self.form == "auto" and gram_pays(unit_s, _CROSSOVER)):
+        if takes_gram(self.form, unit_s, _CROSSOVER):
             diagonal, off = _gram_form(unit_s, unit_t)
         else:
             diagonal, off = _matrix_form(unit_s, unit_t)

@@ -143,8 +143,6 @@ class DSLoss(Criterion):
         self.gamma = _gamma_pair(defaults["gamma"] if gamma is None else gamma)
         reduction = choice("reduction", reduction or defaults["reduction"], REDUCTIONS)
         kind = choice("projector", projector or defaults["projector"], PROJECTORS)
-        self.sem: CrossCorrelationLoss | None = None
-        self.dcm: UniformityCalibrationLoss | None = None
         student_dim = whole("student_dim", student_dim)
         teacher_dim = whole("teacher_dim", teacher_dim)
         project_s, project_t, width = _projectors(kind, student_dim, teacher_dim, projector_dim)
