@@ -8,21 +8,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from rich.console import Console
 
-from crossmodal import comparison, job, outputs
+from crossmodal import comparison, job, options, outputs
 from crossmodal.config import Config
-from crossmodal.data import DATA_SETS, data_set
+from crossmodal.data import DATA_SETS
+from crossmodal.options import given
 from crossmodal.registry import METHODS
 from crossmodal.report import Row
 from crossmodal.unpaired import recipes
 
 TRAINED = ("alone", "kd", "ds")  # train.py's methods, where none are named
-
-_T = TypeVar("_T")
 
 # Where an error raised on purpose comes from; one from elsewhere keeps its traceback.
 _OURS = ("crossmodal", "structkd")
@@ -78,39 +76,38 @@ def parse(
     arguments: Sequence[str], *, script: str = "train.py", methods: Sequence[str] = TRAINED
 ) -> job.Job:
     """Turn command-line arguments into a job; the data set's recipe fills what is not given."""
-    options = _parser(script, methods).parse_args(arguments)
-    recipe = data_set(options.dataset).recipe
-    device = device_of(options.device)
-
-    def given(value: _T | None, default: _T) -> _T:
-        return default if value is None else value
-
+    wanted = _parser(script, methods).parse_args(arguments)
+    if wanted.dataset not in DATA_SETS:
+        unpaired = recipes.names() if script == "train.py" else []
+        hint = options.did_you_mean(wanted.dataset, [*DATA_SETS, *unpaired])
+        text = f"unknown data set {wanted.dataset!r}; {hint}known: {', '.join(DATA_SETS)}"
+        raise ValueError(text + (f"; without pairs: {', '.join(unpaired)}" if unpaired else ""))
+    recipe = DATA_SETS[wanted.dataset].recipe
     common: dict[str, Any] = {
-        "batch_size": given(options.batch_size, recipe.batch_size),
-        "lr": given(options.lr, recipe.lr),
+        "batch_size": given(wanted.batch_size, recipe.batch_size),
+        "lr": given(wanted.lr, recipe.lr),
         "pad": recipe.pad,
         "flip": recipe.flip,
-        "precision": options.precision,
-        "device": device,
+        "precision": wanted.precision,
+        "device": options.device(wanted.device),
     }
-    epochs = given(options.epochs, recipe.epochs)
-    # A teacher of 300 epochs behind a student of 20 is nobody's wish: --epochs moves both.
-    teacher_epochs = given(options.teacher_epochs, given(options.epochs, recipe.teacher_epochs))
+    epochs = given(wanted.epochs, recipe.epochs)
+    teacher_epochs = given(wanted.teacher_epochs, given(wanted.epochs, recipe.teacher_epochs))
     return job.Job(
-        dataset=options.dataset,
-        data_dir=options.data,
-        download=options.download,
-        limit=options.limit,
-        amount=given(options.amount, recipe.amount),
-        methods=_methods(options.method),
-        seeds=seeds_of(options.seeds),
-        teacher=options.teacher or recipe.teacher,
-        student=options.student or recipe.student,
+        dataset=wanted.dataset,
+        data_dir=wanted.data,
+        download=wanted.download,
+        limit=wanted.limit,
+        amount=given(wanted.amount, recipe.amount),
+        methods=options.names("--method", wanted.method, METHODS),
+        seeds=options.seeds(wanted.seeds),
+        teacher=wanted.teacher or recipe.teacher,
+        student=wanted.student or recipe.student,
         teacher_config=Config(epochs=teacher_epochs, **common),
-        config=Config(epochs=epochs, fresh_noise=options.fresh_noise, **common),
-        evaluate=options.evaluate,
-        out=options.out or Path("runs") / options.dataset,
-        fresh=options.fresh,
+        config=Config(epochs=epochs, fresh_noise=wanted.fresh_noise, **common),
+        evaluate=wanted.evaluate,
+        out=wanted.out or Path("runs") / wanted.dataset,
+        fresh=wanted.fresh,
         command=shlex.join(["python", f"examples/{script}", *arguments]),
     )
 
@@ -125,8 +122,6 @@ def _parser(script: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=f"one of {', '.join(DATA_SETS)}")
-    add("--data", type=Path, metavar="DIR", help="where the images lie; mnist needs none")
-    add("--download", action="store_true", help="fetch the data set into --data")
     add(
         "--method",
         "--methods",
@@ -135,65 +130,9 @@ def _parser(script: str, methods: Sequence[str]) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"{', '.join(METHODS)}, or sums such as kd+ds (default: {' '.join(methods)})",
     )
-    add("--teacher", metavar="NAME", help="a timm model, or one of ours such as resnet32x4")
-    add("--student", metavar="NAME", help="likewise")
-    add(
-        "--amount",
-        type=float,
-        metavar="A",
-        help="fraction of the pixels that noise replaces, 0 to 1",
-    )
     add("--fresh-noise", action="store_true", help="new noise every epoch, not one fixed noisy set")
-    add("--epochs", type=int, metavar="N", help="passes over the training images")
-    add("--teacher-epochs", type=int, metavar="N", help="the teacher's (default: as --epochs)")
-    add("--seeds", default="3", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
-    add("--limit", type=int, metavar="N", help="train on N images only, all classes in proportion")
-    add("--batch-size", type=int, metavar="N", help="images a step")
-    add("--lr", type=float, metavar="LR", help="learning rate at the start of the cosine")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    add(
-        "--evaluate",
-        choices=("test", "val"),
-        default="test",
-        help="val holds a tenth of train out, for choosing settings (default: test)",
-    )
-    add("--out", type=Path, metavar="DIR", help="for all that is written (default: runs/DATASET)")
-    add("--fresh", action="store_true", help="train students again that are already finished")
+    options.add_common(parser, folder="runs/DATASET")
     return parser
-
-
-def _methods(given: Sequence[str]) -> tuple[str, ...]:
-    names = [name.strip() for part in given for name in part.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--method names none; known: {', '.join(METHODS)}")
-    return tuple(dict.fromkeys(names))
-
-
-def seeds_of(given: str) -> tuple[int, ...]:
-    """``--seeds``: a count, or a list."""
-    try:
-        numbers = [int(part) for part in given.split(",")]
-    except ValueError:
-        numbers = []
-    seeds = tuple(range(numbers[0])) if len(numbers) == 1 else tuple(dict.fromkeys(numbers))
-    if not seeds or min(seeds) < 0:
-        raise ValueError(
-            f"--seeds must be a count such as 3 or a list such as 0,1,2, got {given!r}"
-        )
-    return seeds
-
-
-def device_of(name: str) -> str:
-    """``--device``: ``auto`` resolved, others tried."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
-    return name
 
 
 def _on_purpose(error: BaseException) -> bool:

@@ -25,6 +25,7 @@ from structkd import FeatureCapture, Features
 from structkd.criteria.base import Criterion
 
 Step = Callable[[Batch], tuple[Tensor | None, dict[str, Tensor]]]
+Observe = Callable[[Batch, Tensor], None]
 
 _SHOW_EVERY = 20  # steps between two looks at the running means: each look waits for the device
 _CRITERION_SEED = (
@@ -105,6 +106,7 @@ def follow(
     setup: Setup,
     config: Config,
     *,
+    observe: Observe | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Train a given student by a plan on any batches: ``distil`` where those are not pairs.
@@ -119,6 +121,7 @@ def follow(
         example: a batch to build the criterion from.
         setup: what the criterion is told of the data.
         config: the schedule.
+        observe: called at every distilling step with the batch and the student's logits, detached.
         console: where the progress bar goes; None for none.
     """
     label = f"{plan.name} seed {config.seed}"
@@ -141,6 +144,8 @@ def follow(
                 feats_t = teacher_capture(batch.clean).replace(index=batch.index)
             feats_s = student_capture(batch.poor).replace(index=batch.index)
             logits = _logits(feats_s)
+            if observe is not None:
+                observe(batch, logits.detach())
             terms = {"CE": plan.supervision * F.cross_entropy(logits.float(), batch.target)}
             return logits, terms | criterion.terms(feats_s, feats_t, batch.target)
 

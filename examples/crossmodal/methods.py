@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from crossmodal.options import did_you_mean
 from crossmodal.registry import METHODS, Method, Setup
 from crossmodal.stages import Layers, OneStage, one_stage
 from structkd import Features
@@ -71,10 +71,9 @@ def resolve(name: str, options: Options | None = None) -> Plan:
     names = [part.strip().lower() for part in name.split("+")]
     for part in names:
         if part not in METHODS:
-            near = difflib.get_close_matches(part, METHODS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"unknown method {part!r}; {hint}known: {', '.join(METHODS)}, "
+                f"unknown method {part!r}; {did_you_mean(part, METHODS)}known: "
+                f"{', '.join(METHODS)}, "
                 "and sums of them such as kd+ds"
             )
     if len(set(names)) < len(names):

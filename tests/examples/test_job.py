@@ -254,4 +254,6 @@ def test_the_script_runs_from_the_repository_root() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown data set 'nosuch'; known: cifar10, mnist\n"
+    unpaired = "unpaired-mnist, unpaired-cifar10, s2s_eu, s2s_cn, m2s_gl"
+    known = f"mnist, cifar10; without pairs: {unpaired}"
+    assert done.stderr == f"error: unknown data set 'nosuch'; known: {known}\n"

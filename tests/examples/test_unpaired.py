@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmodal import cli, data, engine, models
+from crossmodal.batches import Batch
 from crossmodal.config import Config
 from crossmodal.data import DataSet
 from crossmodal.sources import Source
@@ -60,7 +62,8 @@ def chooser(
 ) -> training.Chooser:
     student = engine.fresh_model("resnet8x0_5", views.poor, CONFIG)
     logits = galleries.teacher_logits
-    return training.Chooser(VARIANTS[name], student, views, galleries, logits, EVERY, CONFIG)
+    rematching = training.Rematching(EVERY, "pass")
+    return training.Chooser(VARIANTS[name], student, views, galleries, logits, rematching, CONFIG)
 
 
 def test_halves_are_disjoint_stratified_and_all_there_is() -> None:
@@ -131,15 +134,38 @@ def test_a_rematch_takes_the_teacher_of_least_divergence(
     q = (logits.double() / 3).log_softmax(1)
     divergence = (p * p.log()).sum(1) - q @ p.T
     divergence[views.poor.labels[:, None] != views.rich.labels] = torch.inf
-    chosen = galleries.again(logits, planned=False)
+    chosen = galleries.again(logits, torch.arange(len(logits)), planned=False)
     best = divergence.min(1).values
     assert torch.allclose(divergence.gather(1, chosen[:, None])[:, 0], best, atol=1e-6)
 
 
+def test_a_rematch_by_epoch_goes_by_the_latest_predictions(
+    views: Unpaired, galleries: Galleries, teacher: nn.Module
+) -> None:
+    student = engine.fresh_model("resnet8x0_5", views.poor, CONFIG)
+    rematching = training.Rematching(RematchSchedule(2, 1))
+    logits = galleries.teacher_logits
+    choose = training.Chooser(
+        VARIANTS["full"], student, views, galleries, logits, rematching, CONFIG
+    )
+    first = choose(0)
+    seen = torch.arange(30)  # of 40: the rest was in no batch
+    images = views.poor.clean[seen]
+    for _ in range(2):  # the second time counts
+        predicted = torch.randn(30, 4)
+        batch = Batch(images, images, views.poor.labels[seen], seen)
+        choose.observe(batch, predicted)
+    assert torch.equal(choose(1), first)
+    again = choose(2)
+    assert torch.equal(again[:30], galleries.again(predicted, seen, planned=False))
+    assert torch.equal(again[30:], first[30:])
+
+
 def test_a_planned_match_spreads_the_students(views: Unpaired, galleries: Galleries) -> None:
     student_logits = torch.zeros(len(views.poor), 4)  # all alike: the nearest serves a whole class
-    crowd = torch.bincount(galleries.again(student_logits, planned=False)).max()
-    planned = torch.bincount(galleries.again(student_logits, planned=True)).max()
+    rows = torch.arange(len(student_logits))
+    crowd = torch.bincount(galleries.again(student_logits, rows, planned=False)).max()
+    planned = torch.bincount(galleries.again(student_logits, rows, planned=True)).max()
     assert crowd == 10
     assert planned <= matching.CAPACITY
 
@@ -203,7 +229,7 @@ def test_any_criterion_distils(
         teacher,
         views,
         galleries,
-        EVERY,
+        training.Rematching(EVERY),
         config,
     )
     assert {"CE", "SKA-tokens", "SKA-embeddings"} < set(outcome.terms)
@@ -256,15 +282,17 @@ def test_published_schedules() -> None:
 
 
 def test_the_time_of_rematching_is_a_share_of_an_epoch() -> None:
-    run = {
+    run: dict[str, Any] = {
         "seconds": 10.4,
-        "config": {"planner": None, "training": {"epochs": 10}},
+        "config": {"planner": None, "training": {"epochs": 10}, "rematching": {"by": "pass"}},
         "trace": {"rematching": {"2": 0.1, "4": 0.3}, "searching": {"2": 0.01, "4": 0.03}},
     }
-    assert outputs.rematching_time([run]) == (
-        "Re-matching: 200 ms (20 ms the search, the rest the student's pass over its images), "
-        "20.0 % of an epoch of 1.00 s; 3.8 % of the whole training."
-    )
+    rest = "20.0 % of an epoch of 1.00 s; 3.8 % of the whole training."
+    parts = "20 ms the search, else the student's pass over its images"
+    assert outputs.rematching_time([run]) == f"Re-matching: 200 ms ({parts}), {rest}"
+    run["config"]["rematching"] = {"by": "epoch"}
+    parts = "by what the student predicted in training"
+    assert outputs.rematching_time([run]) == f"Re-matching: 200 ms ({parts}), {rest}"
 
 
 @pytest.fixture
@@ -325,8 +353,9 @@ def test_a_seed_decides_everything(
             torch.rand(3)
             model = engine.fresh_model("resnet8x0_5", views.poor, short)
             plan = variants.plan(VARIANTS["full-ssm"], "kd", Weights())
+            rematching = training.Rematching(EVERY)
             outcome, _ = training.distil(
-                VARIANTS["full-ssm"], plan, model, teacher, views, galleries, EVERY, short
+                VARIANTS["full-ssm"], plan, model, teacher, views, galleries, rematching, short
             )
             yield outcome.model.fc.weight
 

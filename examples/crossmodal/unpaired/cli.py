@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
-from crossmodal.cli import device_of, seeds_of
+from crossmodal import options
 from crossmodal.config import Config
 from crossmodal.data import DATA_SETS
-from crossmodal.unpaired import job, outputs, recipes, scenes, views
+from crossmodal.options import given
+from crossmodal.unpaired import job, outputs, recipes, scenes, training, views
 from crossmodal.unpaired.variants import VARIANTS, Weights
-
-_T = TypeVar("_T")
+from structkd.matching.dataset import RematchSchedule
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -29,111 +29,121 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> job.UnpairedJob:
     """Turn command-line arguments into a job; the recipe fills what is not given."""
-    options = _parser().parse_args(arguments)
-    if options.job in recipes.SCENES:
-        return _scenes(options, arguments)
-    return _embedded(options, arguments)
+    wanted = _parser().parse_args(arguments)
+    if wanted.job in recipes.SCENES:
+        return _scenes(wanted, arguments)
+    return _embedded(wanted, arguments)
 
 
-def _embedded(options: argparse.Namespace, arguments: Sequence[str]) -> job.UnpairedJob:
-    dataset = options.job.removeprefix(recipes.PREFIX)
+def _embedded(wanted: argparse.Namespace, arguments: Sequence[str]) -> job.UnpairedJob:
+    dataset = wanted.job.removeprefix(recipes.PREFIX)
     recipe, matcher = DATA_SETS[dataset].recipe, recipes.matcher_recipe(dataset)
-    if options.rgb_bands is not None:
-        raise ValueError(f"--rgb-bands is for {', '.join(recipes.SCENES)}, not for {options.job}")
-    images = _images(options, pad=recipe.pad, flip=recipe.flip)
+    if wanted.rgb_bands is not None:
+        raise ValueError(f"--rgb-bands is for {', '.join(recipes.SCENES)}, not for {wanted.job}")
+    images = _images(wanted, pad=recipe.pad, flip=recipe.flip)
     schedule = {
         **images,
-        "batch_size": _given(options.batch_size, recipe.batch_size),
-        "lr": _given(options.lr, recipe.lr),
+        "batch_size": given(wanted.batch_size, recipe.batch_size),
+        "lr": given(wanted.lr, recipe.lr),
     }
     # Half the images: twice the passes make as many steps.
-    epochs = _given(options.epochs, 2 * recipe.epochs)
+    epochs = given(wanted.epochs, 2 * recipe.epochs)
     return job.UnpairedJob(
         open=partial(
             views.open_embedded,
             dataset,
-            options.poor or "noisy",
-            amount=_given(options.amount, recipe.amount),
-            data_dir=options.data,
-            download=options.download,
-            limit=options.limit,
-            evaluate=options.evaluate,
+            wanted.poor or "noisy",
+            amount=given(wanted.amount, recipe.amount),
+            data_dir=wanted.data,
+            download=wanted.download,
+            limit=wanted.limit,
+            evaluate=wanted.evaluate,
         ),
-        variants=_variants(options.variant, VARIANTS),
-        teacher=options.teacher or recipe.teacher,
-        student=options.student or recipe.student,
-        matcher=options.matcher or matcher.encoder,
-        teacher_config=Config(epochs=_epochs(options, 2 * recipe.teacher_epochs), **schedule),
+        variants=_variants(wanted.variant, list(VARIANTS)),
+        teacher=wanted.teacher or recipe.teacher,
+        student=wanted.student or recipe.student,
+        matcher=wanted.matcher or matcher.encoder,
+        teacher_config=Config(epochs=_epochs(wanted, 2 * recipe.teacher_epochs), **schedule),
         config=Config(epochs=epochs, **schedule),
         matcher_config=recipes.matcher_config(
-            _given(options.matcher_epochs, _given(options.epochs, matcher.epochs)), **images
+            given(wanted.matcher_epochs, given(wanted.epochs, matcher.epochs)), **images
         ),
-        schedule=recipes.scaled(recipes.SCENES["s2s_eu"].rematch, epochs),
-        **_common(options, arguments),
+        rematching=_rematching(wanted, recipes.SCENES["s2s_eu"].rematch, epochs),
+        **_common(wanted, arguments),
     )
 
 
-def _scenes(options: argparse.Namespace, arguments: Sequence[str]) -> job.UnpairedJob:
-    recipe = recipes.SCENES[options.job]
-    if options.amount is not None or options.poor is not None or options.download:
+def _scenes(wanted: argparse.Namespace, arguments: Sequence[str]) -> job.UnpairedJob:
+    recipe = recipes.SCENES[wanted.job]
+    if wanted.amount is not None or wanted.poor is not None or wanted.download:
         raise ValueError(
-            f"--amount, --poor and --download are for {recipes.PREFIX}...: {options.job} has a "
+            f"--amount, --poor and --download are for {recipes.PREFIX}...: {wanted.job} has a "
             "poor modality of its own"
         )
-    images = _images(options, pad=0, flip=True)
+    images = _images(wanted, pad=0, flip=True)
     schedule = {
         **images,
-        "batch_size": _given(options.batch_size, recipe.batch_size),
-        "lr": _given(options.lr, recipe.lr),
+        "batch_size": given(wanted.batch_size, recipe.batch_size),
+        "lr": given(wanted.lr, recipe.lr),
         "weight_decay": 0.0,
         "kind": "adam",
     }
-    epochs = _given(options.epochs, recipe.epochs)
+    epochs = given(wanted.epochs, recipe.epochs)
     return job.UnpairedJob(
         open=partial(
             scenes.open_scenes,
-            options.job,
-            options.data,
+            wanted.job,
+            wanted.data,
             bands=recipe.bands,
-            rgb=tuple(options.rgb_bands or recipe.rgb),
-            limit=options.limit,
-            evaluate=options.evaluate,
+            rgb=tuple(wanted.rgb_bands or recipe.rgb),
+            limit=wanted.limit,
+            evaluate=wanted.evaluate,
         ),
         # Only images that were made poor have rich originals to pair them with.
-        variants=_variants(options.variant, [name for name in VARIANTS if name != "paired"]),
-        teacher=options.teacher or recipe.teacher,
-        student=options.student or recipe.student,
-        matcher=options.matcher or recipe.matcher,
-        teacher_config=recipes.AdamConfig(epochs=_epochs(options, recipe.epochs), **schedule),
+        variants=_variants(wanted.variant, [name for name in VARIANTS if name != "paired"]),
+        teacher=wanted.teacher or recipe.teacher,
+        student=wanted.student or recipe.student,
+        matcher=wanted.matcher or recipe.matcher,
+        teacher_config=recipes.AdamConfig(epochs=_epochs(wanted, recipe.epochs), **schedule),
         config=recipes.AdamConfig(epochs=epochs, **schedule),
         matcher_config=recipes.matcher_config(
-            _given(options.matcher_epochs, _given(options.epochs, recipe.matcher_epochs)), **images
+            given(wanted.matcher_epochs, given(wanted.epochs, recipe.matcher_epochs)), **images
         ),
-        schedule=recipes.scaled(recipe.rematch, epochs),
-        **_common(options, arguments),
+        rematching=_rematching(wanted, recipe.rematch, epochs),
+        **_common(wanted, arguments),
     )
 
 
-def _common(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+def _common(wanted: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     return {
-        "name": options.job,
-        "seeds": seeds_of(options.seeds),
-        "criterion": options.criterion,
-        "weights": Weights(*options.weights),
-        "out": options.out or Path("runs") / options.job,
-        "fresh": options.fresh,
+        "name": wanted.job,
+        "seeds": options.seeds(wanted.seeds),
+        "criterion": wanted.criterion,
+        "weights": Weights(*wanted.weights),
+        "out": wanted.out or Path("runs") / wanted.job,
+        "fresh": wanted.fresh,
         "command": shlex.join(["python", "examples/train.py", *arguments]),
     }
 
 
-def _images(options: argparse.Namespace, **augmentation: Any) -> dict[str, Any]:
-    device = device_of(options.device)
-    return {**augmentation, "precision": options.precision, "device": device}
+def _rematching(
+    wanted: argparse.Namespace, published: RematchSchedule, epochs: int
+) -> training.Rematching:
+    return training.Rematching(recipes.scaled(published, epochs), wanted.rematch_by)
 
 
-def _epochs(options: argparse.Namespace, default: int) -> int:
+def _variants(given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    return tuple(known) if given is None else options.names("--variant", given, known)
+
+
+def _images(wanted: argparse.Namespace, **augmentation: Any) -> dict[str, Any]:
+    device = options.device(wanted.device)
+    return {**augmentation, "precision": wanted.precision, "device": device}
+
+
+def _epochs(wanted: argparse.Namespace, default: int) -> int:
     """The teacher's: --epochs moves both."""
-    epochs: int = _given(options.teacher_epochs, _given(options.epochs, default))
+    epochs: int = given(wanted.teacher_epochs, given(wanted.epochs, default))
     return epochs
 
 
@@ -148,8 +158,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     weights = Weights()
     add("job", metavar="JOB", help=f"one of {', '.join(recipes.names())}")
-    add("--data", type=Path, metavar="DIR", help="where the images lie; unpaired-mnist needs none")
-    add("--download", action="store_true", help="fetch the data set into --data")
     add(
         "--variant",
         "--variants",
@@ -174,33 +182,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("R", "G", "B"),
         help="positions of red, green and blue among the bands, from 0",
     )
-    add("--amount", type=float, metavar="A", help="fraction of the pixels that noise replaces")
-    add("--teacher", metavar="NAME", help="a timm model, or one of ours such as resnet32x4")
-    add("--student", metavar="NAME", help="likewise")
-    add("--matcher", metavar="NAME", help="likewise; of both the matcher's encoders")
-    add("--epochs", type=int, metavar="N", help="passes over the student's images")
-    add("--teacher-epochs", type=int, metavar="N", help="the teacher's (default: as --epochs)")
+    add("--matcher", metavar="NAME", help="a model as of --teacher; both the matcher's encoders")
     add("--matcher-epochs", type=int, metavar="N", help="the matcher's (default: as --epochs)")
-    add("--seeds", default="3", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
-    add("--limit", type=int, metavar="N", help="N training images only, before they are halved")
-    add("--batch-size", type=int, metavar="N", help="images a step")
-    add("--lr", type=float, metavar="LR", help="learning rate at the start of the cosine")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    add("--evaluate", choices=("test", "val"), default="test", help="val is a tenth of train")
-    add("--out", type=Path, metavar="DIR", help="for all that is written (default: runs/JOB)")
-    add("--fresh", action="store_true", help="train students again that are already finished")
+    add(
+        "--rematch-by",
+        choices=training.BYS,
+        default=training.BYS[0],
+        help="what DynM goes by: the student's predictions in training (epoch), which cost nothing,"
+        " or a pass of its own over its images (default: epoch)",
+    )
+    options.add_common(parser, folder="runs/JOB")
     return parser
-
-
-def _variants(given: Sequence[str] | None, known: Iterable[str]) -> tuple[str, ...]:
-    if given is None:
-        return tuple(known)
-    names = [name.strip() for part in given for name in part.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--variant names none; known: {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
-
-
-def _given(value: _T | None, default: _T) -> _T:
-    return default if value is None else value

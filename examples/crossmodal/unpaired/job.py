@@ -19,10 +19,9 @@ from crossmodal.job import training_settings
 from crossmodal.methods import Plan
 from crossmodal.store import Checkpoint, Results, key
 from crossmodal.unpaired import matching, training, variants
-from crossmodal.unpaired.training import Trace
+from crossmodal.unpaired.training import Rematching, Trace
 from crossmodal.unpaired.variants import Variant, Weights
 from crossmodal.unpaired.views import Unpaired
-from structkd.matching.dataset import RematchSchedule
 from structkd.matching.semantic import SemanticMatcher
 
 
@@ -39,7 +38,7 @@ class UnpairedJob:
         weights: of the student's loss.
         teacher, student, matcher: model names; the matcher's two encoders have one.
         teacher_config, config, matcher_config: how to train them.
-        schedule: the epochs at which students choose again.
+        rematching: when students choose again, and by what.
         out: folder for checkpoints, results and figures.
         fresh: train students again that ``results.json`` already has.
         command: the command line, for the record.
@@ -57,7 +56,7 @@ class UnpairedJob:
     teacher_config: Config
     config: Config
     matcher_config: Config
-    schedule: RematchSchedule
+    rematching: Rematching
     out: Path
     fresh: bool = False
     command: str = ""
@@ -133,7 +132,7 @@ class Session:
             "structkd": structkd.__version__,
             "variant": {k: v for k, v in asdict(variant).items() if k != "title"},
             "planner": [matching.EPSILON, matching.CAPACITY] if variant.planned else None,
-            "schedule": job.schedule.epochs(job.config.epochs) if variant.dynamic else None,
+            "rematching": self._rematching if variant.dynamic else None,
             "teacher": f"{job.teacher}-{key(self._teacher_settings)}" if taught else None,
             "matcher": key(self._matcher_settings) if variant.first == "semantic" else None,
             "training": training_settings(replace(job.config, seed=seed)),
@@ -146,6 +145,11 @@ class Session:
         job = self.job
         teacher = {"model": job.teacher, "rich": self.teacher_accuracy}
         return {"command": job.command, "dataset": job.name, "teacher": teacher}
+
+    @property
+    def _rematching(self) -> dict[str, Any]:
+        rematching = self.job.rematching
+        return {"epochs": rematching.schedule.epochs(self.job.config.epochs), "by": rematching.by}
 
     @property
     def _data(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class Session:
             self.teacher,
             views,
             self.galleries,
-            self.job.schedule,
+            self.job.rematching,
             config,
             self.console,
         )

@@ -98,9 +98,9 @@ class Galleries:
         """The matcher's choice: nearest in class, or by a plan."""
         return _matcher(self.semantic, planned).match(self.queries, self.labels).ids
 
-    def again(self, student_logits: Tensor, *, planned: bool) -> Tensor:
-        """The student's choice by what it predicts now."""
-        return _matcher(self.logits, planned).match(student_logits, self.labels).ids
+    def again(self, student_logits: Tensor, rows: Tensor, *, planned: bool) -> Tensor:
+        """The choice of these student images, ``rows``, by what the student predicts for them."""
+        return _matcher(self.logits, planned).match(student_logits, self.labels[rows]).ids
 
 
 def galleries(

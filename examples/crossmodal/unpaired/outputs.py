@@ -63,10 +63,13 @@ def rematching_time(runs: Sequence[Run]) -> str:
             sum(run["trace"]["rematching"].values()) / run["seconds"] for run in found
         )
         name = "Planned re-matching" if planned else "Re-matching"
+        if {run["config"]["rematching"]["by"] for run in found} == {"epoch"}:
+            parts = "by what the student predicted in training"
+        else:
+            parts = f"{1000 * search:.0f} ms the search, else the student's pass over its images"
         lines.append(
-            f"{name}: {1000 * seconds:.0f} ms ({1000 * search:.0f} ms the search, the rest the "
-            f"student's pass over its images), {100 * seconds / epoch:.1f} % of an epoch of "
-            f"{epoch:.2f} s; {100 * whole:.1f} % of the whole training."
+            f"{name}: {1000 * seconds:.0f} ms ({parts}), {100 * seconds / epoch:.1f} % of an epoch "
+            f"of {epoch:.2f} s; {100 * whole:.1f} % of the whole training."
         )
     return " ".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -23,9 +24,27 @@ from crossmodal.unpaired.views import Unpaired, chosen
 from structkd.diagnostics import transport_cost
 from structkd.matching.dataset import RematchSchedule
 
+By = Literal["epoch", "pass"]
+BYS: tuple[By, ...] = ("epoch", "pass")
+
 _MATCH_SEED = 3_000_000
 _SAMPLE = 500  # images whose transport cost is followed; the exact solver takes N^3
 _SAMPLE_DRAW = 5
+
+
+@dataclass(frozen=True)
+class Rematching:
+    """When a student chooses again, and by what.
+
+    Attributes:
+        schedule: the epochs.
+        by: ``epoch`` is what the student predicted in training over the epochs so far, each image's
+            latest, at the price of the search alone; ``pass`` a pass of its own over all images as
+            they are, as published.
+    """
+
+    schedule: RematchSchedule
+    by: By = "epoch"
 
 
 @dataclass
@@ -36,8 +55,8 @@ class Trace:
         transport: Wasserstein distance between the logits of a fixed sample of students and of
             their teacher images (each row centred: softmax knows no more).
         matched: root mean square distance of the matched pairs, the cost of that pairing as a plan.
-        rematching: seconds of every re-matching, by the epoch before which it was: the student's
-            pass over its images, and the search.
+        rematching: seconds of every re-matching, by the epoch before which it was: the search,
+            and the student's pass over its images where it makes one.
         searching: the search's part of them.
         changed: share of the matches that it changed.
         watching: seconds spent on measuring the above, no part of training.
@@ -61,14 +80,18 @@ class Chooser:
         views: Unpaired,
         galleries: Galleries,
         teacher_logits: Tensor,
-        schedule: RematchSchedule,
+        rematching: Rematching,
         config: Config,
     ) -> None:
         self.trace = Trace()
         self._variant, self._model, self._views = variant, model, views
         self._galleries, self._teacher_logits = galleries, teacher_logits
-        self._epochs = set(schedule.epochs(config.epochs)) if variant.dynamic else set()
+        epochs = rematching.schedule.epochs(config.epochs)
+        self._epochs = set(epochs) if variant.dynamic else set()
+        self._by = rematching.by
         self._device = config.device
+        shape = len(views.poor), len(views.poor.classes)
+        self._predicted = torch.full(shape, torch.nan, device=config.device)
         self._draws = torch.Generator().manual_seed(_MATCH_SEED + config.seed)
         labels = views.poor.labels.numpy()
         sample = torch.from_numpy(stratified(labels, _SAMPLE, draw=_SAMPLE_DRAW))
@@ -83,6 +106,10 @@ class Chooser:
             self._ids = self._first()
         self.watch()
         return self._ids
+
+    def observe(self, batch: Batch, logits: Tensor) -> None:
+        """Remember what the student predicted at a step of training."""
+        self._predicted[batch.index] = logits.float()
 
     def watch(self) -> None:
         """Measure what the matches cost at the student's present state."""
@@ -105,9 +132,13 @@ class Chooser:
 
     def _rematch(self, epoch: int) -> None:
         started = time.perf_counter()
-        logits = self._logits(self._views.poor)
+        own_pass = self._by == "pass"
+        logits = self._logits(self._views.poor) if own_pass else self._predicted.cpu()
         predicted = time.perf_counter()
-        ids = self._galleries.again(logits, planned=self._variant.planned)
+        # An epoch leaves its incomplete last batch out: an image never seen keeps its match.
+        rows = logits.isfinite().all(1).nonzero()[:, 0]
+        ids = self._ids.clone()
+        ids[rows] = self._galleries.again(logits[rows], rows, planned=self._variant.planned)
         self.trace.searching[epoch] = time.perf_counter() - predicted
         self.trace.rematching[epoch] = time.perf_counter() - started
         self.trace.changed[epoch] = float((ids != self._ids).float().mean())
@@ -145,7 +176,7 @@ def distil(
     teacher: nn.Module,
     views: Unpaired,
     galleries: Galleries,
-    schedule: RematchSchedule,
+    rematching: Rematching,
     config: Config,
     console: Console | None = None,
 ) -> tuple[Outcome, Trace]:
@@ -154,7 +185,7 @@ def distil(
     logits = galleries.teacher_logits
     if rich is not views.rich:
         logits = outputs(teacher.to(config.device).eval(), rich, views.rich, config.device)
-    chooser = Chooser(variant, model, views, galleries, logits, schedule, config)
+    chooser = Chooser(variant, model, views, galleries, logits, rematching, config)
     batches = MatchedBatches(
         views.poor, rich, chooser, config, rich_statistics=views.rich.statistics
     )
@@ -166,6 +197,7 @@ def distil(
         example(views, config),
         setup(views, config),
         config,
+        observe=chooser.observe if variant.dynamic and rematching.by == "epoch" else None,
         console=console,
     )
     trace = chooser.trace

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import structkd
 from crossmodal.methods import Plan, resolve
+from crossmodal.options import did_you_mean
 from crossmodal.registry import Method, Setup
 from crossmodal.report import BASELINE
 from structkd import Features
@@ -74,8 +74,7 @@ class Weights:
 def variant(name: str) -> Variant:
     """The variant of that name; ValueError with the known names where there is none."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, VARIANTS)
         raise ValueError(f"unknown variant {name!r}; {hint}known: {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
