@@ -1,4 +1,7 @@
-"""A large gallery of one class: an IVF index against the exact search.
+"""A large gallery of one class: IVF indexes against the exact search.
+
+`IVF,Flat` compares a query with whole rows of the nearest lists; `IVF,PQ..x4fs,RFlat` with 4-bit
+codes of them, and ranks the best of these by whole rows.
 
 Three kinds of data; queries are fresh draws from the same law as the rows.
 
@@ -43,12 +46,27 @@ def draw(kind: str, rows: int, queries: int, dim: int, noise: float) -> tuple[Te
     return total[:rows], total[rows:]
 
 
+def parameters(index: str, nprobe: int, refine: int) -> str:
+    if not nprobe:
+        return ""
+    return f"nprobe={nprobe}" + (f",k_factor_rf={refine}" if index.endswith("RFlat") else "")
+
+
 def main() -> None:
+    import faiss  # here, for torch has to come first
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--lists", type=int, default=0, help="0: twice the square root of the rows")
+    parser.add_argument(
+        "--index",
+        nargs="+",
+        default=["IVF{lists},Flat", "IVF{lists},PQ64x4fs,RFlat"],
+        help="FAISS factory strings",
+    )
+    parser.add_argument("--refine", type=int, default=10, help="k_factor of RFlat")
     parser.add_argument("--nprobe", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--noise", type=float, default=1.0, help="of clusters, 1: as the centre")
     parser.add_argument("--kinds", nargs="+", default=["latent", "clustered", "uniform"])
@@ -65,9 +83,10 @@ def main() -> None:
         vectors, queries = draw(kind, args.rows, args.queries, args.dim, args.noise)
         labels = torch.zeros(args.rows, dtype=torch.int64)
         exact_ids, exact_time = None, 0.0
-        for index, probes in [("Flat", [0]), (f"IVF{lists},Flat", args.nprobe)]:
+        for index in ["Flat", *(text.format(lists=lists) for text in args.index)]:
+            probes = [0] if index == "Flat" else args.nprobe
             gallery = RetrievalGallery(
-                args.dim, index=index, parameters=f"nprobe={probes[0]}" if probes[0] else ""
+                args.dim, index=index, parameters=parameters(index, probes[0], args.refine)
             )
             start = time.perf_counter()
             # In pieces: the index is trained on the first that suffice, and memory stays low.
@@ -77,8 +96,9 @@ def main() -> None:
             for nprobe in probes:
                 if nprobe:
                     # The one index at several settings: training it again takes minutes.
-                    gallery._classes[0].index.nprobe = nprobe
-
+                    faiss.ParameterSpace().set_index_parameters(
+                        gallery._classes[0].index, parameters(index, nprobe, args.refine)
+                    )
                 search = partial(gallery.search, queries, labels[: args.queries])
                 ids = search()[1][:, 0]
                 # The exact search of a large gallery takes seconds: it is timed once.

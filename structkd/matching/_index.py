@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -90,11 +91,18 @@ class IndexSpec:
 
     def _training_size(self, index: Any) -> int:
         """Returns how many vectors give every centroid enough; 256 where none are trained."""
-        if isinstance(index, self.faiss.IndexPreTransform):
-            index = self.faiss.downcast_index(index.index)
+        faiss, centroids = self.faiss, 0
+        while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
+            if isinstance(index, faiss.IndexRefine):
+                index = faiss.downcast_index(index.base_index)
+                continue
+            steps = (faiss.downcast_VectorTransform(step) for step in _each(index.chain))
+            if any(isinstance(step, faiss.OPQMatrix) for step in steps):
+                centroids = 256  # of the product quantiser that a rotation is fitted for
+            index = faiss.downcast_index(index.index)
         quantiser = getattr(index, "pq", None)
         codes = 1 << quantiser.nbits if quantiser is not None else 0
-        return _POINTS * max(codes, getattr(index, "nlist", 0)) or 256
+        return _POINTS * max(centroids, codes, getattr(index, "nlist", 0)) or 256
 
 
 class ClassIndex:
@@ -203,6 +211,11 @@ class ClassIndex:
             spec.faiss.ParameterSpace().set_index_parameters(index, spec.parameters)
         own.index = spec.to_device(index)
         return own
+
+
+def _each(vector: Any) -> Iterator[Any]:
+    """Iterates over a std::vector as FAISS hands it out."""
+    return (vector.at(place) for place in range(vector.size()))
 
 
 def _rank(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:

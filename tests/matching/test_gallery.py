@@ -173,7 +173,25 @@ def test_trained_index_waits_for_enough_vectors_then_finds():
     assert recall >= 0.9
 
 
-@pytest.mark.parametrize("index", ["HNSW16", "SQ8", "OPQ4,IVF4,PQ4x4", "Flat"])
+@pytest.mark.parametrize(
+    ("index", "least"),
+    [
+        ("Flat", 0),
+        ("HNSW16", 0),
+        ("SQ8", 256),
+        ("IVF32,Flat", 39 * 32),
+        ("IVF4,PQ4x4", 39 * 16),
+        ("PCA8,IVF32,PQ4x4fs,RFlat", 39 * 32),
+        ("OPQ4,IVF4,PQ4x4fs,RFlat", 39 * 256),
+    ],
+)
+def test_an_index_waits_for_enough_to_train_on(index, least):
+    assert RetrievalGallery(16, index=index)._spec.training_size == least
+
+
+@pytest.mark.parametrize(
+    "index", ["HNSW16", "SQ8", "PCA8,IVF4,PQ4x4", "IVF4,PQ4x4fs,RFlat", "Flat"]
+)
 def test_factory_strings(index):
     labels = torch.zeros(700, dtype=torch.int64)
     gallery = RetrievalGallery(16, index=index)
