@@ -49,6 +49,11 @@ def common_positions(first: Tensor, second: Tensor, names: str) -> tuple[Tensor,
     return first, second
 
 
+def pooled(features: Tensor) -> Tensor:
+    """Returns the mean of maps or tokens over their positions, ``(B, C)``."""
+    return features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+
+
 def as_map(features: Tensor) -> Tensor:
     """Views maps, tokens or rows as ``(B, C, H, W)``; a token sequence is one pixel high."""
     if features.dim() == 2:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from structkd._checks import choice, labels, number, whole
+from structkd.criteria._maps import pooled
 from structkd.criteria.base import Criterion, either, map_pair, pair
 from structkd.features import Features
 
@@ -284,8 +285,4 @@ def _rows(student: Features, teacher: Features, source: str, layer: int) -> tupl
     if source == "embedding":
         return either(student, teacher, "embedding")
     map_s, map_t = map_pair(student, teacher, layer)
-    return _pooled(map_s), _pooled(map_t)
-
-
-def _pooled(features: Tensor) -> Tensor:
-    return features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+    return pooled(map_s), pooled(map_t)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from structkd._checks import choice, describe, whole
 from structkd.criteria._gram import FORMS
+from structkd.criteria._maps import common_positions, pooled
 from structkd.criteria.base import Criterion, channels, map_pair
 from structkd.criteria.coral import coral_distance
 from structkd.features import Features
-from structkd.projectors import ConvAdapter, to_common_size
+from structkd.projectors import ConvAdapter
 from structkd.transport import LagrangianPlanner
 
 SCALES = ("standard", "published")
@@ -151,7 +152,7 @@ class SemanticAlignmentLoss(Criterion):
         map_s, map_t = map_pair(student, teacher, self.layer)
         if self.adapter is not None:
             map_s = self.adapter(map_s)
-        embedding_s, embedding_t = _pooled(map_s), _pooled(map_t)
+        embedding_s, embedding_t = pooled(map_s), pooled(map_t)
         tokens_s, tokens_t = self._tokens(map_s, map_t)
         mass_s, mass_t = self._mass(tokens_s, self.scores_s), self._mass(tokens_t, self.scores_t)
         mean_s, mean_t = mass_s.mean(dim=-1, keepdim=True), mass_t.mean(dim=-1, keepdim=True)
@@ -167,11 +168,6 @@ class SemanticAlignmentLoss(Criterion):
 
     def _tokens(self, map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns both as ``(B, N, C)`` of one N, after checking that they fit."""
-        if map_s.dim() != map_t.dim():
-            raise ValueError(
-                "student and teacher intermediate features must have the same rank, got "
-                f"{describe(map_s)} and {describe(map_t)}"
-            )
         width = self.scores_s.in_features
         if channels(map_s) != width or channels(map_t) != width:
             raise ValueError(
@@ -179,15 +175,10 @@ class SemanticAlignmentLoss(Criterion):
                 f"{describe(map_s)} (adapted, if channels differ) and a teacher's "
                 f"{describe(map_t)}; build it with from_features"
             )
-        if map_s.dim() == 4:
-            map_s, map_t = to_common_size(map_s, map_t)
-            return map_s.flatten(2).transpose(1, 2), map_t.flatten(2).transpose(1, 2)
-        if map_s.shape[1] != map_t.shape[1]:
-            raise ValueError(
-                f"token sequences must have one length, got {describe(map_s)} and "
-                f"{describe(map_t)}; pass maps (B, C, H, W), which are pooled to a common size"
-            )
-        return map_s, map_t
+        map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate features")
+        if map_s.dim() == 3:
+            return map_s, map_t
+        return map_s.flatten(2).transpose(1, 2), map_t.flatten(2).transpose(1, 2)
 
     def _mass(self, tokens: Tensor, scores: nn.Linear) -> Tensor:
         """Returns what every token receives under its modality's plans, ``(B, heads, N)``."""
@@ -201,10 +192,6 @@ class SemanticAlignmentLoss(Criterion):
         distance = coral_distance(rows_s, rows_t, self.form)
         batch, width = rows_s.shape
         return distance if self.scale == "standard" else distance * ((batch - 1) ** 2 / width)
-
-
-def _pooled(features: Tensor) -> Tensor:
-    return features.mean(dim=(2, 3) if features.dim() == 4 else 1)
 
 
 def _refined(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, number
+from structkd.criteria._maps import pooled
 from structkd.criteria.base import Criterion, map_pair
 from structkd.features import Features
 from structkd.projectors import to_common_size
@@ -135,10 +136,7 @@ class UniformityCalibrationLoss(Criterion):
 
     def _to_rows(self, features: Tensor) -> Tensor:
         if features.dim() > 2:
-            if self.pool == "flatten":
-                features = features.flatten(1)
-            else:
-                features = features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+            features = features.flatten(1) if self.pool == "flatten" else pooled(features)
         return F.normalize(features, dim=1) if self.normalize else features
 
     def _variance(self, rows_t: Tensor) -> Tensor | float:
