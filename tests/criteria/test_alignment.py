@@ -126,7 +126,7 @@ def test_bad_options_are_named(options: dict, error: type[Exception], message: s
         (
             (4, 4, 2, 2),
             (4, 4, 4),
-            r"of one kind, got float64 \(4, 4, 2, 2\) and float64 \(4, 4, 4\)",
+            r"of one kind, got float64 \(4, 4, 2, 2\) and .*4, 4, 4",
         ),
         ((4, 5, 4), (4, 6, 4), r"as many tokens, got .* reshape tokens"),
         ((4, 4, 2, 2), (4, 8, 2, 2), r"built for a teacher of 4 channels.*from_features"),
