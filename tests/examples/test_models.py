@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torchvision
 
 from crossmodal import models
 from structkd import FeatureCapture
@@ -32,6 +33,23 @@ def test_stages_and_embedding_are_where_feature_info_says(name: str) -> None:
     assert feats.embedding.shape == (2, model.num_features)
     assert feats.logits.shape == (2, 7)
     torch.testing.assert_close(model.get_classifier()(feats.embedding), feats.logits)
+
+
+@pytest.mark.parametrize("in_chans", [3, 10])
+def test_shufflenet_is_torchvisions(in_chans: int) -> None:
+    model = models.create("shufflenet_v2_x0_5", num_classes=7, in_chans=in_chans).eval()
+    images = torch.randn(2, in_chans, 64, 64)
+    with FeatureCapture(model, intermediate=models.stage_names(model)) as capture:
+        feats = capture(images)
+    for stage, features in zip(model.feature_info, feats.intermediate, strict=True):
+        size = 64 // stage["reduction"]
+        assert features.shape == (2, stage["num_chs"], size, size)
+    assert feats.embedding.shape == (2, model.num_features) == (2, 1024)
+    torch.testing.assert_close(model.forward_head(model.forward_features(images)), feats.logits)
+    original = torchvision.models.shufflenet_v2_x0_5(num_classes=7)
+    if in_chans == 3:
+        original.load_state_dict(model.state_dict())
+        torch.testing.assert_close(original.eval()(images), feats.logits)
 
 
 def test_the_classifier_can_be_reset() -> None:

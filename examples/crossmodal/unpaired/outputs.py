@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from crossmodal import figures, report
+from crossmodal import figures, published, report
 from crossmodal.store import write_atomically
 from crossmodal.unpaired.job import Session
+from crossmodal.unpaired.variants import VARIANTS
 
 Run = dict[str, Any]
 
@@ -26,6 +27,7 @@ def write(session: Session, runs: Sequence[Run], console: Console) -> None:
     notes = [
         f"Teacher {job.teacher}: {session.teacher_accuracy:.2f} % on rich test images.",
         rematching_time(runs),
+        in_the_paper(job.name),
     ]
     console.print(report.table(rows, None, title=title))
     for note in filter(None, notes):
@@ -36,6 +38,15 @@ def write(session: Session, runs: Sequence[Run], console: Console) -> None:
     figures.draw_accuracy(rows, None, job.out / "accuracy.png", title=title)
     draw_transport(costs(runs), job.out / "transport.png", title=f"{job.name}: teacher to student")
     console.print(f"results, table and figures: {job.out}")
+
+
+def in_the_paper(name: str) -> str:
+    """The published accuracies of a job; empty where there are none."""
+    printed = published.sembridge(name)
+    if not printed:
+        return ""
+    rows = (f"{VARIANTS[row].title.format('kd')} {value:.1f}" for row, value in printed.items())
+    return f"The paper, ResNet-34 to ResNet-34, its own split: {', '.join(rows)}."
 
 
 def rematching_time(runs: Sequence[Run]) -> str:

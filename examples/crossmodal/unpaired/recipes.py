@@ -74,7 +74,7 @@ class SceneRecipe:
         rgb: where red, green and blue stand among them, counted from 0. Not published: this is the
             sensor's own order (B2, B3, B4, ... of ten bands, B1, B2, B3, B4, ... of fourteen).
         rematch: the published epochs of 200.
-        student: the published pairs are ResNet-34, MobileNetV2 and ShuffleNetV2-0.5 in every order.
+        student: the published networks are resnet34, mobilenetv2_100 and shufflenet_v2_x0_5.
     """
 
     bands: int
