@@ -57,6 +57,10 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         for weight in (5, 2, 20, 50)
         for name, kind in {"MLP": MLP, "linear": LINEAR}.items()
     },
+    "weight": {
+        f"default, gamma ({weight:g}, 0.02)": ("ds", {"gamma": (weight, 0.02)})
+        for weight in (5.0, 2.0, 1.0, 0.5)
+    },
     "lambd": {
         f"SEM 5, MLP, centred, lambd {lambd:g}": ("ds", _sem(5, **MLP, lambd=lambd))
         for lambd in (0.0, 5e-2, 0.5)

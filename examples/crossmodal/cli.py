@@ -86,6 +86,7 @@ def parse(
     common: dict[str, Any] = {
         "batch_size": given(wanted.batch_size, recipe.batch_size),
         "lr": given(wanted.lr, recipe.lr),
+        "warmup": given(wanted.warmup, recipe.warmup),
         "pad": recipe.pad,
         "flip": recipe.flip,
         "precision": wanted.precision,

@@ -17,8 +17,9 @@ class Config:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step.
-        lr: learning rate at the start; it falls along a cosine to ``final_lr``, step by step.
+        lr: the largest learning rate; it falls along a cosine to ``final_lr``, step by step.
         final_lr: learning rate at the end.
+        warmup: share of the training, in [0, 1), over which the rate first rises to ``lr``.
         momentum: of SGD.
         weight_decay: of SGD, on the network and the criterion's heads.
         seed: of the initial weights, the order of the batches and their crops.
@@ -33,6 +34,7 @@ class Config:
     batch_size: int = 64
     lr: float = 0.05
     final_lr: float = 1e-6
+    warmup: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
@@ -47,6 +49,8 @@ class Config:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a share in [0, 1), got {self.warmup}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
 
@@ -55,6 +59,18 @@ class Config:
         return torch.optim.SGD(
             parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+    def scheduler(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate over a training of so many steps."""
+        schedulers = torch.optim.lr_scheduler
+        rising = round(self.warmup * steps)
+        falling = schedulers.CosineAnnealingLR(optimizer, steps - rising, self.final_lr)
+        if not rising:
+            return falling
+        linear = schedulers.LinearLR(optimizer, 1 / (rising + 1), total_iters=rising)
+        return schedulers.SequentialLR(optimizer, [linear, falling], [rising])
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ class Recipe:
     batch_size: int = 64
     pad: int = 4
     flip: bool = True
+    warmup: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -248,11 +248,11 @@ def minimise(
     config: Config,
     console: Console | None,
 ) -> Outcome:
-    """A cosine schedule over ``step``'s summed terms; returns the last epoch's means."""
+    """Minimise ``step``'s summed terms by the schedule; returns the last epoch's means."""
     heads = [] if criterion is None else list(criterion.parameters())
     optimizer = config.optimizer([*model.parameters(), *heads])
     total = config.epochs * len(batches)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, config.final_lr)
+    scheduler = config.scheduler(optimizer, total)
     autocast = torch.autocast(
         torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16"
     )

@@ -27,7 +27,8 @@ def add_common(parser: argparse.ArgumentParser, *, folder: str) -> None:
     add("--seeds", default="3", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
     add("--limit", type=int, metavar="N", help="N training images only, all classes in proportion")
     add("--batch-size", type=int, metavar="N", help="images a step")
-    add("--lr", type=float, metavar="LR", help="learning rate at the start of the cosine")
+    add("--lr", type=float, metavar="LR", help="the largest learning rate")
+    add("--warmup", type=float, metavar="P", help="share of the training over which it first rises")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     add(

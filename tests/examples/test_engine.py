@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -176,12 +177,30 @@ def test_pooled_features_come_in_the_order_of_the_images(
     torch.testing.assert_close(single[0], embedding[5])
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_learning_rate_rises_then_falls_along_a_cosine(warmup: float) -> None:
+    config = replace(CONFIG, lr=0.4, final_lr=0.0, warmup=warmup)
+    weight = nn.Parameter(torch.zeros(()))
+    optimizer = config.optimizer([weight])
+    scheduler = config.scheduler(optimizer, 12)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    rising = round(12 * warmup)
+    linear = [0.4 * (step + 1) / (rising + 1) for step in range(rising)]
+    cosine = [0.2 * (1 + math.cos(math.pi * step / (12 - rising))) for step in range(12 - rising)]
+    assert rates == pytest.approx(linear + cosine)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"precision": "fp16"}, "precision must be fp32 or bf16"),
+        ({"warmup": 1.0}, "warmup must be a share in \\[0, 1\\), got 1.0"),
     ],
 )
 def test_settings_that_cannot_work(wrong: dict[str, object], message: str) -> None:

@@ -45,6 +45,7 @@ def _embedded(wanted: argparse.Namespace, arguments: Sequence[str]) -> job.Unpai
         **images,
         "batch_size": given(wanted.batch_size, recipe.batch_size),
         "lr": given(wanted.lr, recipe.lr),
+        "warmup": given(wanted.warmup, recipe.warmup),
     }
     # Half the images: twice the passes make as many steps.
     epochs = given(wanted.epochs, 2 * recipe.epochs)
@@ -85,6 +86,7 @@ def _scenes(wanted: argparse.Namespace, arguments: Sequence[str]) -> job.Unpaire
         **images,
         "batch_size": given(wanted.batch_size, recipe.batch_size),
         "lr": given(wanted.lr, recipe.lr),
+        "warmup": given(wanted.warmup, 0.0),
         "weight_decay": 0.0,
         "kind": "adam",
     }
