@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import structkd
-from crossmodal import engine, evaluation, models, report
-from crossmodal.config import Config
+from crossmodal import engine, evaluation, report
+from crossmodal.config import Config, Outcome
 from crossmodal.data import ImagePairs, load
 from crossmodal.methods import resolve
 from crossmodal.store import Checkpoint, Results, key
@@ -71,7 +71,9 @@ class Session:
         self.job, self.console = job, console
         self.train, self.held_out = _load_splits(job)
         self._results = Results(job.out)
-        self.teacher, self._teacher_settings = _trained_teacher(job, self.train, console)
+        self.teacher, self._teacher_settings = trained_teacher(
+            job.teacher, job.dataset, self.train, job.teacher_config, job.out, console
+        )
         self._losses: dict[str, dict[str, Any]] = {}
 
     @cached_property
@@ -247,27 +249,41 @@ def _load_splits(job: Job) -> tuple[ImagePairs, ImagePairs]:
     return train, held_out
 
 
-def _trained_teacher(
-    job: Job, train: ImagePairs, console: Console
+def trained_teacher(
+    name: str, dataset: str, images: ImagePairs, config: Config, out: Path, console: Console
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The teacher from its checkpoint, or trained and saved, with the settings it depends on."""
+    """A network for the clean images, trained or read, with the settings it depends on."""
     settings = {
-        "model": job.teacher,
-        "dataset": job.dataset,
-        "images": train.fingerprint,
-        "training": training_settings(job.teacher_config),
+        "model": name,
+        "dataset": dataset,
+        "images": images.fingerprint,
+        "training": training_settings(config),
     }
-    checkpoint = Checkpoint(job.out, "teacher", settings)
-    in_chans = train.clean.shape[1]
-    model = models.create(job.teacher, num_classes=len(train.classes), in_chans=in_chans)
-    models.on_device(model, job.config.device)
+    model = engine.fresh_model(name, images, config)
+
+    def train() -> Outcome:
+        return engine.train_teacher(name, images, config, console=console)
+
+    return trained("teacher", settings, model, train, out, console), settings
+
+
+def trained(
+    role: str,
+    settings: dict[str, Any],
+    model: nn.Module,
+    train: Callable[[], Outcome],
+    out: Path,
+    console: Console,
+) -> nn.Module:
+    """``model`` with the weights of its checkpoint in ``out``, or what ``train`` gives, saved."""
+    checkpoint = Checkpoint(out, role, settings)
     if checkpoint.load_into(model):
-        console.print(f"teacher read from {checkpoint.path}")
-        return model, settings
-    outcome = engine.train_teacher(job.teacher, train, job.teacher_config, console=console)
+        console.print(f"{role} read from {checkpoint.path}")
+        return model
+    outcome = train()
     checkpoint.save(outcome.model, seconds=outcome.seconds)
-    console.print(f"teacher {job.teacher} trained in {outcome.seconds:.0f} s")
-    return outcome.model, settings
+    console.print(f"{role} {settings['model']} trained in {outcome.seconds:.0f} s")
+    return outcome.model
 
 
 def training_settings(config: Config) -> dict[str, Any]:

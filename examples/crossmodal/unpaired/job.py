@@ -15,7 +15,7 @@ import structkd
 from crossmodal import engine, evaluation
 from crossmodal.config import Config, Outcome
 from crossmodal.data import ImagePairs
-from crossmodal.job import training_settings
+from crossmodal.job import trained, trained_teacher, training_settings
 from crossmodal.methods import Plan
 from crossmodal.store import Checkpoint, Results, key
 from crossmodal.unpaired import matching, training, variants
@@ -74,7 +74,9 @@ class Session:
             f"ones ({views.poverty}) for the student, none in both"
         )
         self.matcher, self._matcher_settings = self._trained_matcher()
-        self.teacher, self._teacher_settings = self._trained_teacher()
+        self.teacher, self._teacher_settings = trained_teacher(
+            job.teacher, job.name, views.rich, job.teacher_config, job.out, console
+        )
         self._losses: dict[str, dict[str, Any]] = {}
 
     @cached_property
@@ -208,36 +210,8 @@ class Session:
         def train() -> Outcome:
             return matching.train_matcher(matcher, views, job.matcher_config, self.console)
 
-        self._trained("matcher", settings, matcher, train)  # in place, either way
+        trained("matcher", settings, matcher, train, job.out, self.console)  # in place, either way
         return matcher, settings
-
-    def _trained_teacher(self) -> tuple[nn.Module, dict[str, Any]]:
-        job, rich = self.job, self.views.rich
-        teacher = engine.fresh_model(job.teacher, rich, job.teacher_config)
-        settings = {
-            "model": job.teacher,
-            "dataset": job.name,
-            "images": rich.fingerprint,
-            "training": training_settings(job.teacher_config),
-        }
-
-        def train() -> Outcome:
-            return engine.train_teacher(job.teacher, rich, job.teacher_config, console=self.console)
-
-        return self._trained("teacher", settings, teacher, train), settings
-
-    def _trained(
-        self, role: str, settings: dict[str, Any], model: nn.Module, train: Callable[[], Outcome]
-    ) -> nn.Module:
-        """A network from its checkpoint, or trained and saved."""
-        checkpoint = Checkpoint(self.job.out, role, settings)
-        if checkpoint.load_into(model):
-            self.console.print(f"{role} read from {checkpoint.path}")
-            return model
-        outcome = train()
-        checkpoint.save(outcome.model, seconds=outcome.seconds)
-        self.console.print(f"{role} {settings['model']} trained in {outcome.seconds:.0f} s")
-        return outcome.model
 
     def _accuracy(self, model: nn.Module, pairs: ImagePairs, trained_on: ImagePairs) -> float:
         return evaluation.evaluate(
