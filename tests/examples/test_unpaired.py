@@ -285,9 +285,14 @@ def test_the_time_of_rematching_is_a_share_of_an_epoch() -> None:
     run: dict[str, Any] = {
         "seconds": 10.4,
         "config": {"planner": None, "training": {"epochs": 10}, "rematching": {"by": "pass"}},
-        "trace": {"rematching": {"2": 0.1, "4": 0.3}, "searching": {"2": 0.01, "4": 0.03}},
+        "trace": {
+            "rematching": {"2": 0.1, "4": 0.3},
+            "searching": {"2": 0.01, "4": 0.03},
+            "in_use": {"2": 9, "4": 7},
+        },
     }
-    rest = "20.0 % of an epoch of 1.00 s; 3.8 % of the whole training."
+    rest = "20.0 % of an epoch of 1.00 s; 3.8 % of the whole training. "
+    rest += "Different teacher images chosen at the last one: 7."
     parts = "20 ms the search, else the student's pass over its images"
     assert outputs.rematching_time([run]) == f"Re-matching: 200 ms ({parts}), {rest}"
     run["config"]["rematching"] = {"by": "epoch"}

@@ -78,9 +78,11 @@ def rematching_time(runs: Sequence[Run]) -> str:
             parts = "by what the student predicted in training"
         else:
             parts = f"{1000 * search:.0f} ms the search, else the student's pass over its images"
+        in_use = statistics.fmean([*run["trace"]["in_use"].values()][-1] for run in found)
         lines.append(
             f"{name}: {1000 * seconds:.0f} ms ({parts}), {100 * seconds / epoch:.1f} % of an epoch "
-            f"of {epoch:.2f} s; {100 * whole:.1f} % of the whole training."
+            f"of {epoch:.2f} s; {100 * whole:.1f} % of the whole training. Different teacher images "
+            f"chosen at the last one: {in_use:.0f}."
         )
     return " ".join(lines)
 

@@ -59,6 +59,7 @@ class Trace:
             and the student's pass over its images where it makes one.
         searching: the search's part of them.
         changed: share of the matches that it changed.
+        in_use: different teacher images that it chose.
         watching: seconds spent on measuring the above, no part of training.
     """
 
@@ -67,6 +68,7 @@ class Trace:
     rematching: dict[int, float] = field(default_factory=dict)
     searching: dict[int, float] = field(default_factory=dict)
     changed: dict[int, float] = field(default_factory=dict)
+    in_use: dict[int, int] = field(default_factory=dict)
     watching: float = 0.0
 
 
@@ -142,6 +144,7 @@ class Chooser:
         self.trace.searching[epoch] = time.perf_counter() - predicted
         self.trace.rematching[epoch] = time.perf_counter() - started
         self.trace.changed[epoch] = float((ids != self._ids).float().mean())
+        self.trace.in_use[epoch] = len(ids.unique())
         self._ids = ids
 
     def _logits(self, images: ImagePairs) -> Tensor:
