@@ -81,8 +81,8 @@ def rematching_time(runs: Sequence[Run]) -> str:
         in_use = statistics.fmean([*run["trace"]["in_use"].values()][-1] for run in found)
         lines.append(
             f"{name}: {1000 * seconds:.0f} ms ({parts}), {100 * seconds / epoch:.1f} % of an epoch "
-            f"of {epoch:.2f} s; {100 * whole:.1f} % of the whole training. Different teacher images "
-            f"chosen at the last one: {in_use:.0f}."
+            f"of {epoch:.2f} s; {100 * whole:.1f} % of the whole training. "
+            f"Different teacher images chosen at the last one: {in_use:.0f}."
         )
     return " ".join(lines)
 
