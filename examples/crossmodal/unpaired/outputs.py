@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 
 from crossmodal import figures, published, report
@@ -36,7 +37,8 @@ def write(session: Session, runs: Sequence[Run], console: Console) -> None:
     text += "".join(f"\n{note}\n" for note in filter(None, notes))
     write_atomically(job.out / "results.md", lambda path: path.write_text(text))
     figures.draw_accuracy(rows, None, job.out / "accuracy.png", title=title)
-    draw_transport(costs(runs), job.out / "transport.png", title=f"{job.name}: teacher to student")
+    title = f"{job.name}: from the teacher's features to the student's"
+    draw_transport(costs(runs), job.out / "transport.png", title=title)
     console.print(f"results, table and figures: {job.out}")
 
 
@@ -120,13 +122,20 @@ def draw_transport(
             for number, (method, kinds) in enumerate(methods.items()):
                 values = kinds[kind]
                 epochs = np.arange(values.shape[1])
-                colour = figures.PALETTE[number % len(figures.PALETTE)]
+                # Black for what the setting does not have.
+                paired = method.endswith(VARIANTS["paired"].title.removeprefix("{}"))
+                colour = "black" if paired else figures.PALETTE[number % len(figures.PALETTE)]
                 axes.plot(epochs, values.mean(0), color=colour, label=method, linewidth=1.3)
                 axes.fill_between(
-                    epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+                    epochs, values.min(0), values.max(0), color=colour, alpha=0.08, linewidth=0
                 )
             axes.set_title(label)
             axes.set_xlabel("epochs done")
-        panels[0].set_ylabel(f"{title}, logits")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        panels[0].set_ylabel("between logits")
+        figure.suptitle(title)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
