@@ -11,7 +11,7 @@ from structkd._checks import describe
 MASS_RTOL = 1e-5
 
 
-def even(open_places: Tensor, cost: Tensor) -> Tensor:
+def _even(open_places: Tensor, cost: Tensor) -> Tensor:
     """Spreads a mass of 1 evenly over the open places, of which there may be none."""
     places = open_places.to(cost.dtype)
     return places / places.sum(dim=-1, keepdim=True).clamp_min(1)
@@ -44,7 +44,7 @@ def _expanded(name: str, value: Tensor, shape: torch.Size, cost: Tensor) -> Tens
         ) from None
 
 
-def checked_mass(name: str, value: Tensor, shape: torch.Size, cost: Tensor) -> Tensor:
+def _checked(name: str, value: Tensor, shape: torch.Size, cost: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} must be a tensor of numbers, got {describe(value)}")
     mass = _expanded(name, value.detach().to(cost.dtype), shape, cost)
@@ -57,7 +57,7 @@ def checked_mass(name: str, value: Tensor, shape: torch.Size, cost: Tensor) -> T
     return mass
 
 
-def balanced(column_mass: Tensor, total: Tensor) -> Tensor:
+def _balanced(column_mass: Tensor, total: Tensor) -> Tensor:
     """Checks that both sides hold the same total; takes the rounding between them away."""
     given = column_mass.sum(dim=-1, keepdim=True)
     if not torch.compiler.is_compiling():
@@ -71,7 +71,7 @@ def balanced(column_mass: Tensor, total: Tensor) -> Tensor:
     return column_mass * (total / given.where(given > 0, 1))
 
 
-def enough(
+def _enough(
     capacity: Tensor | float,
     columns: torch.Size,
     total: Tensor,
@@ -83,7 +83,7 @@ def enough(
         if isinstance(capacity, bool) or not isinstance(capacity, int | float):
             raise TypeError(f"capacity must be a number or a tensor, got {describe(capacity)}")
         capacity = cost.new_tensor(capacity)
-    limit = checked_mass("capacity", capacity, columns, cost)
+    limit = _checked("capacity", capacity, columns, cost)
     room = (limit if reach is None else limit.where(reach, 0)).sum(dim=-1, keepdim=True)
     if not torch.compiler.is_compiling():
         short = room < total * (1 - MASS_RTOL)
@@ -95,6 +95,45 @@ def enough(
     # Room that equals the mass but for rounding is made equal.
     full = (room <= total * (1 + MASS_RTOL)) & (room > 0)
     return limit * torch.where(full, total / room, 1)
+
+
+def masses_of_rows(row_mass: Tensor | None, mask: Tensor | None, cost: Tensor) -> Tensor:
+    """Returns what every row gives, ``(..., N)``: by default the open rows share 1 evenly."""
+    rows = cost.shape[:-1]
+    if row_mass is None:
+        return _even(cost.new_ones(rows) if mask is None else mask.any(dim=-1), cost)
+    return _checked("row_mass", row_mass, rows, cost)
+
+
+def column_limit(
+    constraint: str,
+    column_mass: Tensor | None,
+    capacity: Tensor | float | None,
+    row_mass: Tensor,
+    reach: Tensor | None,
+    cost: Tensor,
+) -> Tensor | None:
+    """Returns what the columns must (``both``) or may (``capacity``) receive, ``(..., M)``."""
+    for name, value, reader in (
+        ("column_mass", column_mass, "both"),
+        ("capacity", capacity, "capacity"),
+    ):
+        if value is not None and constraint != reader:
+            raise ValueError(f"{name} is read under constraint={reader!r}, not {constraint!r}")
+    columns = cost.shape[:-2] + cost.shape[-1:]
+    total = row_mass.sum(dim=-1, keepdim=True)
+    if constraint == "both":
+        if column_mass is None:
+            return total * _even(cost.new_ones(columns) if reach is None else reach, cost)
+        return _balanced(_checked("column_mass", column_mass, columns, cost), total)
+    if constraint == "capacity":
+        if capacity is None:
+            raise ValueError(
+                "constraint='capacity' needs capacity, the most that a column may receive: "
+                "a number or a tensor (..., M)"
+            )
+        return _enough(capacity, columns, total, reach, cost)
+    return None
 
 
 def check_ways(

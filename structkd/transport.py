@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from ot.batch import bregman_log_projection_batch
 from torch import Tensor, nn
 
 from structkd._checks import choice, number, whole
-from structkd._masses import (
-    MASS_RTOL,
-    balanced,
-    check_cost,
-    check_ways,
-    checked_mass,
-    enough,
-    even,
-    open_pairs,
-)
+from structkd._duals import column_dual, overflow
+from structkd._masses import check_cost, check_ways, column_limit, masses_of_rows, open_pairs
 
 CONSTRAINTS = ("rows", "both", "capacity")
 GRADIENTS = ("envelope", "unrolled", "none")
-# Marginals are compared every so many iterations, as POT does: each look waits for the device.
-CHECK_EVERY = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +36,15 @@ class TransportPlan:
     potentials: tuple[Tensor, Tensor]
     converged: Tensor
     iterations: int
+
+
+class _Given(NamedTuple):
+    """A checked problem: ``scores`` are ``-cost / epsilon`` with what the mask closes closed."""
+
+    cost: Tensor
+    scores: Tensor
+    row_mass: Tensor
+    limit: Tensor | None
 
 
 class LagrangianPlanner(nn.Module):
@@ -155,38 +154,93 @@ class LagrangianPlanner(nn.Module):
                 the capacity is short of the rows' mass, or mass stands where the mask lets it go
                 nowhere.
         """
+        given = self._given(cost, row_mass, column_mass, capacity, mask)
+        dual, iterations = self._dual(given)
+        log_plan = (given.scores + dual[..., None, :]).log_softmax(-1)
+        log_plan = log_plan + given.row_mass.log()[..., None]
+        return self._result(given, dual.detach(), log_plan, iterations)
+
+    def plan(
+        self,
+        cost: Tensor,
+        row_mass: Tensor | None = None,
+        column_mass: Tensor | None = None,
+        capacity: Tensor | float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns :meth:`forward`'s plan alone, ``(..., N, M)``, with the same gradient.
+
+        Half the work, for loops that move mass at every step and look at nothing else.
+        """
+        share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
+        return share * row_mass[..., None]
+
+    def received(
+        self,
+        cost: Tensor,
+        row_mass: Tensor | None = None,
+        column_mass: Tensor | None = None,
+        capacity: Tensor | float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns what every column receives, ``(..., M)``: the plan's sum over its rows."""
+        share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
+        return (row_mass[..., None, :] @ share)[..., 0, :]
+
+    def _shares(self, cost: Tensor, *limits: Any) -> tuple[Tensor, Tensor]:
+        """Returns the plan's rows as shares of their mass, and that mass."""
+        given = self._given(cost, *limits)
+        scores = given.scores
+        if given.limit is not None:
+            scores = scores + self._dual(given)[0][..., None, :]
+        return scores.softmax(-1), given.row_mass
+
+    def _given(
+        self,
+        cost: Tensor,
+        row_mass: Tensor | None,
+        column_mass: Tensor | None,
+        capacity: Tensor | float | None,
+        mask: Tensor | None,
+    ) -> _Given:
+        """Returns the problem after checking that it has a solution."""
         check_cost(cost)
         dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
         cost = (cost.detach() if self.gradient == "none" else cost).to(dtype)
         mask = open_pairs(mask, cost)
         default = row_mass is None
-        row_mass = self._row_mass(row_mass, mask, cost)
+        row_mass = masses_of_rows(row_mass, mask, cost)
         reach = None if mask is None else (mask & (row_mass > 0)[..., None]).any(dim=-2)
-        limit = self._limit(column_mass, capacity, row_mass, reach, cost)
+        limit = column_limit(self.constraint, column_mass, capacity, row_mass, reach, cost)
         if mask is not None and reach is not None and not (default and limit is None):
             limit = check_ways(self.constraint, mask, row_mass, limit, reach)
         source = cost if self.gradient == "unrolled" else cost.detach()
         scores = _scores(source / -self.epsilon, row_mass, limit, mask)
-        dual, iterations = self._column_dual(scores, row_mass, limit)
-        log_plan = (scores + dual[..., None, :]).log_softmax(-1) + row_mass.log()[..., None]
-        return self._result(cost, scores.detach(), dual, log_plan, row_mass, limit, iterations)
+        return _Given(cost, scores, row_mass, limit)
+
+    def _dual(self, given: _Given) -> tuple[Tensor, int]:
+        """Returns ``g / epsilon`` and the iterations it took."""
+        if given.limit is None:
+            return given.scores.new_zeros(given.scores.shape[:-2] + given.scores.shape[-1:]), 0
+        return column_dual(
+            self.constraint,
+            given.scores,
+            given.row_mass,
+            given.limit,
+            self.max_iterations,
+            self.tolerance,
+        )
 
     def _result(
-        self,
-        cost: Tensor,
-        scores: Tensor,
-        dual: Tensor,
-        log_plan: Tensor,
-        row_mass: Tensor,
-        limit: Tensor | None,
-        iterations: int,
+        self, given: _Given, dual: Tensor, log_plan: Tensor, iterations: int
     ) -> TransportPlan:
+        cost, scores, row_mass, limit = given
+        scores = scores.detach()
         plan = log_plan.exp()
         empty = plan.detach() == 0
         # Nothing moves there: neither -inf nor what a padded cost holds may enter a sum.
         linear = (plan * cost.masked_fill(empty, 0)).sum(dim=(-2, -1))
         entropy = (plan * log_plan.masked_fill(empty, 0)).sum(dim=(-2, -1))
-        dual = dual.detach()
         row_dual = row_mass.log() - (scores + dual[..., None, :]).logsumexp(-1)
         miss = plan.detach().isnan().sum(dim=(-2, -1))
         if limit is not None:
@@ -194,7 +248,7 @@ class LagrangianPlanner(nn.Module):
             if self.constraint == "both":
                 miss = (received - limit).abs().sum(dim=-1)
             else:
-                miss = _overflow(received, limit, dual).sum(dim=-1)
+                miss = overflow(received, limit, dual).sum(dim=-1)
         return TransportPlan(
             plan=plan,
             cost=linear,
@@ -203,87 +257,6 @@ class LagrangianPlanner(nn.Module):
             converged=miss <= self.tolerance * row_mass.sum(dim=-1),
             iterations=iterations,
         )
-
-    def _column_dual(
-        self, scores: Tensor, row_mass: Tensor, limit: Tensor | None
-    ) -> tuple[Tensor, int]:
-        """Returns ``g / epsilon`` and the iterations it took."""
-        if limit is None:
-            return scores.new_zeros(scores.shape[:-2] + scores.shape[-1:]), 0
-        # Solved on totals of 1; a problem without mass gets a stand-in, its plan is 0 anyway.
-        total = row_mass.sum(dim=-1, keepdim=True)
-        has_mass, safe = total > 0, total.where(total > 0, 1)
-        rows = (row_mass / safe).where(has_mass, 1 / row_mass.shape[-1])
-        columns = (limit / safe).where(has_mass, 1 / limit.shape[-1])
-        if self.constraint == "capacity":
-            return self._capped_dual(scores, rows, columns)
-        count, width = scores.shape[-2:]
-        found = bregman_log_projection_batch(
-            scores.reshape(-1, count, width),
-            rows.reshape(-1, count),
-            columns.reshape(-1, width),
-            max_iter=self.max_iterations,
-            # POT bounds the root of the squares: sqrt(N) times that bounds the sum.
-            tol=self.tolerance / count**0.5,
-            grad="autodiff",  # what is detached comes in detached
-        )
-        dual: Tensor = found["potentials"][1]
-        return dual.reshape(columns.shape), found["n_iters"] + 1
-
-    def _capped_dual(self, scores: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
-        log_rows, log_columns = rows.log(), columns.log()
-        dual = torch.zeros_like(columns)
-        # Where all room is needed the limit is an equality: Sinkhorn's step is the faster one, and
-        # duals that differ by a constant give one plan.
-        full = columns.sum(dim=-1, keepdim=True) <= 1 + MASS_RTOL
-        for iteration in range(1, self.max_iterations + 1):
-            row_dual = log_rows - (scores + dual[..., None, :]).logsumexp(-1)
-            offered = (scores + row_dual[..., None]).logsumexp(-2)
-            if self.tolerance and iteration % CHECK_EVERY == 1:
-                miss = _overflow((offered + dual).exp(), columns, dual).sum(dim=-1)
-                if bool((miss < self.tolerance).all()):
-                    break
-            dual = log_columns - offered
-            dual = torch.where(full, dual - dual.amax(-1, keepdim=True), dual.clamp_max(0))
-        return dual, iteration
-
-    def _row_mass(self, row_mass: Tensor | None, mask: Tensor | None, cost: Tensor) -> Tensor:
-        rows = cost.shape[:-1]
-        if row_mass is None:
-            return even(cost.new_ones(rows) if mask is None else mask.any(dim=-1), cost)
-        return checked_mass("row_mass", row_mass, rows, cost)
-
-    def _limit(
-        self,
-        column_mass: Tensor | None,
-        capacity: Tensor | float | None,
-        row_mass: Tensor,
-        reach: Tensor | None,
-        cost: Tensor,
-    ) -> Tensor | None:
-        """Returns what the columns must (``both``) or may (``capacity``) receive, ``(..., M)``."""
-        for name, value, reader in (
-            ("column_mass", column_mass, "both"),
-            ("capacity", capacity, "capacity"),
-        ):
-            if value is not None and self.constraint != reader:
-                raise ValueError(
-                    f"{name} is read under constraint={reader!r}, not {self.constraint!r}"
-                )
-        columns = cost.shape[:-2] + cost.shape[-1:]
-        total = row_mass.sum(dim=-1, keepdim=True)
-        if self.constraint == "both":
-            if column_mass is None:
-                return total * even(cost.new_ones(columns) if reach is None else reach, cost)
-            return balanced(checked_mass("column_mass", column_mass, columns, cost), total)
-        if self.constraint == "capacity":
-            if capacity is None:
-                raise ValueError(
-                    "constraint='capacity' needs capacity, the most that a column may receive: "
-                    "a number or a tensor (..., M)"
-                )
-            return enough(capacity, columns, total, reach, cost)
-        return None
 
     def extra_repr(self) -> str:
         return (
@@ -301,9 +274,3 @@ def _scores(scores: Tensor, row_mass: Tensor, limit: Tensor | None, mask: Tensor
         inside = inside & (limit > 0)[..., None, :]
     # A row of -inf throughout would turn into NaN.
     return scores.masked_fill(~inside, 0).masked_fill(inside & ~mask, float("-inf"))
-
-
-def _overflow(received: Tensor, capacity: Tensor, dual: Tensor) -> Tensor:
-    """Returns by how much columns miss optimality: one with a price must be full, none over."""
-    gap = received - capacity
-    return torch.where(dual < 0, gap.abs(), gap.clamp_min(0))

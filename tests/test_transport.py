@@ -286,6 +286,32 @@ def test_value_is_the_regularised_objective(constraint: str) -> None:
 
 
 @every_constraint
+@pytest.mark.parametrize("gradient", ["envelope", "unrolled", "none"])
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masked"])
+def test_the_plan_and_its_sums_alone_are_those_of_the_result(
+    constraint: str, gradient: str, masked: bool
+) -> None:
+    cost, given = _random(0, 2, 3, 4).requires_grad_(), _limits(constraint, 0, (2, 3, 4))
+    if masked:
+        given["mask"] = torch.ones(3, 4).bool()
+        given["mask"][0, 1] = False
+    planner = _planner(constraint, gradient=gradient)
+    whole = planner(cost, **given).plan
+    alone, sums = planner.plan(cost, **given), planner.received(cost, **given)
+    torch.testing.assert_close(alone, whole)
+    torch.testing.assert_close(sums, whole.sum(dim=-2))
+    assert alone.requires_grad == sums.requires_grad == whole.requires_grad
+    if gradient == "unrolled":
+        probe = _random(1, 4)
+        grads = [
+            torch.autograd.grad((sum_ * probe).sum(), cost)[0]
+            for sum_ in (whole.sum(dim=-2), alone.sum(dim=-2), sums)
+        ]
+        torch.testing.assert_close(grads[1], grads[0])
+        torch.testing.assert_close(grads[2], grads[0])
+
+
+@every_constraint
 def test_envelope_gradient_is_the_plan(constraint: str) -> None:
     cost, given = _random(0, 3, 4).requires_grad_(), _limits(constraint, 0, (3, 4))
     planner = _planner(constraint, gradient="envelope")

@@ -185,8 +185,8 @@ class SemanticAlignmentLoss(Criterion):
         batch, count, width = tokens.shape
         split: Tensor = scores(tokens).view(batch, count, 2, self.heads, width // self.heads)
         query, key = split.permute(2, 0, 3, 1, 4)
-        planned: Tensor = self.planner(-query @ key.transpose(-2, -1)).plan
-        return planned.sum(dim=-2)  # row masses are 1 / N: a sum over rows is the softmax's mean
+        # Row masses are 1 / N: what a column receives is the softmax's mean over the rows.
+        return self.planner.received(-query @ key.transpose(-2, -1))
 
     def _coral(self, rows_s: Tensor, rows_t: Tensor) -> Tensor:
         distance = coral_distance(rows_s, rows_t, self.form)
