@@ -42,8 +42,10 @@ class RetrievalGallery:
         dim: Width of the vectors; for ``kl`` the number of logits.
         metric: ``cosine`` or ``kl``.
         temperature: T > 0, for ``kl`` only; the paper's is 3.
-        index: FAISS factory string of every class's index, ``"IVF1024,Flat"`` for example.
-        parameters: FAISS parameter string for it, ``"nprobe=16"`` for example.
+        index: FAISS factory string of every class's index, ``"IVF1024,Flat"`` for example. Of a
+            million rows of 256, ``"IVF2000,PQ64x4fs,RFlat"`` was the fastest (docs/speed.md).
+        parameters: FAISS parameter string for it, ``"nprobe=16"`` or
+            ``"nprobe=32,k_factor_rf=10"`` for example.
         device: ``cpu``, or ``cuda[:n]`` where faiss-gpu is installed; vectors stay on the CPU.
 
     Raises:
