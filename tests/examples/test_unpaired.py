@@ -210,6 +210,8 @@ def test_the_weights_are_the_published_ones() -> None:
         "kd": 0.4,
         "ska": pytest.approx(0.003),
     }
+    without = variants.plan(VARIANTS["full"], "kd", Weights(ska=0))
+    assert [name for name, _ in without.parts] == ["kd"]
     other = variants.plan(VARIANTS["ssm"], "crd", Weights())
     assert [method.weight for _, method in other.parts] == [pytest.approx(0.4 * 0.8)]
     alone = variants.plan(VARIANTS["alone"], "kd", Weights())

@@ -84,7 +84,7 @@ def plan(variant: Variant, criterion: str, weights: Weights) -> Plan:
 
     The criterion keeps its own weight from the registry inside ``kd``. Where that and the weight
     of the cross-entropy there sum to 1 (``kd``: 0.9 and 0.1), it is a share, which ``weights``
-    take the place of.
+    take the place of. An alignment of weight 0 is left out.
     """
     if variant.first == "none":
         return replace(resolve("alone"), name=variant.title)
@@ -92,7 +92,7 @@ def plan(variant: Variant, criterion: str, weights: Weights) -> Plan:
     if not chosen.parts:
         raise ValueError(f"--criterion must name a criterion, got {criterion!r}")
     parts = tuple((name, _weighted(method, weights.kd)) for name, method in chosen.parts)
-    if variant.aligned:
+    if variant.aligned and weights.ska:
         parts += (("ska", replace(_SKA, weight=weights.ska)),)
     return Plan(variant.title.format(chosen.name), parts, weights.task)
 
