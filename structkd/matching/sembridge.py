@@ -181,10 +181,11 @@ class SemBridgeMatcher(nn.Module):
                 score = self.gallery.scores(queries[part], teachers[columns])
                 cost = self._cost(score)
                 limit = left[columns] / len(part)
+                # The plan in float32, which is twice as fast; its rounding asks exact costs.
                 if planner.constraint == "both":
-                    plan = planner(cost, column_mass=limit / limit.sum())
+                    plan = planner(cost.float(), column_mass=limit / limit.sum())
                 else:
-                    plan = planner(cost, capacity=limit)
+                    plan = planner(cost.float(), capacity=limit)
                 row_dual, column_dual = plan.potentials
                 # The log of the plan: its smallest entries underflow, and still have an order.
                 wish = row_dual[:, None] + column_dual - cost
