@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,13 @@ def _run(
     return loss.detach(), grads
 
 
-def _init(rank: int, rendezvous: str) -> None:
+def _start(worker: Callable[..., None], folder: Path, *args: object) -> None:
+    """Runs ``worker(rank, *args)`` in every process of a new group."""
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    mp.start_processes(_process, (worker, rendezvous, args), nprocs=WORLD, start_method="spawn")
+
+
+def _process(rank: int, worker: Callable[..., None], rendezvous: str, args: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -80,10 +87,14 @@ def _init(rank: int, rendezvous: str) -> None:
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=60),
     )
+    worker(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Gloo's threads may outlive Python's shutdown, which then aborts a process whose work is done.
+    os._exit(0)
 
 
-def _worker(rank: int, rendezvous: str, names: list[str], out: str) -> None:
-    _init(rank, rendezvous)
+def _worker(rank: int, names: list[str], out: str) -> None:
     share = BATCH // WORLD
     results = {}
     for name in names:
@@ -96,17 +107,13 @@ def _worker(rank: int, rendezvous: str, names: list[str], out: str) -> None:
             results[name, wrapped] = _run(name, ddp, teacher, loss_module, rows)
     if rank == 0:
         torch.save(list(results.items()), out)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ddp")
     out = folder / "results.pt"
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    mp.start_processes(
-        _worker, (rendezvous, list(CRITERIA), str(out)), nprocs=WORLD, start_method="spawn"
-    )
+    _start(_worker, folder, list(CRITERIA), str(out))
     return dict(torch.load(out, weights_only=True))
 
 
@@ -122,22 +129,17 @@ def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped)
         torch.testing.assert_close(shared_grads[key], want, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def _small_batch_worker(rank: int, rendezvous: str, out: str) -> None:
-    _init(rank, rendezvous)
+def _small_batch_worker(rank: int, out: str) -> None:
     criterion = structkd.CORALLoss(gather=True)
     feats = Features(embedding=torch.full((1, 3), float(rank)))
     value = criterion(feats, Features(embedding=torch.zeros(1, 3)))
     if rank == 0:
         Path(out).write_text(str(float(value)))
-    dist.destroy_process_group()
 
 
 def test_one_sample_a_process_is_enough_where_the_whole_batch_counts(tmp_path) -> None:
     out = tmp_path / "value"
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    mp.start_processes(
-        _small_batch_worker, (rendezvous, str(out)), nprocs=WORLD, start_method="spawn"
-    )
+    _start(_small_batch_worker, tmp_path, str(out))
     # Rows (0, 0, 0) and (1, 1, 1): every covariance entry is 1/2, and 9 * (1/2)^2 / (4 * 9) = 1/16.
     assert float(out.read_text()) == pytest.approx(1 / 16)
 
