@@ -1,17 +1,24 @@
-"""Gathers over the process group whose gradient is the single-process one."""
+"""Several processes: gathers with exact gradients, and what a loop without DDP needs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def world_size() -> int:
     """Returns the number of processes, 1 where no process group is initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Returns this process's rank, 0 where no process group is initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class _Gather(torch.autograd.Function):
@@ -24,32 +31,81 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor) -> Tensor:
-        shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
-        dist.all_gather(shards, shard)
-        return torch.cat(shards)
+    def forward(ctx: Any, shard: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        # A collective moves equal shapes: shorter shards are filled up and cut again.
+        longest = max(sizes)
+        padding = (0, 0) * (shard.dim() - 1) + (0, longest - shard.shape[0])
+        padded = F.pad(shard, padding) if shard.shape[0] < longest else shard.contiguous()
+        shards = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shards, padded)
+        return torch.cat([part[:size] for part, size in zip(shards, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # all_reduce, not reduce_scatter: gloo has no reduce_scatter.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return torch.split(total, ctx.sizes)[dist.get_rank()], None
 
 
-def gather_batch(shard: Tensor) -> Tensor:
+class _Sum(torch.autograd.Function):
+    """All-reduce by summing, whose backward sums too, as :class:`_Gather` does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def shard_sizes(count: int, device: torch.device) -> list[int]:
+    """Returns how many samples every rank holds, in rank order.
+
+    On the CPU the ranks may hold different numbers. On an accelerator reading the numbers would
+    stall the stream at every step, so there they must agree, and the device's own assertion speaks
+    where they do not.
+
+    Args:
+        count: This rank's number of samples.
+        device: Where the samples are.
+    """
+    world = world_size()
+    if world == 1:
+        return [count]
+    own = torch.tensor([count], device=device)
+    counts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(counts, own)
+    together = torch.cat(counts)
+    if device.type == "cpu":
+        return [int(size) for size in together]
+    torch._assert_async(
+        (together == own).all(),
+        "the ranks hold different numbers of samples, which gather=True cannot take on an "
+        "accelerator: use DistributedSampler(drop_last=True) and drop_last=True in the DataLoader",
+    )
+    return [count] * world
+
+
+def gather_batch(shard: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Concatenates a tensor's shards from all ranks along the batch, with exact gradients.
 
     Under ``DistributedDataParallel``, a loss of the gathered batch gives the model the gradient of
-    the single-process run on the whole batch. Every rank must hold the same number of samples, as
-    ``DistributedSampler`` gives; comparing sizes at every step would stall the device.
+    the single-process run on the whole batch. On the CPU the ranks may hold different numbers of
+    samples; on an accelerator they must agree, see :func:`shard_sizes`.
 
     Args:
         shard: This rank's part, ``(b, ...)``.
+        sizes: What :func:`shard_sizes` returned for this batch, to spare asking again.
 
     Returns:
-        The whole batch in rank order, ``(world_size * b, ...)``; ``shard`` itself where there is
-        one process.
+        The whole batch in rank order; ``shard`` itself where there is one process.
 
     Example:
         >>> gather_batch(torch.ones(2, 3)).shape  # no process group: nothing to gather
@@ -57,5 +113,87 @@ def gather_batch(shard: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return shard
-    gathered: Tensor = _Gather.apply(shard.contiguous())
+    if sizes is None:
+        sizes = shard_sizes(shard.shape[0], shard.device)
+    gathered: Tensor = _Gather.apply(shard, sizes)
     return gathered
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns the sum of a tensor over all ranks, with the gradient of the single-process run.
+
+    As with :func:`gather_batch`, ``DistributedDataParallel``'s mean over the ranks is taken into
+    account: every rank goes on to compute the same loss from the sum.
+
+    Args:
+        value: Of one shape on all ranks.
+
+    Example:
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if world_size() == 1:
+        return value
+    total: Tensor = _Sum.apply(value)
+    return total
+
+
+@torch.no_grad()
+def broadcast_state(module: nn.Module) -> None:
+    """Gives every rank the parameters and buffers that rank 0 has.
+
+    For a training loop without ``DistributedDataParallel``: call it once, before the optimizer is
+    made, on everything that trains (a :class:`structkd.Distiller`, or student and criterion). Where
+    there is one process it does nothing.
+
+    Args:
+        module: A module of the same structure on all ranks.
+
+    Example:
+        >>> broadcast_state(nn.Linear(2, 2))
+    """
+    if world_size() == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        value = tensor.detach().contiguous()
+        dist.broadcast(value, 0)
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def average_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> None:
+    """Averages gradients over the ranks, as ``DistributedDataParallel`` does.
+
+    For a training loop without it: call it between ``backward()`` and ``optimizer.step()``, on all
+    ranks. A parameter without a gradient here counts as zero where another rank has one. Where
+    there is one process it does nothing.
+
+    Args:
+        parameters: What trains, or a module whose parameters do, in the same order on all ranks.
+
+    Example:
+        >>> average_gradients(nn.Linear(2, 2))
+    """
+    if world_size() == 1:
+        return
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.parameters()
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return
+    # One message for all that share a dtype and a device, not one a parameter.
+    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in trained:
+        groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for (dtype, device), members in groups.items():
+        given = torch.tensor([p.grad is not None for p in members], dtype=dtype, device=device)
+        flat = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in members]
+            + [given]
+        )
+        dist.all_reduce(flat)
+        *means, anywhere = torch.split(flat, [*(p.numel() for p in members), len(members)])
+        for parameter, mean, has in zip(members, means, anywhere.tolist(), strict=True):
+            # What has a gradient nowhere keeps none: an optimizer then leaves it alone.
+            if has:
+                parameter.grad = (mean / world_size()).view_as(parameter)

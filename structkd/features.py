@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +18,11 @@ class Features:
     Attributes:
         logits: Class scores ``(B, K)``.
         embedding: What goes into the classifier, ``(B, D)``.
-        intermediate: Maps ``(B, C, H, W)`` or token sequences ``(B, N, C)``, shallow to deep. A
-            single tensor becomes a tuple of one.
+        intermediate: Maps ``(B, C, H, W)``, tokens ``(B, N, C)`` without a grid, or rows
+            ``(B, C)``, which are maps without positions; shallow to deep. A single tensor becomes
+            a tuple of one.
         index: Position of every sample in the data set, ``(B,)`` int64, for criteria with a memory.
+        absent: Why a field is missing, by its name, where a capture chose the layers by itself.
 
     Raises:
         TypeError: If a field holds something that is no tensor.
@@ -38,6 +40,7 @@ class Features:
     embedding: Tensor | None = None
     intermediate: tuple[Tensor, ...] = ()
     index: Tensor | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         maps: Sequence[Tensor] | Tensor | None = self.intermediate
@@ -60,10 +63,10 @@ class Features:
 
     def __repr__(self) -> str:
         parts = []
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if isinstance(value, Tensor):
-                parts.append(f"{field.name}={tuple(value.shape)}")
-            elif value:
-                parts.append(f"{field.name}={[tuple(part.shape) for part in value]}")
+                parts.append(f"{entry.name}={tuple(value.shape)}")
+            elif entry.name == "intermediate" and value:
+                parts.append(f"{entry.name}={[tuple(part.shape) for part in value]}")
         return f"Features({', '.join(parts)})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import describe, whole
@@ -106,13 +105,3 @@ class ConvAdapter(nn.Module):
         # A token sequence is a map one pixel high.
         row: Tensor = self.conv(features.transpose(1, 2).unsqueeze(2))
         return row.squeeze(2).transpose(1, 2)
-
-
-def to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pools two maps to the smaller height and the smaller width of both."""
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    resized = [
-        features if features.shape[2:] == size else F.adaptive_avg_pool2d(features, size)
-        for features in (student, teacher)
-    ]
-    return resized[0], resized[1]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from structkd import ConvAdapter, Projector
-from structkd.projectors import to_common_size
+from structkd.criteria._maps import to_common_size
 
 
 def test_one_layer_is_linear_and_more_have_norm_and_relu_between() -> None:

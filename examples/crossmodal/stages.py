@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from structkd import ConvAdapter, Features
-from structkd.criteria.base import Criterion, Input, channels
+from structkd.criteria._maps import channels
+from structkd.criteria.base import Criterion, Input
 
 Layers = Literal["one", "all"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from structkd._checks import choice, labels, number, whole
-from structkd.criteria._maps import pooled
-from structkd.criteria.base import Criterion, either, map_pair, pair
+from structkd.criteria._maps import map_pair, pooled
+from structkd.criteria.base import Criterion, either, pair
 from structkd.features import Features
 
 SOURCES = ("embedding", "intermediate")

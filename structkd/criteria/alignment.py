@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from structkd._checks import choice, describe, whole
 from structkd.criteria._gram import FORMS
-from structkd.criteria._maps import common_positions, pooled
-from structkd.criteria.base import Criterion, channels, map_pair
+from structkd.criteria._maps import channels, common_positions, map_pair, pooled
+from structkd.criteria.base import Criterion
 from structkd.criteria.coral import coral_distance
 from structkd.features import Features
 from structkd.projectors import ConvAdapter

@@ -1,30 +1,36 @@
-"""The contract every criterion keeps, and the sum of criteria."""
+"""The contract every criterion keeps."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from structkd._checks import describe, number
-from structkd.distributed import gather_batch, world_size
+from structkd._checks import describe, near, number
+from structkd.distributed import gather_batch, shard_sizes
 from structkd.features import Features
 
+if TYPE_CHECKING:
+    from structkd.criteria.sums import CriterionSum
+
 Input: TypeAlias = Features | Tensor | Sequence[Tensor]
+CriterionT = TypeVar("CriterionT", bound="Criterion")
 
 _RANKS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "logits": ((2,), "2-D (B, K)"),
     "embedding": ((2,), "2-D (B, D)"),
-    "intermediate": ((3, 4), "4-D (B, C, H, W) or 3-D (B, N, C)"),
+    "intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, C)"),
 }
 _HINTS: Mapping[str, str] = {
     "logits": "pass Features with logits, as FeatureCapture gives them",
     "embedding": "name the layer, for example FeatureCapture(net, embedding='fc:input')",
     "intermediate": "name a layer, for example FeatureCapture(net, intermediate='layer2')",
 }
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Criterion(nn.Module):
@@ -34,13 +40,19 @@ class Criterion(nn.Module):
     takes :class:`Features` and reads its own fields, or takes that field's tensors directly. The
     teacher is a constant: it is detached inside. Internals run in float32 at least with autocast
     off, and gradients return in the caller's dtype. Trainable parts are parameters and memories are
-    buffers, so ``.to()``, ``state_dict()`` and ``parameters()`` cover all of it.
+    buffers, so ``.to()``, ``state_dict()`` and ``parameters()`` cover all of it. They stay in
+    float32 where ``.half()`` or ``.bfloat16()`` is called on a module that holds the criterion.
 
-    To write one, name the fields it ``reads`` and implement :meth:`compute`.
+    No criterion adds the labels' cross-entropy unless it is asked to. Labels may be missing: a
+    target of -100 marks a row without one.
+
+    To write one, name the fields it ``reads`` and implement :meth:`compute`. Say ``couples = True``
+    if it compares the samples of a batch with each other, and override :meth:`arguments` if the
+    constructor needs widths.
 
     Args:
         gather: Compute on the whole batch of all processes, so that value and gradient equal the
-            single-process run. Only batch-coupled criteria offer it.
+            single-process run. It has no effect on criteria that look at every sample by itself.
 
     Example:
         >>> class LogitGap(Criterion):
@@ -53,12 +65,54 @@ class Criterion(nn.Module):
     """
 
     reads: ClassVar[tuple[str, ...]] = ()  # a bare tensor stands for the first
+    couples: ClassVar[bool] = False  # whether the samples of a batch are compared with each other
     min_batch: ClassVar[int] = 1
     ranks: ClassVar[Mapping[str, tuple[tuple[int, ...], str]]] = _RANKS
+    # Buffers that are equal on all ranks by construction, which DDP need not broadcast.
+    same_on_all_ranks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, gather: bool = False) -> None:
         super().__init__()
         self.gather = gather
+
+    @classmethod
+    def from_features(
+        cls: type[CriterionT], feats_s: Input, feats_t: Input, **options: Any
+    ) -> CriterionT:
+        """Builds the criterion for the widths of two example forward passes.
+
+        Args:
+            feats_s: Any batch of the student's features.
+            feats_t: Any batch of the teacher's.
+            **options: Any keyword of the constructor.
+
+        Returns:
+            The criterion on the device of the features, in float64 where they are.
+
+        Raises:
+            ValueError: If a feature is missing that the criterion reads.
+            TypeError: If an option is no keyword of the constructor (the near names are listed).
+        """
+        cls._check_options(options)
+        feats_s, feats_t = _wrapped(feats_s, "feats_s", cls), _wrapped(feats_t, "feats_t", cls)
+        criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **options})
+        for _, tensor in [*_named(feats_s, "feats_s"), *_named(feats_t, "feats_t")]:
+            dtype = torch.float64 if tensor.dtype == torch.float64 else None
+            return criterion.to(device=tensor.device, dtype=dtype)
+        return criterion
+
+    @classmethod
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the constructor's keywords that two example passes determine.
+
+        Args:
+            feats_s: The student's features.
+            feats_t: The teacher's.
+            options: What the caller of :meth:`from_features` gave, which goes first.
+        """
+        return {}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -78,7 +132,7 @@ class Criterion(nn.Module):
         Args:
             student: The student's features, or the tensor that this criterion reads.
             teacher: The teacher's, of the same batch in the same order.
-            target: Labels ``(B,)`` where the criterion uses them.
+            target: Labels ``(B,)`` where the criterion uses them, -100 where a row has none.
 
         Returns:
             Scalars by name, weights included.
@@ -90,35 +144,69 @@ class Criterion(nn.Module):
         student = self._read(student, "student")
         teacher = self._read(teacher, "teacher")
         tensors = [*_named(student, "student"), *_named(teacher, "teacher")]
-        device = self._check_together(tensors)
+        device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
-        if self.gather:
-            student, teacher = _map(student, gather_batch), _map(teacher, gather_batch)
-            target = None if target is None else gather_batch(target)
+        if self.gather and self.couples:
+            sizes = shard_sizes(batch, device)
+            batch = sum(sizes)
+            student, teacher = _gathered(student, sizes), _gathered(teacher, sizes)
+            target = None if target is None else gather_batch(target, sizes)
+        self._check_batch(batch)
         student = _map(student, lambda tensor: tensor.to(dtype))
         teacher = _map(teacher, lambda tensor: _constant(tensor).to(dtype))
         with torch.autocast(device.type, enabled=False):
             return self.compute(student, teacher, target)
 
+    def step_epoch(self) -> None:
+        """Tells the criterion, and every one inside it, that an epoch of training is over."""
+        for module in self.modules():
+            if isinstance(module, Criterion):
+                module.epoch_ended()
+
+    def epoch_ended(self) -> None:
+        """Moves a schedule on by one epoch, where this criterion has one; override it there."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads this name, and broadcasts all other buffers at every step.
+        return same_buffers(self)
+
+    def _apply(
+        self: CriterionT, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> CriterionT:
+        def kept_wide(tensor: Tensor) -> Tensor:
+            try:
+                moved = fn(tensor)
+            except TypeError:  # Apple's GPUs know no float64
+                moved = fn(tensor.float())
+            if moved.dtype in _HALVES and tensor.dtype not in _HALVES:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(kept_wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @classmethod
+    def _check_options(cls, options: Mapping[str, Any]) -> None:
+        known = inspect.signature(cls).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            return
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}; {near(name, known)}")
+
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""
-        if not isinstance(given, Features):
-            if not self.reads:
-                raise TypeError(f"{name} must be Features here, got {describe(given)}")
-            field = self.reads[0]
-            is_maps = field == "intermediate" and isinstance(given, list | tuple)
-            if not isinstance(given, Tensor) and not is_maps:
-                raise TypeError(f"{name} must be Features or a tensor, got {describe(given)}")
-            given = Features(**{field: given})  # type: ignore[arg-type]
+        features = _wrapped(given, name, self)
         found: dict[str, Tensor | tuple[Tensor, ...]] = {}
         for field in self.reads:
-            value = getattr(given, field)
+            value = getattr(features, field)
             if value is None or (field == "intermediate" and not value):
-                raise ValueError(f"{type(self).__name__} needs {name}.{field}: {_HINTS[field]}")
+                raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
             for tensor in value if isinstance(value, tuple) else (value,):
                 self._check_tensor(tensor, f"{name}.{field}", field)
             found[field] = value
-        return Features(**found, index=given.index)  # type: ignore[arg-type]
+        return Features(**found, index=features.index)  # type: ignore[arg-type]
 
     def _check_tensor(self, tensor: Tensor, name: str, field: str) -> None:
         if not tensor.is_floating_point():
@@ -127,8 +215,8 @@ class Criterion(nn.Module):
         if tensor.dim() not in ranks:
             raise ValueError(f"{name} must be {wanted}, got {describe(tensor)}")
 
-    def _check_together(self, tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
-        """Checks that all tensors share a batch size and a device; returns the device."""
+    def _check_together(self, tensors: Sequence[tuple[str, Tensor]]) -> tuple[torch.device, int]:
+        """Checks that all tensors share a batch size and a device; returns both."""
         _, first = tensors[0]
         for name, tensor in tensors:
             if tensor.shape[0] != first.shape[0]:
@@ -141,13 +229,14 @@ class Criterion(nn.Module):
                     f"{name} is on {tensor.device}, expected {first.device}: "
                     "move both models to one device"
                 )
-        batch = first.shape[0] * (world_size() if self.gather else 1)
+        return first.device, first.shape[0]
+
+    def _check_batch(self, batch: int) -> None:
         if batch < self.min_batch:
             raise ValueError(
                 f"{type(self).__name__} compares the samples of a batch: it needs a batch of at "
                 f"least {self.min_batch}, got {batch}; use drop_last=True in the DataLoader"
             )
-        return first.device
 
     def _compute_dtype(
         self, tensors: Sequence[tuple[str, Tensor]], device: torch.device
@@ -156,7 +245,7 @@ class Criterion(nn.Module):
         dtypes = {tensor.dtype for _, tensor in tensors}
         wide = torch.float64 in dtypes
         for parameter in self.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.dtype in _HALVES:
                 raise TypeError(
                     f"{type(self).__name__} has parameters in {parameter.dtype}; keep the "
                     "criterion in float32, it takes half-precision inputs as they are"
@@ -175,21 +264,29 @@ class Criterion(nn.Module):
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def __add__(self, other: object) -> CriterionSum:
-        if not isinstance(other, Criterion):
-            return NotImplemented
-        return CriterionSum([*_parts(self), *_parts(other)])
+        from structkd.criteria.sums import CriterionSum
+
+        return CriterionSum.of(self, other) if isinstance(other, Criterion) else NotImplemented
 
     def __radd__(self, other: object) -> Criterion:
         # sum() starts from 0.
         return self if isinstance(other, Real) and other == 0 else NotImplemented
 
     def __mul__(self, weight: object) -> CriterionSum:
+        from structkd.criteria.sums import CriterionSum
+
         if not isinstance(weight, Real):
             return NotImplemented
-        factor = number("weight", weight)
-        return CriterionSum([(factor * own, criterion) for own, criterion in _parts(self)])
+        return CriterionSum.of(self).scaled(number("weight", weight))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: object) -> CriterionSum:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        if divisor == 0:
+            raise ZeroDivisionError("a criterion cannot be divided by 0")
+        return self * (1 / number("divisor", divisor))
 
 
 def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
@@ -211,80 +308,38 @@ def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tens
 def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
     """Returns ``logits`` or ``embedding`` of both, of any width."""
     value_s, value_t = getattr(student, field), getattr(teacher, field)
-    if value_s is None or value_t is None:
-        raise ValueError(f"{field} is missing: {_HINTS[field]}")
+    for name, features in (("student", student), ("teacher", teacher)):
+        if getattr(features, field) is None:
+            raise ValueError(missing("the criterion", f"{name}.{field}", features, field))
     return value_s, value_t
 
 
-def map_pair(student: Features, teacher: Features, layer: int) -> tuple[Tensor, Tensor]:
-    """Returns the maps at position ``layer`` of both ``intermediate`` tuples."""
-    picked = []
-    for name, features in (("student", student), ("teacher", teacher)):
-        count = len(features.intermediate)
-        if not -count <= layer < count:
-            raise ValueError(f"layer={layer}, but {name}.intermediate holds {count} map(s)")
-        picked.append(features.intermediate[layer])
-    return picked[0], picked[1]
+def missing(reader: str, name: str, features: Features, field: str) -> str:
+    """Returns what to say where a field is missing, with the capture's reason if it gave one."""
+    return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
 
 
-def channels(features: Tensor) -> int:
-    """Returns the channels of ``(B, C, H, W)`` maps, ``(B, N, C)`` tokens or ``(B, C)`` rows."""
-    return features.shape[1] if features.dim() == 4 else features.shape[-1]
+def same_buffers(module: nn.Module) -> list[str]:
+    """Returns the dotted names of a module's buffers that all ranks hold alike by construction."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if isinstance(part, Criterion)
+        for name in part.same_on_all_ranks
+    ]
 
 
-class CriterionSum(Criterion):
-    """A weighted sum of criteria, written ``a + 0.5 * b``.
-
-    Every member reads its own fields, so pass :class:`Features`. Term names are the members', with
-    `` (2)`` added to a name that comes twice.
-
-    Args:
-        parts: Pairs of weight and criterion.
-
-    Example:
-        >>> import structkd
-        >>> criterion = structkd.KDLoss() + 0.5 * structkd.CORALLoss()
-        >>> feats = structkd.Features(logits=torch.eye(4), embedding=torch.eye(4))
-        >>> list(criterion.terms(feats, feats))
-        ['KD', 'CORAL']
-    """
-
-    def __init__(self, parts: Sequence[tuple[float, Criterion]]) -> None:
-        super().__init__()
-        self.weights = tuple(number("weight", weight) for weight, _ in parts)
-        self.criteria = nn.ModuleList(criterion for _, criterion in parts)
-
-    def terms(
-        self, student: Input, teacher: Input, target: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Returns every member's weighted terms under distinct names."""
-        fields = {criterion.reads for _, criterion in _parts(self)}
-        if len(fields) > 1 and not (
-            isinstance(student, Features) and isinstance(teacher, Features)
-        ):
-            raise TypeError(
-                "student and teacher must be Features for a sum whose members read different "
-                f"fields, got {describe(student)} and {describe(teacher)}"
-            )
-        merged: dict[str, Tensor] = {}
-        for weight, criterion in _parts(self):
-            for name, value in criterion.terms(student, teacher, target).items():
-                unique, count = name, 1
-                while unique in merged:
-                    count += 1
-                    unique = f"{name} ({count})"
-                merged[unique] = weight * value
-        return merged
-
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}"
-
-
-def _parts(criterion: Criterion) -> list[tuple[float, Criterion]]:
-    if isinstance(criterion, CriterionSum):
-        members = [member for member in criterion.criteria if isinstance(member, Criterion)]
-        return list(zip(criterion.weights, members, strict=True))
-    return [(1.0, criterion)]
+def _wrapped(given: Input, name: str, reader: Criterion | type[Criterion]) -> Features:
+    """Returns features; bare tensors become the first field that the criterion reads."""
+    if isinstance(given, Features):
+        return given
+    if not reader.reads:
+        raise TypeError(f"{name} must be Features here, got {describe(given)}")
+    field = reader.reads[0]
+    is_maps = field == "intermediate" and isinstance(given, list | tuple)
+    if not isinstance(given, Tensor) and not is_maps:
+        raise TypeError(f"{name} must be Features or a tensor, got {describe(given)}")
+    return Features(**{field: given})  # type: ignore[arg-type]
 
 
 def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:
@@ -297,14 +352,20 @@ def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:
 
 
 def _map(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
-    """Applies ``function`` to every floating-point field, and gathers alike the index."""
-    index = features.index
-    return Features(
+    """Applies ``function`` to every floating-point field."""
+    return features.replace(
         logits=None if features.logits is None else function(features.logits),
         embedding=None if features.embedding is None else function(features.embedding),
         intermediate=tuple(function(value) for value in features.intermediate),
-        index=function(index) if index is not None and function is gather_batch else index,
     )
+
+
+def _gathered(features: Features, sizes: list[int]) -> Features:
+    """Gathers every field over the processes, the index included."""
+    gathered = _map(features, lambda tensor: gather_batch(tensor, sizes))
+    if features.index is None:
+        return gathered
+    return gathered.replace(index=gather_batch(features.index, sizes))
 
 
 def _constant(tensor: Tensor) -> Tensor:

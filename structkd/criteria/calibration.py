@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import whole
-from structkd.criteria.base import Criterion, channels
+from structkd.criteria._maps import channels, to_common_size
+from structkd.criteria.base import Criterion
 from structkd.distributed import world_size
 from structkd.features import Features
-from structkd.projectors import to_common_size
 
 
 class SemanticCalibrationLoss(Criterion):

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import number
-from structkd.criteria._maps import as_map, common_positions, map_pairs
+from structkd.criteria._maps import as_map, common_positions, map_pairs, to_common_size
 from structkd.criteria.base import Criterion
 from structkd.features import Features
-from structkd.projectors import to_common_size
 
 _NAMES = "student and teacher intermediate"
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import number, whole
-from structkd.criteria._maps import as_map, common_positions
-from structkd.criteria.base import Criterion, channels, map_pair
+from structkd.criteria._maps import as_map, channels, common_positions, map_pair
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, labels, number, whole
-from structkd.criteria.base import Criterion, Input, channels, either, map_pair
+from structkd.criteria._maps import channels, map_pair
+from structkd.criteria.base import Criterion, Input, either
 from structkd.criteria.correlation import CrossCorrelationLoss
 from structkd.criteria.uniformity import SPHERE_SIGMA, UniformityCalibrationLoss
 from structkd.distributed import gather_batch

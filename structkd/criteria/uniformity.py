@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, number
-from structkd.criteria._maps import pooled
-from structkd.criteria.base import Criterion, map_pair
+from structkd.criteria._maps import map_pair, pooled, to_common_size
+from structkd.criteria.base import Criterion
 from structkd.features import Features
-from structkd.projectors import to_common_size
 
 POOLS = ("avg", "flatten")
 CROSS_SIGNS = ("separate", "align")

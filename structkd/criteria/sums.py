@@ -1,0 +1,163 @@
+"""Weighted sums of criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from structkd._checks import describe, near, number
+from structkd.criteria.base import Criterion, Input
+from structkd.features import Features
+
+
+class CriterionSum(Criterion):
+    """A weighted sum of criteria, written ``a + 0.5 * b``.
+
+    Every member reads its own fields, so pass :class:`Features`. Members have names, those of their
+    classes unless others are given, with ``_2`` added to a name that comes twice; ``state_dict``
+    goes by them, so it loads whatever the order. Term names are the members', with `` (2)`` added
+    to a name that comes twice.
+
+    Weights are tensors: :meth:`set_weight` changes one from step to step, and a compiled criterion
+    is not compiled again. They are configuration and no part of ``state_dict``.
+
+    Args:
+        members: Criteria by name.
+        weights: Weights by name, 1 where none is given.
+
+    Raises:
+        ValueError: If there is no member, or a weight names none.
+        TypeError: If a member is no criterion.
+
+    Example:
+        >>> import structkd
+        >>> criterion = structkd.KDLoss() + 0.5 * structkd.CORALLoss()
+        >>> feats = structkd.Features(logits=torch.eye(4), embedding=torch.eye(4))
+        >>> list(criterion.terms(feats, feats))
+        ['KD', 'CORAL']
+        >>> criterion.weights
+        {'KDLoss': 1.0, 'CORALLoss': 0.5}
+        >>> criterion.set_weight("CORALLoss", 0.1)
+    """
+
+    same_on_all_ranks: ClassVar[tuple[str, ...]] = ("_weights",)
+    _weights: Tensor
+
+    def __init__(
+        self, members: Mapping[str, Criterion], weights: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("a sum needs at least one criterion, got none")
+        self.criteria = nn.ModuleDict()
+        values: list[float] = []
+        for name, weight, member in _flattened(members, weights or {}):
+            self.criteria[_unused(name, self.criteria)] = member
+            values.append(weight)
+        # float64, so that 0.1 is as near to 0.1 as a Python number.
+        self.register_buffer(
+            "_weights", torch.tensor(values, dtype=torch.float64), persistent=False
+        )
+
+    @classmethod
+    def of(cls, *criteria: Criterion) -> CriterionSum:
+        """Returns the sum of criteria, named by their classes; members of sums come apart."""
+        names: dict[str, Criterion] = {}
+        for criterion in criteria:
+            names[_unused(type(criterion).__name__, names)] = criterion
+        return cls(names)
+
+    def scaled(self, factor: float) -> CriterionSum:
+        """Returns a sum of the same members, every weight times ``factor``."""
+        weights = {name: factor * weight for name, weight in self.weights.items()}
+        return CriterionSum(dict(self._members()), weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights by member; reading them waits for the device."""
+        return dict(zip(self.criteria, self._weights.tolist(), strict=True))
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Changes the weight of a member.
+
+        Raises:
+            ValueError: If there is no such member, or the weight is not finite.
+        """
+        names = list(self.criteria)
+        if name not in names:
+            raise ValueError(f"the sum has no member {name!r}; {near(name, names)}")
+        self._weights[names.index(name)].fill_(number("weight", weight))
+
+    def terms(
+        self, student: Input, teacher: Input, target: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Returns every member's weighted terms under distinct names."""
+        fields = {member.reads for _, member in self._members()}
+        if len(fields) > 1 and not (
+            isinstance(student, Features) and isinstance(teacher, Features)
+        ):
+            raise TypeError(
+                "student and teacher must be Features for a sum whose members read different "
+                f"fields, got {describe(student)} and {describe(teacher)}"
+            )
+        merged: dict[str, Tensor] = {}
+        for (_, member), weight in zip(self._members(), self._weights.unbind(), strict=True):
+            for name, value in member.terms(student, teacher, target).items():
+                unique, count = name, 1
+                while unique in merged:
+                    count += 1
+                    unique = f"{name} ({count})"
+                merged[unique] = weight.to(value.dtype) * value
+        return merged
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+    def _members(self) -> list[tuple[str, Criterion]]:
+        return [
+            (name, member)
+            for name, member in self.criteria.items()
+            if isinstance(member, Criterion)
+        ]
+
+
+def fields_read(criterion: Criterion) -> tuple[str, ...]:
+    """Returns the fields of ``Features`` that a criterion reads, its members' included."""
+    found = [criterion.reads]
+    found += [part.reads for part in criterion.modules() if isinstance(part, Criterion)]
+    return tuple(dict.fromkeys(field for fields in found for field in fields))
+
+
+def _flattened(
+    members: Mapping[str, Criterion], weights: Mapping[str, float]
+) -> Iterable[tuple[str, float, Criterion]]:
+    """Yields name, weight and member; members of a sum come apart and keep their own names."""
+    for name in weights:
+        if name not in members:
+            raise ValueError(f"weights names no member {name!r}; {near(name, members)}")
+    for name, member in members.items():
+        if not isinstance(member, Criterion):
+            raise TypeError(f"member {name!r} must be a Criterion, got {describe(member)}")
+        weight = number("weight", weights.get(name, 1.0))
+        if isinstance(member, CriterionSum):
+            for (inner, part), own in zip(member._members(), member.weights.values(), strict=True):
+                yield _base_name(inner), weight * own, part
+        else:
+            yield name, weight, member
+
+
+def _base_name(name: str) -> str:
+    """Returns a member's name without the number that told it from its like."""
+    stem, _, count = name.rpartition("_")
+    return stem if stem and count.isdigit() else name
+
+
+def _unused(name: str, taken: Iterable[str]) -> str:
+    unique, count = name, 1
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    return unique
