@@ -19,8 +19,10 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
+from structkd.criteria.sums import CriterionSum
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
+from structkd.distiller import Distiller
 from structkd.features import Features
 from structkd.matching.dataset import MatchedDataset, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
@@ -40,11 +42,13 @@ __all__ = [
     "ConvAdapter",
     "CorrelationCongruenceLoss",
     "Criterion",
+    "CriterionSum",
     "CrossCorrelationLoss",
     "CurriculumTemperatureLoss",
     "DKDLoss",
     "DSLoss",
     "DistilVPRLoss",
+    "Distiller",
     "FeatureCapture",
     "Features",
     "FitNetLoss",

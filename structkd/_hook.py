@@ -1,0 +1,99 @@
+"""The one hook of a capture: it reports to its capture, and to nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+# What a hook becomes in a copy or a file: a function of the standard library that takes anything
+# and returns None, so that a saved network needs no structkd to be loaded.
+_NOTHING = contextlib.nullcontext().__exit__
+
+
+class Reporter(Protocol):
+    """What a hook reports to."""
+
+    def reported(self, kind: str, name: str, value: Any) -> None:
+        """Takes what a layer got (``input``, ``start``) or gave (``output``, ``finish``)."""
+
+
+class Hook:
+    """Reports what a layer gets or gives, while both the layer and the capture are its own.
+
+    It holds the capture and the layer weakly, so that neither keeps the other alive. In a deep copy
+    of the network it is a function that does nothing, and so it is in a replica, whose layers are
+    others, and in an exported or traced network. It never raises: what is wrong is told when the
+    capture is read, so that the network stays usable.
+    """
+
+    def __init__(self, capture: Reporter, layer: nn.Module, kind: str, name: str = "") -> None:
+        self.capture = weakref.ref(capture)
+        self.layer = weakref.ref(layer)
+        self.kind = kind
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        # rest: (kwargs) before the forward pass, (kwargs, output) after it.
+        capture = self.capture()
+        if capture is None or self.layer() is not module:
+            return
+        if torch.compiler.is_exporting() or _is_traced():
+            return
+        value = rest[-1]
+        if self.kind in ("input", "start"):
+            value = args[0] if args else next(iter(rest[0].values()), None)
+        capture.reported(self.kind, self.name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def attach(self) -> RemovableHandle:
+        """Registers the hook with its layer."""
+        layer = self.layer()
+        if layer is None:
+            raise RuntimeError("the layer is gone")
+        if self.kind in ("input", "start"):
+            # First of all, so that a stale map never pairs with a new batch.
+            return layer.register_forward_pre_hook(
+                self, with_kwargs=True, prepend=self.kind == "start"
+            )
+        return layer.register_forward_hook(self, with_kwargs=True)
+
+
+def _is_traced() -> bool:
+    """Tells whether ``torch.jit.trace`` (and an exporter that uses it) is at work."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def drop_spent_hooks(module: nn.Module) -> None:
+    """Removes what copying left of other captures' hooks."""
+    for layer in module.modules():
+        for hooks, flags in (
+            (layer._forward_hooks, layer._forward_hooks_with_kwargs),
+            (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if _is_spent(hook)]:
+                del hooks[key]
+                flags.pop(key, None)
+
+
+def _is_spent(hook: object) -> bool:
+    return getattr(hook, "__func__", None) is _NOTHING.__func__  # type: ignore[attr-defined]
+
+
+def ends_of(layer: nn.Module, kind: str) -> Iterator[nn.Module]:
+    """Yields a layer and, for a chain, the layer at its end that gives (or gets) the same tensor.
+
+    Activation checkpointing of a chain (timm's ``checkpoint_seq``) calls its parts without it.
+    """
+    yield layer
+    while type(layer).forward is nn.Sequential.forward and len(layer):  # type: ignore[arg-type]
+        children = list(layer.children())
+        layer = children[0 if kind == "input" else -1]
+        yield layer

@@ -1,0 +1,298 @@
+"""Student, frozen teacher, captures and criterion as one module that a training loop can own."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from structkd import _backbone
+from structkd._checks import describe, near
+from structkd._modes import evaluating
+from structkd.capture import FeatureCapture
+from structkd.criteria.base import Criterion, same_buffers
+from structkd.criteria.sums import fields_read
+from structkd.features import Features
+from structkd.specs import Spec, build_criterion, needs_example
+
+DistillerT = TypeVar("DistillerT", bound="Distiller")
+_LAYER_OPTIONS = ("intermediate", "embedding", "logits", "layout")
+
+
+class Distiller(nn.Module):
+    """Distils a frozen teacher into a student, as one module.
+
+    It owns the captures of both networks, the criterion and the teacher. The student is the very
+    module that went in: ``distiller.student`` has its own keys and attributes, and its
+    ``state_dict()`` loads into the bare network at any step. The teacher is frozen and in eval
+    mode; it moves with ``.to()``, and it is in no ``parameters()``, ``state_dict()``, DDP bucket or
+    EMA copy.
+
+    The optimizer takes ``distiller.parameters()``: the student's and the criterion's. Under DDP
+    wrap the Distiller, ``DistributedDataParallel(distiller)``, which is right for every criterion.
+    ``torch.compile(distiller)``, autocast, ``copy.deepcopy`` and ``pickle`` take it as it is.
+
+    Args:
+        student: The network to train, bare. A network inside DDP belongs in a Distiller first.
+        teacher: The trained network.
+        criterion: A :class:`Criterion`; a class or function that makes one from two example
+            ``Features``; a dict such as ``dict(type="DSLoss", weight=0.5, gamma=2.0)``; or a list
+            of these, which is their sum.
+        example: Input of the student, or a pair (the student's, the teacher's), from which a
+            criterion reads widths. Needed unless ``criterion`` is finished. A few samples do.
+        layers: What to capture of both, any of :class:`FeatureCapture`'s ``intermediate``,
+            ``embedding``, ``logits``, ``layout``. Optional on timm models.
+        teacher_layers: The same for the teacher, where its layers have other names.
+
+    Shape:
+        ``distiller(x, target, x_teacher)`` takes what the networks take and returns the student's
+        output as the student gives it, and the criterion's terms by name, scalars with their
+        weights: ``loss = task_loss(output, target) + sum(terms.values())``.
+
+    Raises:
+        ValueError: If a layer or a criterion is unknown (the near names are listed), an example is
+            missing, or a network does not give what the criterion reads.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import structkd
+        >>> def net(width):
+        ...     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        ...                          nn.Flatten(), nn.Linear(width, 10))
+        >>> x_poor, x_good = torch.randn(2, 4, 3, 8, 8)
+        >>> distiller = Distiller(net(8), net(16), structkd.DSLoss, example=(x_poor, x_good),
+        ...                       layers=dict(intermediate="1", embedding="4:input"))
+        >>> output, terms = distiller(x_poor, x_teacher=x_good)
+        >>> output.shape, list(terms)
+        (torch.Size([4, 10]), ['SEM-1', 'SEM-2', 'DCM-1', 'DCM-2'])
+    """
+
+    student: nn.Module
+    criterion: Criterion
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: Spec,
+        *,
+        example: Any = None,
+        layers: Mapping[str, Any] | None = None,
+        teacher_layers: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_networks(student, teacher)
+        options_s = _layer_options("layers", layers)
+        options_t = options_s
+        if teacher_layers is not None:
+            options_t = _layer_options("teacher_layers", teacher_layers)
+        self.student = student
+        teacher.requires_grad_(False).eval()
+        feats_s = feats_t = Features()
+        if needs_example(criterion):
+            with (
+                FeatureCapture(student, **options_s) as capture_s,
+                FeatureCapture(teacher, **options_t) as capture_t,
+            ):
+                feats_s, feats_t = _example_features(capture_s, capture_t, example)
+        self.criterion = build_criterion(criterion, feats_s, feats_t)
+        reads = fields_read(self.criterion)
+        self._layers = _only(reads, options_s)
+        self._capture: FeatureCapture | None = FeatureCapture(student, **self._layers)
+        self._frozen = _Frozen(teacher, _only(reads, options_t))
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher, which is no submodule."""
+        return self._frozen.module
+
+    def forward(
+        self,
+        x: Any,
+        target: Tensor | None = None,
+        x_teacher: Any = None,
+        *,
+        index: Tensor | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Runs both networks and compares them.
+
+        Args:
+            x: The student's input: a tensor, a tuple of arguments or a dict of keywords.
+            target: Labels ``(B,)`` for criteria that read them, -100 where a row has none.
+            x_teacher: The teacher's input, the same samples in the same order; ``x`` by default.
+            index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
+
+        Returns:
+            The student's output, and the criterion's terms by name.
+
+        Raises:
+            RuntimeError: If the Distiller was detached, or as :meth:`FeatureCapture.read` raises.
+            ValueError: As the criterion raises.
+        """
+        if self._capture is None:
+            raise RuntimeError("this Distiller was detached: call attach() to distil on")
+        feats_t = self._frozen.features(x if x_teacher is None else x_teacher)
+        output = _call(self.student, x)
+        feats_s = self._capture.read()
+        if index is not None:
+            feats_s, feats_t = feats_s.replace(index=index), feats_t.replace(index=index)
+        return output, self.criterion.terms(feats_s, feats_t, target)
+
+    def step_epoch(self) -> None:
+        """Tells the criterion that an epoch of training is over."""
+        self.criterion.step_epoch()
+
+    def detach(self) -> nn.Module:
+        """Takes all hooks off both networks and returns the student, as it came in."""
+        if self._capture is not None:
+            self._capture.remove()
+            self._frozen.detach()
+            self._capture = None
+        return self.student
+
+    def attach(self) -> None:
+        """Puts the hooks back that :meth:`detach` took off."""
+        if self._capture is None:
+            self._capture = FeatureCapture(self.student, **self._layers)
+            self._frozen.attach()
+
+    def train(self: DistillerT, mode: bool = True) -> DistillerT:
+        """Sets the student's and the criterion's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"teacher={type(_backbone.unwrapped(self.teacher)).__name__} (frozen)"
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads this name: it broadcasts all other buffers at every step.
+        return same_buffers(self)
+
+    def _apply(
+        self: DistillerT, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> DistillerT:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._frozen.apply(fn)
+        return self
+
+
+class _Frozen:
+    """A teacher with its capture, held where ``nn.Module`` does not look for submodules.
+
+    Deep copies (an EMA, a mean teacher) share the teacher, unless they are moved elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, layers: dict[str, Any], *, owned: bool = True) -> None:
+        self.module = module
+        self.layers = layers
+        self.owned = owned
+        self.attach()
+
+    def features(self, x: Any) -> Features:
+        """Runs the teacher and returns what it gives, without gradient."""
+        with torch.no_grad():
+            _call(self.module, x)
+            return self.capture.read()
+
+    def attach(self) -> None:
+        self.capture = FeatureCapture(self.module, **self.layers)
+
+    def detach(self) -> None:
+        self.capture.remove()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Moves the teacher; a shared one stays, and a copy of it moves if that changes it."""
+        if not self.owned:
+            probe = next(self.module.parameters(), None)
+            moved = None if probe is None else fn(probe.data)
+            if probe is None or moved is None or _alike(probe, moved):
+                return
+            self.module, self.owned = copy.deepcopy(self.module), True
+            self.attach()
+        self.module._apply(fn)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
+        shared = _Frozen.__new__(_Frozen)
+        shared.__dict__.update(self.__dict__, owned=False)
+        return shared
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.device == other.device and tensor.dtype == other.dtype
+
+
+def _check_networks(student: object, teacher: object) -> None:
+    for name, module in (("student", student), ("teacher", teacher)):
+        if isinstance(module, str | os.PathLike):
+            raise TypeError(
+                f"{name} must be an nn.Module, got the path {str(module)!r}: build the network and "
+                "load the file into it, net.load_state_dict(torch.load(path, weights_only=True))"
+            )
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be an nn.Module, got {describe(module)}")
+    assert isinstance(student, nn.Module)
+    assert isinstance(teacher, nn.Module)
+    if type(student).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise TypeError(
+            f"student is a {type(student).__name__}: give the bare network, and wrap the "
+            "Distiller itself, so that the criterion's parameters are averaged too"
+        )
+    trained = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in trained for parameter in teacher.parameters()):
+        raise ValueError(
+            "student and teacher share parameters, which freezing the teacher would freeze: give "
+            "the teacher as a copy, copy.deepcopy(student)"
+        )
+
+
+def _call(network: nn.Module, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return network(**x)
+    return network(*x) if isinstance(x, tuple | list) else network(x)
+
+
+def _layer_options(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{argument} must be a dict such as dict(intermediate='layer2', embedding='fc:input'), "
+            f"got {describe(given)}"
+        )
+    for name in given:
+        if name not in _LAYER_OPTIONS:
+            raise ValueError(f"{argument} has no entry {name!r}; {near(name, _LAYER_OPTIONS)}")
+    return dict(given)
+
+
+def _only(reads: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what the criterion does not read: no hook without a reader."""
+    kept = dict(options)
+    if "intermediate" not in reads:
+        kept |= {"intermediate": (), "layout": None}
+    if "embedding" not in reads:
+        kept["embedding"] = ""
+    return kept
+
+
+def _example_features(
+    capture_s: FeatureCapture, capture_t: FeatureCapture, example: Any
+) -> tuple[Features, Features]:
+    """Runs both networks once, in eval mode, so that no batch statistic moves."""
+    if example is None:
+        raise ValueError(
+            "example is missing: pass the student's input, or a pair (the student's, the "
+            "teacher's), from which the criterion reads its widths"
+        )
+    is_pair = isinstance(example, tuple | list) and len(example) == 2
+    x_s, x_t = example if is_pair else (example, example)
+    with evaluating(capture_s.module, capture_t.module), torch.no_grad():
+        _call(capture_s.module, x_s)
+        _call(capture_t.module, x_t)
+    return capture_s.read(), capture_t.read()
