@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from structkd._checks import describe, whole
-from structkd.matching._store import whole_numbers
+from structkd.matching._inputs import whole_numbers
 from structkd.matching.sembridge import Match
 
 
