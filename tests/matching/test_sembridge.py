@@ -55,6 +55,7 @@ def test_nearest_is_the_published_loop(metric, seed):
     assert match.weights.tolist() == [1.0] * len(queries)
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 @pytest.mark.parametrize("constraint", ["rows", "both", "capacity"])
 @given(seed=st.integers(0, 2**31), students=st.integers(1, 60), candidates=st.integers(1, 12))
 @settings(max_examples=10, deadline=None)
@@ -105,6 +106,7 @@ def test_a_hub_no_longer_serves_everybody():
     assert even.ids.bincount(minlength=5).tolist() == [4] * 5
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 def test_planned_cost_is_near_the_exact_assignment():
     vectors, _, queries, _ = _draw(3, teachers=30, students=30)
     same = torch.zeros(30, dtype=torch.int64)
@@ -130,6 +132,7 @@ def test_blocks_keep_the_capacity(monkeypatch):
         assert match.ids[target == label].bincount().max() <= math.ceil(students / teachers)
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 def test_weights_far_below_rounding_still_rank():
     # With a tiny epsilon all but one entry of a row underflow to zero.
     vectors, labels, queries, target = _draw(6)
