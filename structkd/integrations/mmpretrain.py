@@ -1,0 +1,404 @@
+"""A classifier for mmpretrain's configs that distils a frozen teacher into an ordinary one.
+
+Importing this module, ``custom_imports=dict(imports=["structkd.integrations.mmpretrain"])`` in a
+config, registers :class:`DistilledClassifier` and every criterion in mmengine's registries in the
+scope ``structkd``, and tells ``torch.load`` of the plain classes that mmengine keeps in its
+checkpoints, without which PyTorch 2.6 and later cannot resume them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from structkd import _backbone
+from structkd._checks import describe
+from structkd.criteria.base import same_buffers
+from structkd.distiller import Distiller
+from structkd.integrations._extra import missing_extra
+from structkd.specs import Spec, criterion_classes
+
+try:
+    import mmpretrain.models  # noqa: F401  (fills mmpretrain's registries)
+    from mmengine.logging import HistoryBuffer, MessageHub
+    from mmengine.registry import MODELS as ROOT
+    from mmengine.registry import Registry
+    from mmengine.runner.checkpoint import CheckpointLoader
+    from mmpretrain.models.classifiers import BaseClassifier
+    from mmpretrain.registry import MODELS as CLASSIFIERS
+except ImportError as error:
+    raise missing_extra("mmpretrain", error) from error
+
+MODELS = Registry("model", parent=ROOT, scope="structkd", locations=[__name__])
+for _name, _criterion in criterion_classes().items():
+    MODELS.register_module(name=_name, module=_criterion)
+
+
+def _statistic(owner: object, name: str) -> object:
+    """Does for mmengine's log what ``getattr`` does in its checkpoints, and nothing else."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"a checkpoint asks for {name!r} of {owner!r}")
+    return getattr(owner, name)
+
+
+def _allow_checkpoints() -> None:
+    """Tells ``torch.load`` of what mmengine's checkpoints hold: its log of smoothed numbers."""
+    plain: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
+    plain += [np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
+    # Their functions have moved within numpy, so ask an array and a number for them.
+    plain += [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    plain += [(_statistic, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    torch.serialization.add_safe_globals(plain)
+
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):  # it read all before
+    _allow_checkpoints()
+
+
+@MODELS.register_module()
+class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
+    """An mmpretrain classifier that a frozen teacher helps to train.
+
+    The modes ``predict`` and ``tensor`` are the student's own. In mode ``loss`` the student's
+    losses come back with the criteria's terms, every one under a name that begins with ``loss_``,
+    so that mmengine optimises what it logs; the student's own ``loss`` is called ``loss_student``,
+    and the log's ``loss`` is the sum of all.
+
+    A checkpoint holds the student under ``distiller.student.``, the criteria's parameters and
+    memories under ``distiller.criterion.``, and nothing of the teacher. mmengine's
+    ``init_cfg=dict(type="Pretrained", checkpoint=..., prefix="distiller.student.")`` loads the
+    student alone.
+
+    Criteria with a memory get mmpretrain's ``sample_idx``. A criterion's epoch ends when mmengine's
+    epoch does; loops that count iterations have none.
+
+    Args:
+        student: The config of an mmpretrain classifier, or the classifier.
+        teacher: The same for the teacher.
+        distill: What :class:`structkd.Distiller` takes as its criterion, such as
+            ``[dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]``.
+        teacher_checkpoint: Path or URL of the teacher's weights. Optional where the teacher's
+            config names them (``pretrained`` or ``init_cfg``).
+        layers: What to capture of both networks; where a part is left out: the classifier's
+            scores, the input of its last linear layer, the last stage of the backbone but one.
+        teacher_layers: The same for the teacher, where its layers have other names.
+        example_size: Channels, height and width of the blank images from which a criterion reads
+            widths. By default what the student says of itself, and 224 by 224 where it does not.
+        data_preprocessor: As in mmpretrain; the student's by default. Where the teacher has
+            one that normalises otherwise, its input is normalised anew.
+        train_cfg: mmpretrain's batch augmentations, as in its ``ImageClassifier``.
+        init_cfg: mmengine's; the student's own is followed in any case.
+
+    Shape:
+        inputs ``(B, C, H, W)``, or in mode ``loss`` a pair (the student's, the teacher's), as
+        mmpretrain's ``SelfSupDataPreprocessor`` gives them; data samples a list of ``DataSample``.
+
+    Raises:
+        ValueError: If the teacher has no weights or they do not fit, or as
+            :class:`structkd.Distiller` raises.
+        TypeError: If student or teacher is neither a config nor a classifier.
+    """
+
+    def __init__(
+        self,
+        student: dict[str, Any] | nn.Module,
+        teacher: dict[str, Any] | nn.Module,
+        distill: Spec,
+        teacher_checkpoint: str | None = None,
+        layers: Mapping[str, Any] | None = None,
+        teacher_layers: Mapping[str, Any] | None = None,
+        example_size: Sequence[int] | None = None,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        train_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        student_net = _built("student", student)
+        if train_cfg is None and isinstance(student, Mapping):
+            train_cfg = student.get("train_cfg")  # its Mixup, which a preprocessor of ours does
+        super().__init__(init_cfg, _preprocessor(data_preprocessor, train_cfg, student_net))
+        teacher_net = _teacher(teacher, teacher_checkpoint)
+        sizes = [tuple(example_size or _stated_size(net)) for net in (student_net, teacher_net)]
+        images = [{"inputs": torch.zeros((2, *size)), "mode": "tensor"} for size in sizes]
+        self.distiller = Distiller(
+            student_net,
+            teacher_net,
+            distill,
+            example=tuple(images),
+            layers={**default_layers(student_net), **(layers or {})},
+            teacher_layers={
+                **default_layers(teacher_net),
+                **((layers if teacher_layers is None else teacher_layers) or {}),
+            },
+        )
+        self._renormalise = _Renormalise(self.data_preprocessor, teacher_net)
+        # The epoch that is being trained, so that its end is seen once, after a resume too.
+        self.register_buffer("epoch", torch.tensor(-1))
+        self._epoch: int | None = None
+
+    @property
+    def student(self) -> Any:
+        """The student, as it was built."""
+        return self.distiller.student
+
+    @property
+    def with_head(self) -> bool:
+        """Whether the student has a head, as mmpretrain asks."""
+        return getattr(self.student, "head", None) is not None
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads this name: it broadcasts all other buffers at every step.
+        return same_buffers(self)
+
+    def init_weights(self) -> None:
+        """Initialises the student as mmengine does; a Distiller's parts are not seen by it."""
+        super().init_weights()
+        initialise = getattr(self.student, "init_weights", None)
+        if callable(initialise):
+            initialise()
+
+    def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
+        """Does what mmpretrain's classifiers do in the modes ``loss``, ``predict``, ``tensor``."""
+        if mode == "loss":
+            return self.loss(inputs, data_samples)
+        return self.student(inputs, data_samples, mode=mode)
+
+    def extract_feat(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the student's features."""
+        return self.student.extract_feat(*args, **kwargs)
+
+    def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
+        """Returns the student's losses and the criteria's terms by name.
+
+        Args:
+            inputs: A batch, or a pair (the student's, the teacher's).
+            data_samples: The labels, as the student's head wants them.
+
+        Raises:
+            ValueError: If there are no data samples, or the inputs are neither a batch nor a pair.
+        """
+        if not data_samples:
+            raise ValueError(
+                "data_samples are missing in mode 'loss': end the train pipeline with "
+                "dict(type='PackInputs')"
+            )
+        self._follow_epochs()
+        x, x_teacher = self._inputs(inputs)
+        losses, terms = self.distiller(
+            {"inputs": x, "data_samples": data_samples, "mode": "loss"},
+            _target(data_samples),
+            {"inputs": x_teacher, "mode": "tensor"},
+            index=_index(data_samples, x.device),
+        )
+        named = {"loss_student" if key == "loss" else key: value for key, value in losses.items()}
+        return named | {f"loss_{name}": value for name, value in terms.items()}
+
+    def get_layer_depth(self, param_name: str) -> tuple[int, int]:
+        """Returns a parameter's depth for mmpretrain's layer-wise decay; a criterion's is last."""
+        prefix = "distiller.student."
+        if param_name.startswith(prefix):
+            found: tuple[int, int] = self.student.get_layer_depth(param_name.removeprefix(prefix))
+            return found
+        _, depth = self.student.get_layer_depth("head.fc.weight")
+        return depth - 1, depth
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow_epochs(self) -> None:
+        """Ends the criterion's epoch where mmengine's Runner has begun another one."""
+        current = MessageHub.get_current_instance().get_info("epoch")
+        if current is None or not torch.is_grad_enabled():
+            return
+        if self._epoch is None:
+            self._epoch = int(self.epoch)
+        if 0 <= self._epoch < current:
+            self.distiller.step_epoch()
+        if self._epoch != current:
+            self._epoch = int(current)
+            self.epoch.fill_(self._epoch)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._epoch = None
+
+    def _inputs(self, given: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(given, Tensor):
+            return given, self._renormalise(given)
+        is_pair = isinstance(given, tuple | list) and len(given) == 2
+        if not is_pair or not all(isinstance(part, Tensor) for part in given):
+            came = describe(given)
+            if isinstance(given, tuple | list):
+                came = f"{len(given)} of ({', '.join(describe(part) for part in given)})"
+            raise ValueError(
+                "inputs must be one batch of images or a pair (the student's, the teacher's) of "
+                f"batches of the same samples, got {came}"
+            )
+        return given[0], given[1]
+
+
+def default_layers(classifier: nn.Module) -> dict[str, Any]:
+    """Returns what to capture of an mmpretrain classifier where nothing else is asked for.
+
+    Args:
+        classifier: An ``ImageClassifier`` or a ``TimmClassifier``; of others nothing is known.
+    """
+    backbone, head = getattr(classifier, "backbone", None), getattr(classifier, "head", None)
+    if backbone is None:  # TimmClassifier holds a timm model that has its head in it
+        return _timm_layers("model", getattr(classifier, "model", None))
+    found: dict[str, Any] = {}
+    if isinstance(head, nn.Module):
+        linear = [name for name, part in head.named_modules() if isinstance(part, nn.Linear)]
+        found["logits"] = "head"
+        if linear:
+            found["embedding"] = f"head.{linear[-1]}{_backbone.INPUT}"
+    timm_model = getattr(backbone, "timm_model", None)
+    if timm_model is not None:
+        return {**_timm_layers("backbone.timm_model", timm_model), **found}
+    stages = getattr(backbone, "res_layers", None)  # names, in the ResNet family
+    if stages is None:
+        parts = getattr(backbone, "stages", None)
+        stages = [f"stages.{position}" for position in range(len(parts or ()))]
+    if stages:
+        found["intermediate"] = "backbone." + (stages[-2:-1] or stages)[0]
+    return found
+
+
+def _timm_layers(prefix: str, model: object) -> dict[str, Any]:
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_classifier"):
+        return {}
+    embedding = _backbone.default_embedding(model)
+    names = [f"{prefix}.{name}" for name in _backbone.default_intermediate(model)]
+    found: dict[str, Any] = {"logits": prefix}
+    if embedding:
+        found["embedding"] = f"{prefix}.{embedding}"
+    if names:
+        found["intermediate"] = names
+    return found
+
+
+class _Renormalise:
+    """Takes images as the student's preprocessor gives them to what the teacher's would give."""
+
+    def __init__(self, student: Any, teacher: nn.Module) -> None:
+        other: Any = getattr(teacher, "data_preprocessor", None)
+        self.pair = None
+        if all(getattr(network, "_enable_normalize", False) for network in (student, other)):
+            self.flips = bool(student.to_rgb) != bool(other.to_rgb)
+            numbers = [student.mean, student.std, other.mean, other.std]
+            if self.flips or not (
+                torch.equal(numbers[0], numbers[2]) and torch.equal(numbers[1], numbers[3])
+            ):
+                self.pair = [number.tolist() for number in numbers]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.pair is None:
+            return images
+        mean_s, std_s, mean_t, std_t = (images.new_tensor(numbers) for numbers in self.pair)
+        pixels = images * std_s + mean_s
+        if self.flips:
+            pixels = pixels.flip(1)
+        return (pixels - mean_t) / std_t
+
+
+def _built(name: str, given: object) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name} must be a classifier's config, dict(type='ImageClassifier', ...), or the "
+            f"classifier, got {describe(given)}"
+        )
+    if given.get("type") is None:
+        raise ValueError(
+            f"{name}'s config has no type, only {sorted(given)}: give a whole classifier, "
+            f"{name}={{{{_base_.model}}}} for example"
+        )
+    classifier: Any = CLASSIFIERS.build(given)
+    if not isinstance(classifier, BaseClassifier):
+        raise TypeError(
+            f"{name} must be an mmpretrain classifier, got a {type(classifier).__name__}: put it "
+            "into dict(type='ImageClassifier', backbone=..., head=...)"
+        )
+    built: nn.Module = classifier
+    return built
+
+
+def _teacher(given: object, checkpoint: str | None) -> nn.Module:
+    classifier = _built("teacher", given)
+    if checkpoint is not None:
+        state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu", logger="silent")
+        state = state.get("state_dict", state)
+        try:
+            classifier.load_state_dict(
+                {key.removeprefix("module."): value for key, value in state.items()}
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"teacher_checkpoint={checkpoint!r} does not fit the teacher's config: {error}"
+            ) from error
+    elif isinstance(given, Mapping):
+        if not _names_weights(given):
+            raise ValueError(
+                "the teacher has no weights: pass teacher_checkpoint (a path or URL), or name them "
+                "in its config, teacher=dict(..., pretrained=...)"
+            )
+        initialise: Any = getattr(classifier, "init_weights", lambda: None)
+        initialise()
+    return classifier
+
+
+def _names_weights(config: object) -> bool:
+    """Tells whether a config names pretrained weights anywhere."""
+    if isinstance(config, Mapping):
+        if config.get("type") == "Pretrained" or config.get("pretrained"):
+            return True
+        return any(_names_weights(value) for value in config.values())
+    if isinstance(config, list | tuple):
+        return any(_names_weights(value) for value in config)
+    return False
+
+
+def _preprocessor(
+    given: dict[str, Any] | nn.Module | None, augments: dict[str, Any] | None, student: nn.Module
+) -> nn.Module:
+    """Builds the data preprocessor as ``ImageClassifier`` does, or takes the student's."""
+    if given is None:
+        own = getattr(student, "data_preprocessor", None)
+        if isinstance(own, nn.Module):
+            return own
+    if isinstance(given, nn.Module):
+        return given
+    config = {"type": "ClsDataPreprocessor", "batch_augments": augments, **(given or {})}
+    built: nn.Module = CLASSIFIERS.build(config)
+    return built
+
+
+def _stated_size(classifier: nn.Module) -> tuple[int, int, int]:
+    """Returns the channels that the first convolution takes, and the image size if it is stated."""
+    backbone = getattr(classifier, "backbone", getattr(classifier, "model", classifier))
+    first = next((part for part in backbone.modules() if isinstance(part, nn.Conv2d)), None)
+    size = getattr(backbone, "img_size", None)
+    if not isinstance(size, tuple | list | int):
+        size = 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return 3 if first is None else first.in_channels, int(height), int(width)
+
+
+def _target(data_samples: Sequence[Any]) -> Tensor | None:
+    """Returns labels, the scores that Mixup leaves in their place, or nothing."""
+    if all("gt_score" in sample for sample in data_samples):
+        return torch.stack([sample.gt_score for sample in data_samples])
+    if all("gt_label" in sample for sample in data_samples):
+        return torch.cat([sample.gt_label for sample in data_samples])
+    return None
+
+
+def _index(data_samples: Sequence[Any], device: torch.device) -> Tensor | None:
+    found = [sample.get("sample_idx") for sample in data_samples]
+    if any(not isinstance(index, int) for index in found):
+        return None
+    return torch.tensor(found, device=device)
