@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from structkd import _backbone
 from structkd._checks import describe
-from structkd.criteria.base import same_buffers
+from structkd.criteria.base import Criterion, same_buffers
 from structkd.distiller import Distiller
 from structkd.integrations._extra import missing_extra
 from structkd.specs import Spec, criterion_classes
@@ -74,6 +74,9 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
     ``init_cfg=dict(type="Pretrained", checkpoint=..., prefix="distiller.student.")`` loads the
     student alone.
 
+    A criterion of one's own takes part once it is registered,
+    ``@structkd.integrations.mmpretrain.MODELS.register_module()``.
+
     Criteria with a memory get mmpretrain's ``sample_idx``. A criterion's epoch ends when mmengine's
     epoch does; loops that count iterations have none.
 
@@ -127,7 +130,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
         self.distiller = Distiller(
             student_net,
             teacher_net,
-            distill,
+            _registered(distill),
             example=tuple(images),
             layers={**default_layers(student_net), **(layers or {})},
             teacher_layers={
@@ -302,6 +305,19 @@ class _Renormalise:
         if self.flips:
             pixels = pixels.flip(1)
         return (pixels - mean_t) / std_t
+
+
+def _registered(spec: Any) -> Any:
+    """Puts classes for the names of criteria that a user has registered in the scope structkd."""
+    if isinstance(spec, list | tuple):
+        return [_registered(part) for part in spec]
+    if isinstance(spec, str):
+        spec = {"type": spec}
+    if isinstance(spec, Mapping) and isinstance(spec.get("type"), str):
+        found = MODELS.get(spec["type"].removeprefix("structkd."))
+        if isinstance(found, type) and issubclass(found, Criterion):
+            return {**spec, "type": found}
+    return spec
 
 
 def _built(name: str, given: object) -> nn.Module:
