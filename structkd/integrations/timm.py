@@ -394,7 +394,9 @@ def _blank(*networks: nn.Module) -> tuple[Tensor, ...]:
         channels, height, width = getattr(inner, "pretrained_cfg", {}).get(
             "input_size", (3, 224, 224)
         )
-        size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or (height, width)
+        # Transformers and mixers hold the size that they were made for in their patch embedding.
+        stated = (getattr(part, "img_size", None) for part in inner.modules())
+        size = next((found for found in stated if isinstance(found, tuple)), (height, width))
         probe = next(inner.parameters())
         shape = (2, getattr(inner, "in_chans", channels), *size)
         images.append(torch.zeros(shape, device=probe.device, dtype=probe.dtype))
