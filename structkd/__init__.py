@@ -19,6 +19,8 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
+from structkd.criteria.sums import CriterionSum
+from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.features import Features
@@ -40,6 +42,7 @@ __all__ = [
     "ConvAdapter",
     "CorrelationCongruenceLoss",
     "Criterion",
+    "CriterionSum",
     "CrossCorrelationLoss",
     "CurriculumTemperatureLoss",
     "DKDLoss",
@@ -64,6 +67,7 @@ __all__ = [
     "SemanticAlignmentLoss",
     "SemanticCalibrationLoss",
     "SemanticMatcher",
+    "SupervisionLoss",
     "TransportPlan",
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",
