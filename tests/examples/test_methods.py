@@ -203,7 +203,7 @@ def test_a_description_changes_with_every_option() -> None:
         description("ds", gamma=1.0),
         description("ds", reduction="sum"),  # no part of DSLoss's repr
         description("ds", lambd=0.1),
-        description("ds", sem_2=False),
+        description("ds", terms=["SEM-1", "DCM-1", "DCM-2"]),
         description("fitnets"),
         description("fitnets", kernel_size=3),
     ]
