@@ -111,11 +111,6 @@ class SemanticCalibrationLoss(Criterion):
         layer = options.get("layer")
         maps_s = picked_maps(feats_s, layer, "student")
         maps_t = picked_maps(feats_t, layer, "teacher")
-        if not maps_s or not maps_t:
-            raise ValueError(
-                "SemanticCalibrationLoss needs intermediate maps of both: name the layers, "
-                "FeatureCapture(net, intermediate=[...])"
-            )
         ranks = world_size() if options.get("gather", False) else 1
         return {
             "student_channels": [channels(value) for value in maps_s],

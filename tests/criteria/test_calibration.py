@@ -72,5 +72,5 @@ def test_what_does_not_fit_is_named() -> None:
         SemanticCalibrationLoss([], [3], batch_size=4)
     with pytest.raises(ValueError, match=r"teacher_channels\[1\] must be at least 1, got 0"):
         SemanticCalibrationLoss([2], [3, 0], batch_size=4)
-    with pytest.raises(ValueError, match="needs intermediate maps of both"):
+    with pytest.raises(ValueError, match=r"needs teacher.intermediate: name a layer"):
         SemanticCalibrationLoss.from_features(student, Features(embedding=torch.zeros(8, 3)))
