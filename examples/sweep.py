@@ -24,8 +24,8 @@ from crossmodal import cli, report
 from crossmodal.job import Session
 from crossmodal.store import write_atomically
 
-SEM_ONLY: Mapping[str, Any] = {"dcm_1": False, "dcm_2": False}
-DCM_ONLY: Mapping[str, Any] = {"sem_1": False, "sem_2": False}
+SEM_ONLY: Mapping[str, Any] = {"terms": ["SEM-1", "SEM-2"]}
+DCM_ONLY: Mapping[str, Any] = {"terms": ["DCM-1", "DCM-2"]}
 LINEAR: Mapping[str, Any] = {"projector": "linear", "center": True}
 MLP: Mapping[str, Any] = {"projector": "mlp", "projector_dim": 512, "center": True}
 

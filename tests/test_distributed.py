@@ -1,24 +1,25 @@
-"""With gather=True, two processes compute what one process computes on the whole batch."""
+"""Two processes compute what one process computes on the whole batch."""
 
 from __future__ import annotations
 
-import datetime
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import structkd
 from structkd import Criterion, FeatureCapture, Features
-from structkd.distributed import gather_batch, world_size
+from structkd.distributed import average_gradients, broadcast_state, gather_batch, world_size
+from tests.processes import start
 
 WORLD, BATCH = 2, 8
+# How many of the samples rank 0 takes.
+SHARES = {"even": 4, "uneven": 5}
+# Only the first rows have labels: with uneven shares, rank 1 has none.
+TARGET = torch.tensor([0, -100, 1, 2, 3, -100, -100, -100])
 
 
 class Net(nn.Module):
@@ -32,7 +33,17 @@ class Net(nn.Module):
 
 
 def _ds(**options: object) -> Criterion:
-    return structkd.DSLoss(5, 6, student_channels=5, teacher_channels=6, gather=True, **options)
+    widths = [
+        Features(embedding=torch.zeros(2, width), intermediate=torch.zeros(2, width, 1, 1))
+        for width in (5, 6)
+    ]
+    return structkd.DSLoss.from_features(*widths, gather=True, **options)
+
+
+def _crd() -> Criterion:
+    return structkd.ContrastiveRepresentationLoss(
+        5, 6, BATCH, embedding_dim=4, negatives=3, gather=True
+    )
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
@@ -41,16 +52,23 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "sem-linear": lambda: structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True),
     "sem-mlp": lambda: structkd.CrossCorrelationLoss(structkd.Projector(5, 6), gather=True),
     "dcm": lambda: structkd.UniformityCalibrationLoss(structkd.ConvAdapter(5, 6), gather=True),
-    "coral": lambda: structkd.CORALLoss(gather=True),
+    "coral": lambda: structkd.CORALLoss(structkd.Projector(5, 6, layers=1), gather=True),
+    "rkd": lambda: structkd.RelationalLoss(gather=True),
+    "srm": lambda: structkd.SupervisionLoss(gather=True),
+    "ds-srm": lambda: _ds(srm=True),
+    "dkd": lambda: structkd.DKDLoss(gather=True),
+    "crd": _crd,
 }
+# Its heads see their own rank's samples only: their gradients are the mean's, which DDP takes.
+ONLY_WRAPPED = ("crd",)
 
 
 def _setup(name: str) -> tuple[Net, Net, Criterion, Tensor, Tensor]:
     torch.manual_seed(0)
-    student, teacher = Net(6 if name == "coral" else 5).double(), Net(6).double()
+    student, teacher = Net(5).double(), Net(6).double()
     criterion = CRITERIA[name]().double()
     images = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64)
-    return student, teacher, criterion, images, torch.arange(BATCH) % 4
+    return student, teacher, criterion, images, TARGET
 
 
 def _run(
@@ -58,6 +76,7 @@ def _run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     _, _, _, images, target = _setup(name)
     feats_s = FeatureCapture(student, intermediate="layer", embedding="fc:input")(images[rows])
+    feats_s = feats_s.replace(index=torch.arange(BATCH)[rows])
     with torch.no_grad():
         feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
     loss = criterion(feats_s, feats_t, target[rows])
@@ -72,39 +91,22 @@ def _run(
     return loss.detach(), grads
 
 
-def _start(worker: Callable[..., None], folder: Path, *args: object) -> None:
-    """Runs ``worker(rank, *args)`` in every process of a new group."""
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    mp.start_processes(_process, (worker, rendezvous, args), nprocs=WORLD, start_method="spawn")
-
-
-def _process(rank: int, worker: Callable[..., None], rendezvous: str, args: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    worker(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Gloo's threads may outlive Python's shutdown, which then aborts a process whose work is done.
-    os._exit(0)
+def _rows(rank: int, share: str) -> slice:
+    cut = SHARES[share]
+    return slice(0, cut) if rank == 0 else slice(cut, BATCH)
 
 
 def _worker(rank: int, names: list[str], out: str) -> None:
-    share = BATCH // WORLD
     results = {}
     for name in names:
         for wrapped in (False, True):
-            student, teacher, criterion, _, _ = _setup(name)
-            ddp = DistributedDataParallel(student)
-            trains = any(p.requires_grad for p in criterion.parameters())
-            loss_module = DistributedDataParallel(criterion) if wrapped and trains else criterion
-            rows = slice(rank * share, (rank + 1) * share)
-            results[name, wrapped] = _run(name, ddp, teacher, loss_module, rows)
+            for share in SHARES:
+                student, teacher, criterion, _, _ = _setup(name)
+                ddp = DistributedDataParallel(student)
+                trains = any(p.requires_grad for p in criterion.parameters())
+                module = DistributedDataParallel(criterion) if wrapped and trains else criterion
+                found = _run(name, ddp, teacher, module, _rows(rank, share))
+                results[name, wrapped, share] = found
     if rank == 0:
         torch.save(list(results.items()), out)
 
@@ -113,20 +115,113 @@ def _worker(rank: int, names: list[str], out: str) -> None:
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ddp")
     out = folder / "results.pt"
-    _start(_worker, folder, list(CRITERIA), str(out))
+    start(_worker, folder, WORLD, list(CRITERIA), str(out))
     return dict(torch.load(out, weights_only=True))
 
 
+@pytest.mark.parametrize("share", list(SHARES))
 @pytest.mark.parametrize("wrapped", [False, True], ids=["criterion-bare", "criterion-ddp"])
 @pytest.mark.parametrize("name", list(CRITERIA))
-def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped) -> None:
+def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped, share) -> None:
     student, teacher, criterion, _, _ = _setup(name)
     value, grads = _run(name, student, teacher, criterion, slice(None))
-    shared_value, shared_grads = distributed[name, wrapped]
+    shared_value, shared_grads = distributed[name, wrapped, share]
     torch.testing.assert_close(shared_value, value)
     assert shared_grads.keys() == grads.keys()
     for key, want in grads.items():
+        if key.startswith("criterion") and name in ONLY_WRAPPED and not wrapped:
+            continue
         torch.testing.assert_close(shared_grads[key], want, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def _gather_worker(rank: int, out: str) -> None:
+    mine = torch.arange(BATCH * 3.0).view(BATCH, 3)[_rows(rank, "uneven")].requires_grad_()
+    whole = gather_batch(mine)
+    weight = torch.arange(BATCH * 3.0).view(BATCH, 3)
+    (weight * whole).sum().backward()
+    index = gather_batch(torch.arange(BATCH)[_rows(rank, "uneven")])
+    torch.save([whole.detach(), index, mine.grad], f"{out}{rank}")
+
+
+def test_uneven_shards_come_together_with_their_gradients(tmp_path) -> None:
+    start(_gather_worker, tmp_path, WORLD, str(tmp_path / "out"))
+    everything = torch.arange(BATCH * 3.0).view(BATCH, 3)
+    for rank in range(WORLD):
+        whole, index, grad = torch.load(tmp_path / f"out{rank}", weights_only=True)
+        torch.testing.assert_close(whole, everything)
+        assert index.tolist() == list(range(BATCH))
+        # Both ranks ask for it, and the mean over ranks halves that.
+        torch.testing.assert_close(grad / WORLD, everything[_rows(rank, "uneven")])
+
+
+def _training() -> tuple[Net, Criterion]:
+    student = Net(5).double()
+    criterion = _crd() + structkd.SupervisionLoss(gather=True) + 0.5 * _ds()
+    return student, criterion.double()
+
+
+def _train(
+    student: nn.Module, criterion: nn.Module, rows: slice, after: Callable[[], None] | None = None
+) -> dict[str, Tensor]:
+    _, teacher, _, images, target = _setup("srm")
+    trained = [*student.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    capture = FeatureCapture(student, intermediate="layer", embedding="fc:input")
+    with torch.no_grad():
+        feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
+    for _ in range(3):
+        optimizer.zero_grad()
+        student(images[rows])
+        feats_s = capture.read().replace(index=torch.arange(BATCH)[rows])
+        criterion(feats_s, feats_t, target[rows]).backward()
+        if after is not None:
+            after()
+        optimizer.step()
+    state = {**student.state_dict(), **criterion.state_dict()}
+    return {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _training_worker(rank: int, out: str) -> None:
+    for share in SHARES:
+        for how in ("ddp", "by hand"):
+            torch.manual_seed(1 + rank)  # the ranks start apart
+            student, criterion = _training()
+            rows = _rows(rank, share)
+            if how == "ddp":
+                wrapped = DistributedDataParallel(student), DistributedDataParallel(criterion)
+                state = _train(*wrapped, rows)
+            else:
+                both = nn.ModuleList([student, criterion])
+                broadcast_state(both)
+                state = _train(student, criterion, rows, lambda m=both: average_gradients(m))
+            torch.save(state, f"{out}-{share}-{how}-{rank}")
+
+
+def test_loops_with_and_without_ddp_train_as_one_process_does(tmp_path) -> None:
+    """Parameters and, on all ranks, the banks of contrastive distillation."""
+    out = tmp_path / "state"
+    start(_training_worker, tmp_path, WORLD, str(out))
+    torch.manual_seed(1)
+    wanted = _train(*_training(), slice(None))
+    banks = [name for name in wanted if "bank_" in name]
+    assert len(banks) == 2
+    for share in SHARES:
+        for how in ("ddp", "by hand"):
+            for rank in range(WORLD):
+                state = torch.load(f"{out}-{share}-{how}-{rank}", weights_only=True)
+                assert state.keys() == wanted.keys()
+                for name, want in wanted.items():
+                    torch.testing.assert_close(
+                        state[name],
+                        want,
+                        rtol=1e-9,
+                        atol=1e-11,
+                        msg=lambda m, n=name, h=how, s=share: f"{n}, {h}, {s}: {m}",
+                    )
 
 
 def _small_batch_worker(rank: int, out: str) -> None:
@@ -139,7 +234,7 @@ def _small_batch_worker(rank: int, out: str) -> None:
 
 def test_one_sample_a_process_is_enough_where_the_whole_batch_counts(tmp_path) -> None:
     out = tmp_path / "value"
-    _start(_small_batch_worker, tmp_path, str(out))
+    start(_small_batch_worker, tmp_path, WORLD, str(out))
     # Rows (0, 0, 0) and (1, 1, 1): every covariance entry is 1/2, and 9 * (1/2)^2 / (4 * 9) = 1/16.
     assert float(out.read_text()) == pytest.approx(1 / 16)
 
@@ -148,3 +243,30 @@ def test_one_process_gathers_nothing() -> None:
     shard = torch.ones(2, 3, requires_grad=True)
     assert world_size() == 1
     assert gather_batch(shard) is shard
+
+
+def _bare_capture_worker(rank: int, out: str) -> None:
+    net = Net(5)
+    capture = FeatureCapture(net, embedding="fc:input")
+    said = ""
+    try:
+        capture(torch.randn(2, 3, 4, 4))
+    except RuntimeError as error:
+        said = str(error)
+    ddp = DistributedDataParallel(net)
+    ddp(torch.randn(2, 3, 4, 4))
+    read = capture.read().embedding.shape  # the wrapped one called, then read
+    with torch.no_grad():
+        frozen = capture(torch.randn(2, 3, 4, 4)).embedding.shape  # nothing to average
+    wrapped = FeatureCapture(ddp, embedding="fc:input")(torch.randn(2, 3, 4, 4)).embedding.shape
+    if rank == 0:
+        torch.save([said, list(read), list(frozen), list(wrapped)], out)
+
+
+def test_calling_the_bare_network_under_several_processes_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    start(_bare_capture_worker, tmp_path, WORLD, str(out))
+    said, *shapes = torch.load(out, weights_only=True)
+    assert "gradients nobody averages" in said
+    assert "FeatureCapture(ddp)" in said
+    assert shapes == [[2, 5]] * 3

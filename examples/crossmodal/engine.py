@@ -285,7 +285,7 @@ def minimise(
                     "fix: a smaller --lr, or --precision fp32"
                 )
             if criterion is not None:
-                _step_epoch(criterion)
+                criterion.step_epoch()
     seconds = time.perf_counter() - started
     total_loss, accuracy = means.pop("loss"), means.pop("accuracy", math.nan)
     return Outcome(model, total_loss, means, accuracy, seconds)
@@ -296,11 +296,3 @@ def _hits(logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
     if logits is None:
         return {}
     return {"accuracy": 100 * (logits.detach().argmax(1) == batch.target).float().mean()}
-
-
-def _step_epoch(criterion: Criterion) -> None:
-    """Tells every criterion that counts epochs that one is over."""
-    for module in criterion.modules():
-        step = getattr(module, "step_epoch", None)
-        if step is not None:
-            step()

@@ -94,7 +94,7 @@ def _crd(feats_s: Features, feats_t: Features, setup: Setup, **options: Any) -> 
     # them at the same cost; the loss's scale is that of the bank, whatever their number.
     negatives = min(16384, setup.samples)
     return structkd.ContrastiveRepresentationLoss.from_features(
-        feats_s, feats_t, setup.samples, **{"negatives": negatives, **options}
+        feats_s, feats_t, **{"dataset_size": setup.samples, "negatives": negatives, **options}
     )
 
 
@@ -109,9 +109,6 @@ def _fsp(feats_s: Features, feats_t: Features, setup: Setup, **options: Any) -> 
     criterion = structkd.FlowMatrixLoss(**{"flows": "chain", **options})
     return AdaptedStages(criterion, feats_s, feats_t)
 
-
-# The engine adds the cross-entropy for every method, so DSLoss leaves its own out.
-_ds = _sized(structkd.DSLoss, srm=False)
 
 METHODS: Mapping[str, Method] = {
     "alone": Method("Baseline-S", "baseline", None),
@@ -154,5 +151,5 @@ METHODS: Mapping[str, Method] = {
     # gaps. The Zoo's is the paper's, a mean over B x B as ours, and takes 100.
     "cc": Method("CC", "relations", _sized(structkd.CorrelationCongruenceLoss), weight=100),
     "vpr": Method("VPR", "relations", _plain(structkd.DistilVPRLoss)),
-    "ds": Method("DS", "structure", _ds),
+    "ds": Method("DS", "structure", _sized(structkd.DSLoss)),
 }
