@@ -20,7 +20,7 @@ def main(folder, teacher_path, precision="no", epochs=10, batch_size=64, **optio
     student = timm.create_model("resnet18", num_classes=len(data.classes))
     teacher = timm.create_model("resnet34", num_classes=len(data.classes))
     teacher.load_state_dict(torch.load(teacher_path, weights_only=True))
-    spec = [dict(type="DSLoss", srm=False), dict(type="KDLoss", weight=0.5)]
+    spec = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     example, _ = next(iter(loader))
     distiller = structkd.Distiller(student, teacher, spec, example=example)
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)

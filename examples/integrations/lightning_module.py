@@ -45,7 +45,7 @@ def main(folder, teacher_path, precision="32-true", batch_size=64, **options):
     student = timm.create_model("resnet18", num_classes=len(train.classes))
     teacher = timm.create_model("resnet34", num_classes=len(train.classes))
     teacher.load_state_dict(torch.load(teacher_path, weights_only=True))
-    spec = [dict(type="DSLoss", srm=False), dict(type="KDLoss", weight=0.5)]
+    spec = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     example, _ = next(iter(loader))
     module = Distilled(structkd.Distiller(student, teacher, spec, example=example))
     trainer = lightning.Trainer(precision=precision, **{"max_epochs": 10, **options})

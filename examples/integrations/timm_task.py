@@ -33,7 +33,7 @@ def main(folder, teacher_path, size=224, batch_size=64, epochs=10):
     loader = create_loader(
         data, (3, size, size), batch_size, is_training=True, use_prefetcher=False, num_workers=0
     )
-    distill = [dict(type="DSLoss", srm=False), dict(type="KDLoss", weight=0.5)]
+    distill = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     task, losses = train(student, teacher, loader, epochs, distill)
     torch.save(task.get_checkpoint_state(), "student.pth")  # nothing of the teacher
     return losses

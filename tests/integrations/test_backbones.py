@@ -21,7 +21,7 @@ SIZES: dict[str, int | None] = {
 }
 NAMES = list(SIZES)
 SPEC = [
-    {"type": "DSLoss", "srm": False},
+    {"type": "DSLoss"},
     {"type": "FitNetLoss"},
     {"type": "AttentionTransferLoss"},
     {"type": "KDLoss"},

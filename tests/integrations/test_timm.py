@@ -280,6 +280,12 @@ def test_launcher_runs_a_script_with_the_task_swapped_in(script: Path, tmp_path:
     assert sys.argv is argv
 
 
+def test_the_docs_spec_builds_a_task() -> None:
+    path = Path(__file__).parents[2] / "examples" / "integrations" / "spec.yaml"
+    task = DistillationTask(_net(), _net(seed=1), verbose=False, **plugin.read_spec(path))
+    assert task.distiller.criterion.weights == {"DSLoss": 1.0, "KDLoss": 0.5}
+
+
 def test_launcher_refuses_a_script_that_would_not_distil(script: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"LogitDistillationTask.*--kd-distill-type feature"):
         plugin.main([str(script), str(tmp_path / "found"), "--logit"])

@@ -15,6 +15,6 @@ model = dict(
     student={{_base_.model}},
     teacher=teacher,
     teacher_checkpoint="{{$TEACHER:}}",
-    distill=[dict(type="DSLoss", srm=False)],
+    distill=[dict(type="DSLoss")],
     example_size=(3, 32, 32),
 )

@@ -4,7 +4,7 @@ _base_ = "./distilled_cifar10.py"
 
 model = dict(
     distill=[
-        dict(type="DSLoss", srm=False),
+        dict(type="DSLoss"),
         dict(type="KDLoss", temperature=4.0, weight=0.5),
         dict(type="AttentionTransferLoss", weight=100.0),
     ],
