@@ -144,7 +144,7 @@ def test_the_runners_options(data: Path, tmp_path: Path, kind: str) -> None:
 def test_compiled_averaged_and_autocast_at_once(data: Path, tmp_path: Path) -> None:
     cfg = mm_flow.config("three_criteria_cifar10", data, tmp_path)
     cfg.optim_wrapper.update(type="CPUAmpOptimWrapper")
-    cfg.compile = {"backend": "aot_eager"}
+    cfg.compile = {"backend": "eager"}  # what is tested is what Dynamo traces
     torch._dynamo.utils.counters.clear()
     _, logged = mm_flow.train(cfg)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
