@@ -139,6 +139,11 @@ class Recipe:
         )
 
     @property
+    def spoils_late(self) -> bool:
+        """Whether images are made poor at every pass: the noise is new, or follows the crop."""
+        return self.fresh_noise or self.crop == "resized"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on: the fields that differ from the defaults.
 

@@ -105,16 +105,21 @@ class Images:
             pixels=None if self.pixels is None else self.pixels[rows],
         )
 
-    def loaded(self, done: dict[int, Images] | None = None) -> Images:
-        """The same, in memory, made poor once and for all; ``done`` holds what is already there."""
+    def loaded(self, done: dict[int, Images] | None = None, *, made: bool = True) -> Images:
+        """The same, in memory; ``made`` poor once and for all, or anew whenever it is taken.
+
+        ``done`` holds what is already there, so that what is shared stays so.
+        """
         done = {} if done is None else done
         if id(self) not in done:
             base, like = (
-                None if images is None else images.loaded(done) for images in (self.base, self.like)
+                None if images is None else images.loaded(done, made=made)
+                for images in (self.base, self.like)
             )
-            near = replace(self, base=base)
-            pixels = torch.cat(list(near.chunks()))
-            done[id(self)] = replace(self, pixels=pixels, poverty=None, base=None, like=like)
+            near = replace(self, base=base, poverty=self.poverty if made else None)
+            pixels = base.pixels if base and not made else torch.cat(list(near.chunks()))
+            poverty = None if made else self.poverty
+            done[id(self)] = replace(self, pixels=pixels, poverty=poverty, base=None, like=like)
         return done[id(self)]
 
     @cached_property

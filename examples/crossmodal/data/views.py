@@ -49,12 +49,13 @@ class Views:
     pseudo: Images | None = None
     originals: Images | None = None
 
-    def loaded(self) -> Views:
-        """All of it in memory."""
+    def loaded(self, *, made: bool = True) -> Views:
+        """All of it in memory, made poor once and for all or anew at every pass."""
         done: dict[int, Images] = {}
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(
-            self, **{k: v.loaded(done) for k, v in found.items() if isinstance(v, Images)}
+            self,
+            **{k: v.loaded(done, made=made) for k, v in found.items() if isinstance(v, Images)},
         )
 
     @property
