@@ -24,10 +24,10 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
-from structkd.matching.dataset import MatchedDataset, RematchSchedule
+from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
 from structkd.matching.semantic import SemanticMatcher
-from structkd.matching.sembridge import Match, SemBridgeMatcher
+from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
 from structkd.transport import LagrangianPlanner, TransportPlan
 
@@ -40,6 +40,7 @@ __all__ = [
     "CORALLoss",
     "ContrastiveRepresentationLoss",
     "ConvAdapter",
+    "ConvergenceWarning",
     "CorrelationCongruenceLoss",
     "Criterion",
     "CriterionSum",
@@ -59,6 +60,7 @@ __all__ = [
     "LogitStandardizationLoss",
     "Match",
     "MatchedDataset",
+    "MatchedSample",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ot
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -122,6 +121,7 @@ def transport_cost(features_s: Tensor, features_t: Tensor, *, p: float = 2.0) ->
     Raises:
         TypeError, ValueError: If a set is no 2-D floating-point tensor or empty, widths differ, or
             ``p`` is below 1.
+        ImportError: If POT is not installed.
         RuntimeError: If the solver stops before the optimum.
 
     References:
@@ -133,6 +133,12 @@ def transport_cost(features_s: Tensor, features_t: Tensor, *, p: float = 2.0) ->
         >>> transport_cost(points, points.flip(0) + torch.tensor([3.0, 4.0]))  # a shift by 5
         tensor(5.)
     """
+    try:
+        import ot  # seconds of work, for it pulls in SciPy and scikit-learn
+    except ImportError as error:
+        raise ImportError(
+            "transport_cost needs POT: pip install POT, the package that has the module ot"
+        ) from error
     rows_s, rows_t = _rows(features_s).detach(), _rows(features_t).detach()
     if rows_s.shape[1] != rows_t.shape[1]:
         raise ValueError(

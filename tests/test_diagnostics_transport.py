@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import permutations
 
 import ot
@@ -99,3 +100,9 @@ def test_an_early_stop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_named(left, right, p: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         transport_cost(left, right, p=p)
+
+
+def test_missing_pot_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(ImportError, match="transport_cost needs POT: pip install POT"):
+        transport_cost(_rows(0, 2, 2), _rows(1, 2, 2))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _MAGIC = b"structkd-gallery"
-_VERSION = 1
+_VERSION = 2
 # Magic, version, payload length in bytes, SHA-256 of the payload; little-endian.
 _HEADER = struct.Struct("<16sIQ32s")
 

@@ -11,26 +11,52 @@ from structkd.features import Features
 
 
 class Column:
-    """A tensor that grows by rows; pieces are joined when it is read."""
+    """A tensor that grows by rows, with room to spare: many small writes cost what one large does.
+
+    Others may hold the memory that it was made from or that :meth:`share` returned, DataLoader
+    workers for example; it copies that before its first write.
+    """
 
     def __init__(self, value: Tensor) -> None:
-        self._pieces = [value]
+        self._held = value
         self._count = len(value)
+        self._is_own = False
 
     def __len__(self) -> int:
         return self._count
 
-    def append(self, piece: Tensor) -> None:
-        """Adds rows."""
-        self._pieces.append(piece.clone())  # the caller may reuse its memory
-        self._count += len(piece)
-
     @property
     def value(self) -> Tensor:
-        """All rows as one tensor."""
-        if len(self._pieces) > 1:
-            self._pieces = [torch.cat(self._pieces)]
-        return self._pieces[0]
+        """All rows as one tensor, until the next write; not to be written to."""
+        return self._held[: self._count]
+
+    def append(self, piece: Tensor) -> None:
+        """Adds rows."""
+        self._reserve(self._count + len(piece))
+        self._held[self._count - len(piece) : self._count] = piece
+
+    def write(self, rows: Tensor, piece: Tensor) -> None:
+        """Puts rows in place; those beyond the end are added."""
+        if len(rows):
+            self._reserve(max(self._count, int(rows.max()) + 1))
+            self._held[rows] = piece
+
+    def share(self) -> Tensor:
+        """All rows as one tensor without room to spare, which later writes leave as it is."""
+        if len(self._held) > self._count:
+            self._held = self.value.clone()
+        self._is_own = False
+        return self._held
+
+    def _reserve(self, count: int) -> None:
+        if count > len(self._held) or not self._is_own:
+            room = len(self._held) if count <= len(self._held) else max(count, 2 * self._count)
+            # What inference mode makes could not be written to outside of it.
+            with torch.inference_mode(False):
+                held = self._held.new_empty(room, *self._held.shape[1:])
+            held[: self._count] = self.value
+            self._held, self._is_own = held, True
+        self._count = count
 
 
 class FeatureStore:
@@ -40,7 +66,7 @@ class FeatureStore:
         self._columns = {name: Column(part) for name, part in (columns or {}).items()}
 
     def check(self, features: Features | None, count: int, held: int) -> dict[str, Tensor]:
-        """Returns the rows to :meth:`append` for ``count`` samples after ``held`` others."""
+        """Returns what to :meth:`write` for ``count`` samples beside ``held`` others."""
         if held and bool(self._columns) != (features is not None):
             come, before = ("none", "with") if features is None else ("some", "without")
             raise ValueError(
@@ -58,10 +84,13 @@ class FeatureStore:
             )
         return rows
 
-    def append(self, rows: dict[str, Tensor]) -> None:
-        """Adds rows that :meth:`check` returned."""
-        for name, part in rows.items():
-            self._columns.setdefault(name, Column(part[:0])).append(part)
+    def __bool__(self) -> bool:
+        return bool(self._columns)
+
+    def write(self, rows: Tensor, parts: dict[str, Tensor]) -> None:
+        """Puts what :meth:`check` returned at some rows; those beyond the end are added."""
+        for name, part in parts.items():
+            self._columns.setdefault(name, Column(part[:0])).write(rows, part)
 
     def read(self, rows: Tensor, ids: Tensor) -> Features:
         """Returns the features at some rows on the device of ``ids``, which become the index."""
@@ -78,9 +107,14 @@ class FeatureStore:
             index=ids,
         )
 
+    def clear(self, rows: Tensor) -> None:
+        """Overwrites rows with zeros."""
+        for column in self._columns.values():
+            column.write(rows, torch.zeros(1, dtype=column.value.dtype))
+
     def state(self) -> dict[str, Tensor]:
-        """Returns the columns by name."""
-        return {name: column.value for name, column in self._columns.items()}
+        """Returns the columns by name, which later writes leave as they are."""
+        return {name: column.share() for name, column in self._columns.items()}
 
 
 def _rows(features: Features, count: int) -> dict[str, Tensor]:
@@ -109,13 +143,3 @@ def by_class(labels: Tensor) -> list[tuple[int, Tensor]]:
         (label, position[start:end])
         for label, start, end in zip(classes.tolist(), starts.tolist(), ends, strict=True)
     ]
-
-
-def whole_numbers(values: Tensor, name: str, count: int | None = None) -> Tensor:
-    """Returns ``(N,)`` int64 on the CPU after checking type and shape."""
-    if not isinstance(values, Tensor) or values.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 tensor, got {describe(values)}")
-    if values.dim() != 1 or (count is not None and len(values) != count):
-        wanted = "(N,)" if count is None else f"({count},), one a row"
-        raise ValueError(f"{name} must have shape {wanted}, got {tuple(values.shape)}")
-    return values.detach().long().cpu()

@@ -11,9 +11,12 @@ from torch import Tensor
 from structkd._checks import describe, whole
 from structkd.features import Features
 from structkd.matching import _file
-from structkd.matching._index import ClassIndex, IndexSpec
+from structkd.matching._faiss import IndexSpec
+from structkd.matching._ids import IdTable
+from structkd.matching._index import ClassIndex
+from structkd.matching._inputs import refuse_ids, twice, usable_vectors, whole_numbers
 from structkd.matching._metric import make_metric
-from structkd.matching._store import Column, FeatureStore, by_class, whole_numbers
+from structkd.matching._store import Column, FeatureStore, by_class
 
 
 class RetrievalGallery:
@@ -30,12 +33,16 @@ class RetrievalGallery:
 
     Vectors are kept in float32. FAISS proposes candidates in float32; their scores are computed
     again and ranked in float64, and equal ones stand by id, the lowest first. With ``index="Flat"``
-    on the CPU the result is that of a float64 search over the class: where rounding leaves a doubt,
-    more candidates are asked for. So many equal teachers in a class cost time. Other indexes and
-    the GPU rank exactly what they found, and what they miss stays missed.
+    the result is that of a float64 search over the class: where rounding leaves a doubt, more
+    candidates are asked for. So many equal teachers in a class cost time. Other indexes rank
+    exactly what they found, and what they miss stays missed.
+
+    On a GPU a flat index is searched by torch, with the same result, and needs no FAISS at all;
+    other indexes there need faiss-gpu.
 
     A class too small to train its index (39 vectors a centroid) is searched exactly until it has
-    grown. Every vector is held twice, as given and in its index. The gallery can be pickled and
+    grown. Every vector is held twice, as given and in its index. Many small calls of :meth:`add`
+    cost what one large call does, but for the calls themselves. The gallery can be pickled and
     searched inside DataLoader workers, forked or spawned; import torch before faiss for that.
 
     Args:
@@ -46,11 +53,13 @@ class RetrievalGallery:
             million rows of 256, ``"IVF2000,PQ64x4fs,RFlat"`` was the fastest (docs/speed.md).
         parameters: FAISS parameter string for it, ``"nprobe=16"`` or
             ``"nprobe=32,k_factor_rf=10"`` for example.
-        device: ``cpu``, or ``cuda[:n]`` where faiss-gpu is installed; vectors stay on the CPU.
+        device: Where the index lies, ``cpu`` or ``cuda[:n]``; the vectors as given stay on the CPU.
 
     Raises:
-        ValueError: If an argument is out of range, or FAISS refuses ``index`` or ``parameters``.
-        ImportError: If FAISS, or its GPU support for ``cuda``, is not installed.
+        ValueError: If an argument is out of range, FAISS refuses ``index`` or ``parameters``, or
+            torch sees no such device.
+        ImportError: If FAISS, or its GPU support for another index than ``"Flat"`` on ``cuda``, is
+            not installed.
 
     References:
         Wei et al., *Asymmetric Cross-Modal Knowledge Distillation: Bridging Modalities with Weak
@@ -82,9 +91,9 @@ class RetrievalGallery:
         self._spec = IndexSpec(self._metric.width(self.dim), index, parameters, str(device))
         self._classes: dict[int, ClassIndex] = {}
         self._vectors = Column(torch.empty(0, self.dim, dtype=torch.float32))
-        self._ids = Column(torch.empty(0, dtype=torch.int64))
+        self._labels = Column(torch.empty(0, dtype=torch.int64))
+        self._ids = IdTable()
         self._features = FeatureStore()
-        self._order: tuple[Tensor, Tensor] | None = None  # ids sorted, and their rows
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -98,7 +107,7 @@ class RetrievalGallery:
     @property
     def sizes(self) -> dict[int, int]:
         """The number of samples by class."""
-        return {label: len(index.rows) for label, index in sorted(self._classes.items())}
+        return {label: len(index) for label, index in sorted(self._classes.items())}
 
     @property
     def is_trained(self) -> bool:
@@ -119,8 +128,8 @@ class RetrievalGallery:
             vectors: Embeddings, or logits for ``kl``, ``(N, dim)``, any float dtype.
             labels: Classes ``(N,)``, int64.
             ids: What ``search`` returns for them, ``(N,)`` int64, >= 0 and never twice. By default
-                they count on from the largest id so far, which is the position in the teacher's
-                data set if all of it is added in order.
+                they count on from the largest id there ever was, which is the position in the
+                teacher's data set if all of it is added in order.
             features: The teacher's features of these samples, kept on the CPU for :meth:`features`
                 (``index`` is not kept: the ids are it). Give them in every call or in none.
 
@@ -133,18 +142,75 @@ class RetrievalGallery:
         count = len(vectors)
         labels = whole_numbers(labels, "labels", count)
         ids = self._new_ids(ids, count)
-        self._features.append(self._features.check(features, count, len(self)))
-        rows = torch.arange(len(self), len(self) + count)
-        self._vectors.append(vectors)
-        self._ids.append(ids)
-        self._order = None
-        for label, members in by_class(labels):
-            if label not in self._classes:
-                self._classes[label] = ClassIndex(self._spec)
-            self._classes[label].add(rows[members], self._metric.rows(vectors[members]))
+        parts = self._features.check(features, count, len(self))
+        self._put(self._ids.add(ids), vectors, labels, parts)
+
+    def remove(self, ids: Tensor) -> None:
+        """Removes teacher samples; a class without any is gone.
+
+        What FAISS can take out of an index is taken out; an index of another kind (HNSW, or one
+        with ``RFlat``) is filled again with what its class still has, as trained. Default ids go
+        on from the largest there ever was; in :meth:`add` a removed id may be given again. The
+        memory is used again by the next :meth:`add`.
+
+        Args:
+            ids: Known ids ``(M,)`` int64, each once.
+
+        Raises:
+            ValueError: If an id is unknown or comes twice.
+            TypeError: If ``ids`` is no int64 tensor.
+        """
+        rows = self._distinct_rows(ids)
+        self._take(rows)
+        self._ids.free(rows)
+        self._vectors.write(rows, torch.zeros(1))
+        self._features.clear(rows)
+        if not len(self):
+            # Nothing is left that later features would have to be like.
+            following = self._ids.following
+            self._vectors, self._labels = (
+                Column(column.value[:0].clone()) for column in (self._vectors, self._labels)
+            )
+            self._ids, self._features = IdTable(following=following), FeatureStore()
+
+    def update(
+        self,
+        ids: Tensor,
+        vectors: Tensor,
+        *,
+        features: Features | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        """Gives known teacher samples other vectors, as :meth:`remove` and :meth:`add` would.
+
+        Args:
+            ids: Known ids ``(M,)`` int64, each once.
+            vectors: What takes the place of their vectors, ``(M, dim)``, any float dtype.
+            features: What takes the place of their features; by default those stay.
+            labels: Their new classes, ``(M,)`` int64; by default they stay in theirs.
+
+        Raises:
+            ValueError: If an id is unknown or comes twice, the gallery holds no features though
+                some are given, or as :meth:`add`. The gallery is then what it was.
+            TypeError: If a tensor has the wrong dtype.
+        """
+        rows = self._distinct_rows(ids)
+        vectors = self._checked(vectors, "vectors")
+        if len(vectors) != len(rows):
+            raise ValueError(
+                f"vectors must hold one row for each of {len(rows)} ids, got {describe(vectors)}"
+            )
+        labels = (
+            self._labels.value[rows]
+            if labels is None
+            else whole_numbers(labels, "labels", len(rows))
+        )
+        parts = {} if features is None else self._features.check(features, len(rows), len(self))
+        self._take(rows)
+        self._put(rows, vectors, labels, parts)
 
     def search(self, queries: Tensor, labels: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """Finds the ``k`` nearest samples of every query's class, one FAISS call a class.
+        """Finds the ``k`` nearest samples of every query's class, one search a class.
 
         Args:
             queries: ``(Q, dim)``, any float dtype: embeddings, or logits for ``kl``.
@@ -221,7 +287,7 @@ class RetrievalGallery:
         for part in state["classes"].values():
             # Spawned workers take tensors by file descriptor: one that dies meanwhile, as this copy
             # of the index does, frees its number for the next.
-            part["index"] = part["index"].numpy()
+            part["index"] = None if part["index"] is None else part["index"].numpy()
         return state
 
     def _state(self) -> dict[str, Any]:
@@ -232,8 +298,10 @@ class RetrievalGallery:
             "index": self.index,
             "parameters": self.parameters,
             "device": self.device,
-            "vectors": self._vectors.value,
-            "ids": self._ids.value,
+            "vectors": self._vectors.share(),
+            "labels": self._labels.share(),
+            "ids": self._ids.share(),
+            "following": self._ids.following,
             "features": self._features.state(),
             "classes": {label: index.state() for label, index in self._classes.items()},
         }
@@ -241,26 +309,35 @@ class RetrievalGallery:
     def __setstate__(self, state: dict[str, Any]) -> None:
         names = ("metric", "temperature", "index", "parameters", "device")
         RetrievalGallery.__init__(self, state["dim"], **{name: state[name] for name in names})
-        self._vectors, self._ids = Column(state["vectors"]), Column(state["ids"])
+        self._vectors, self._labels = Column(state["vectors"]), Column(state["labels"])
+        self._ids = IdTable(state["ids"], state["following"])
         self._features = FeatureStore(state["features"])
         self._classes = {
-            label: ClassIndex.from_state(self._spec, part)
+            label: ClassIndex.from_state(self._spec, part, self._metric, state["vectors"])
             for label, part in state["classes"].items()
         }
 
+    def _put(self, rows: Tensor, vectors: Tensor, labels: Tensor, parts: dict[str, Tensor]) -> None:
+        """Writes checked samples to their rows and to the indexes of their classes."""
+        self._vectors.write(rows, vectors)
+        self._labels.write(rows, labels)
+        self._features.write(rows, parts)
+        for label, members in by_class(labels):
+            if label not in self._classes:
+                self._classes[label] = ClassIndex(self._spec)
+            self._classes[label].add(rows[members], self._metric.rows(vectors[members]))
+
+    def _take(self, rows: Tensor) -> None:
+        """Takes rows out of the indexes of their classes."""
+        for label, members in by_class(self._labels.value[rows]):
+            index = self._classes[label]
+            if len(members) == len(index):
+                del self._classes[label]
+            else:
+                index.remove(rows[members], self._metric, self._vectors.value)
+
     def _checked(self, vectors: Tensor, name: str) -> Tensor:
-        """Returns rows as float32 on the CPU after checking that the metric can score them."""
-        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(vectors)}")
-        if vectors.dim() != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(
-                f"{name} must be (N, {self.dim}), the dim of this gallery, got {describe(vectors)}"
-            )
-        vectors = vectors.detach().float().cpu().contiguous()
-        _refuse(~vectors.isfinite().all(dim=1), name, "hold NaN or infinity")
-        if self.metric == "cosine":
-            _refuse((vectors == 0).all(dim=1), name, "are zero and have no direction")
-        return vectors
+        return usable_vectors(vectors, name, self.dim, directed=self.metric == "cosine")
 
     def _query(self, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if not len(self):
@@ -277,38 +354,22 @@ class RetrievalGallery:
 
     def _new_ids(self, ids: Tensor | None, count: int) -> Tensor:
         if ids is None:
-            start = int(self._ids.value.max()) + 1 if len(self) else 0
-            return torch.arange(start, start + count)
+            return torch.arange(self._ids.following, self._ids.following + count)
         ids = whole_numbers(ids, "ids", count)
         if count and int(ids.min()) < 0:
             raise ValueError(f"ids must be >= 0 (-1 means none), got {int(ids.min())}")
-        ordered = ids.sort().values
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        double = torch.cat([twice, ids[torch.isin(ids, self._ids.value)]])
-        if len(double):
-            raise ValueError(
-                f"ids must be new and distinct, got again: {double[:5].tolist()}"
-                f"{'...' if len(double) > 5 else ''}"
-            )
+        double = torch.cat([twice(ids), ids[self._ids.find(ids) >= 0]])
+        refuse_ids(double, "ids must be new and distinct, got again:")
         return ids
+
+    def _distinct_rows(self, ids: Tensor) -> Tensor:
+        rows = self._rows(ids)
+        refuse_ids(self._ids.value[twice(rows)], "ids must be distinct, got again:")
+        return rows
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Returns the positions in the gallery of known ids."""
         ids = whole_numbers(ids, "ids")
-        if self._order is None:
-            self._order = self._ids.value.sort()
-        known, rows = self._order
-        place = torch.searchsorted(known, ids).clamp(max=max(len(known) - 1, 0))
-        wrong = known[place] != ids if len(known) else torch.ones_like(ids, dtype=torch.bool)
-        if wrong.any():
-            raise ValueError(f"ids are not in the gallery: {ids[wrong][:5].tolist()}")
-        return rows[place]
-
-
-def _refuse(bad: Tensor, name: str, what: str) -> None:
-    rows = bad.nonzero()[:, 0].tolist()
-    if rows:
-        raise ValueError(
-            f"{name} must be finite and usable: {len(rows)} row(s) {what}, "
-            f"rows {rows[:5]}{'...' if len(rows) > 5 else ''}"
-        )
+        rows = self._ids.find(ids)
+        refuse_ids(ids[rows < 0], "ids are not in the gallery:")
+        return rows

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import describe, number, whole
+from structkd._modes import evaluating
 
 
 class SemanticMatcher(nn.Module):
@@ -119,13 +117,13 @@ class SemanticMatcher(nn.Module):
 
         Runs in eval mode, whatever mode the matcher is in, and leaves that as it was.
         """
-        with _evaluating(self):
+        with evaluating(self):
             return _unit(self.teacher_head(self.teacher_encoder(images)))
 
     @torch.no_grad()
     def embed_student(self, images: Tensor) -> Tensor:
         """Returns unit embeddings ``(B, embed_dim)`` of the student's images, as above."""
-        with _evaluating(self):
+        with evaluating(self):
             return _unit(self.student_head(self.student_encoder(images)))
 
     def extra_repr(self) -> str:
@@ -152,18 +150,6 @@ class _Head(nn.Module):
         projected = self.projection(encoded)
         normed: Tensor = self.norm(projected + self.refine(projected))
         return normed
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Runs in eval mode and gives every submodule its own mode back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

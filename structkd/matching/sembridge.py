@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from structkd._checks import describe, number, whole
 from structkd.features import Features
-from structkd.matching._store import by_class
+from structkd.matching._inputs import usable_vectors, whole_numbers
+from structkd.matching._planned import cost_of, planned
+from structkd.matching._ranks import gather_rows, rank, share_of_classes, together
 from structkd.matching.gallery import RetrievalGallery
 from structkd.transport import LagrangianPlanner
-
-BLOCK = 1024  # students that are planned together
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,19 @@ class Match:
             float32; 1 where the nearest is taken without a plan.
         converged: Whether all plans converged. Where not, the limits hold all the same, but the
             sum of the scores may be short of what the planner could reach.
+        index: The students' positions in their data set, rising, ``(B,)`` int64, where they were
+            given; None where the match has the students in the caller's order.
     """
 
     ids: Tensor
     scores: Tensor
     weights: Tensor
     converged: bool = True
+    index: Tensor | None = None
+
+
+class ConvergenceWarning(UserWarning):
+    """A plan stopped at its planner's most iterations, before it was as exact as asked for."""
 
 
 class SemBridgeMatcher(nn.Module):
@@ -116,13 +123,81 @@ class SemBridgeMatcher(nn.Module):
 
         Raises:
             ValueError: If the field is missing, or as :meth:`RetrievalGallery.search` raises.
+
+        Warns:
+            ConvergenceWarning: Once, if a plan did not converge.
         """
-        queries = self._queries(features)
-        if self.planner is None:
-            return self._nearest(queries, labels)
-        if self.planner.constraint == "rows":
-            return self._by_row(self.planner, queries, labels)
-        return self._planned(self.planner, queries, labels)
+        match = self._match(self._queries(features), labels)
+        self._warn(match.converged)
+        return match
+
+    @torch.no_grad()
+    def match_all(
+        self, features: Features | Tensor, labels: Tensor, index: Tensor | None = None
+    ) -> Match:
+        """Matches the students of all processes: each hands in its own, all get the whole match.
+
+        It is the match that one process would make of all students, to the last bit, and the same
+        on every rank, so that each can give it to its own :class:`MatchedDataset`. All ranks must
+        call it, with galleries of the same content; a rank may have any number of students, none
+        too. Without a process group it matches what it is given.
+
+        Without a planner, or with a ``rows`` planner, a rank matches the students that it hands in,
+        and only the results are gathered. ``capacity`` and ``both`` couple the students of a class:
+        there the queries are gathered, and a rank plans whole classes, the largest given out first,
+        each to the rank with the fewest students. With fewer classes than ranks some ranks wait.
+
+        Args:
+            features: This rank's students, as in :meth:`match`.
+            labels: Their classes, ``(B,)`` int64.
+            index: Their positions in the student's data set, ``(B,)`` int64 >= 0, by all ranks or
+                by none. A ``DistributedSampler`` gives strided positions, and some twice: the first
+                rank's counts. Without it the students are taken in the order of the ranks.
+
+        Returns:
+            The match of all students by rising ``index``, or in the order of the ranks. A position
+            that no rank hands in is not in it: :meth:`MatchedDataset.update` leaves its match.
+
+        Raises:
+            ValueError: As :meth:`match`, or if an index is negative or given by some ranks only.
+            RuntimeError: If another rank failed, so that no rank waits for it.
+
+        Warns:
+            ConvergenceWarning: Once, on rank 0, if a plan did not converge on any rank.
+
+        Example:
+            >>> gallery = RetrievalGallery(2)
+            >>> gallery.add(torch.eye(2), torch.tensor([0, 0]))
+            >>> students, place = torch.tensor([[0.1, 0.9], [0.8, 0.1]]), torch.tensor([4, 2])
+            >>> match = SemBridgeMatcher(gallery).match_all(students, torch.tensor([0, 0]), place)
+            >>> match.index, match.ids
+            (tensor([2, 4]), tensor([0, 1]))
+        """
+        queries, labels, place = together(lambda: self._own(features, labels, index))
+        given = gather_rows(torch.tensor([index is not None]))
+        if given.any() and not given.all():
+            raise ValueError(
+                "index must be given by all ranks or by none, got none from rank(s) "
+                f"{(~given).nonzero()[:, 0].tolist()}"
+            )
+        place = gather_rows(place)
+        order = torch.arange(len(place)) if index is None else _first_of_each(place)
+        whole = None if index is None else place[order]
+        if self.planner is None or self.planner.constraint == "rows":
+            own = together(lambda: self._match(queries, labels))
+        else:
+            queries, labels = gather_rows(queries)[order], gather_rows(labels)[order]
+            rows = share_of_classes(labels)
+            own = together(lambda: self._match(queries[rows], labels[rows]))
+            order = gather_rows(rows).argsort()
+        device = self._queries(features).device
+        ids, scores, weights = (
+            gather_rows(part)[order].to(device) for part in (own.ids, own.scores, own.weights)
+        )
+        converged = bool(gather_rows(torch.tensor([own.converged])).all())
+        if rank() == 0:
+            self._warn(converged)
+        return Match(ids, scores, weights, converged, None if whole is None else whole.to(device))
 
     @torch.no_grad()
     def forward(self, student: Features | Tensor, target: Tensor) -> Features:
@@ -136,6 +211,59 @@ class SemBridgeMatcher(nn.Module):
             ValueError: As :meth:`match`, or if the gallery holds no features.
         """
         return self.gallery.features(self.match(student, target).ids)
+
+    def _own(
+        self, features: Features | Tensor, labels: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns this rank's queries, labels and positions on the CPU after checking them."""
+        queries = usable_vectors(
+            self._queries(features),
+            "queries",
+            self.gallery.dim,
+            directed=self.gallery.metric == "cosine",
+        )
+        labels = whole_numbers(labels, "labels", len(queries))
+        if index is None:
+            return queries, labels, torch.zeros_like(labels)
+        index = whole_numbers(index, "index", len(queries))
+        if len(index) and int(index.min()) < 0:
+            raise ValueError(f"index must hold positions >= 0, got {int(index.min())}")
+        return queries, labels, index
+
+    def _match(self, queries: Tensor, labels: Tensor) -> Match:
+        if self.planner is None:
+            return self._nearest(queries, labels)
+        if self.planner.constraint == "rows":
+            return self._by_row(self.planner, queries, labels)
+        _, found = self._found(queries, labels, self.candidates)
+        load = self.capacity if self.planner.constraint == "capacity" else 1.0
+        ids, scores, weights, converged = planned(
+            self.gallery,
+            self.planner,
+            load,
+            self.candidates,
+            queries.detach().cpu(),
+            labels.detach().cpu(),
+            found.cpu(),
+        )
+        device = queries.device
+        return Match(ids.to(device), scores.to(device), weights.to(device), converged)
+
+    def _warn(self, converged: bool) -> None:
+        if converged or self.planner is None:
+            return
+        planner = self.planner
+        looser = f", the matcher's capacity (now {self.capacity:g})" * (
+            planner.constraint == "capacity"
+        )
+        warnings.warn(
+            f"a plan did not converge to tolerance={planner.tolerance:g} in max_iterations="
+            f"{planner.max_iterations}: no teacher serves more than its share, but the matches may "
+            f"be further away than they need be. Raise the planner's max_iterations, its epsilon "
+            f"(now {planner.epsilon:g}){looser} or its tolerance",
+            ConvergenceWarning,
+            stacklevel=4,  # the caller of match() and of its no_grad
+        )
 
     def _queries(self, features: Features | Tensor) -> Tensor:
         if isinstance(features, Tensor):
@@ -159,44 +287,9 @@ class SemBridgeMatcher(nn.Module):
         if not len(ids):
             return Match(ids[:, 0], scores[:, 0], scores[:, 0])
         found = ids >= 0
-        cost = self._cost(scores).masked_fill(~found, 0)
+        cost = cost_of(scores, self.gallery.metric).masked_fill(~found, 0)
         weights = planner(cost, row_mass=cost.new_ones(len(cost)), mask=found).plan[:, 0]
         return Match(ids[:, 0], scores[:, 0], weights)
-
-    def _planned(self, planner: LagrangianPlanner, queries: Tensor, labels: Tensor) -> Match:
-        device = queries.device
-        _, found = self._found(queries, labels, self.candidates)
-        queries, labels, found = queries.detach().cpu(), labels.detach().cpu(), found.cpu()
-        ids = torch.empty(len(queries), dtype=torch.int64)
-        scores, weights = torch.empty(2, len(queries), dtype=torch.float32)
-        converged = True
-        for label, members in by_class(labels):
-            teachers = self.gallery.ids(label)
-            load = self.capacity if planner.constraint == "capacity" else 1.0
-            left = torch.full_like(teachers, math.ceil(load * len(members) / len(teachers)))
-            blocks = math.ceil(len(members) / BLOCK)
-            for block in range(blocks):
-                part = members[block::blocks]
-                columns = self._columns(queries[part], label, found[part], teachers, left)
-                score = self.gallery.scores(queries[part], teachers[columns])
-                cost = self._cost(score)
-                limit = left[columns] / len(part)
-                # The plan in float32, which is twice as fast; its rounding asks exact costs.
-                if planner.constraint == "both":
-                    plan = planner(cost.float(), column_mass=limit / limit.sum())
-                else:
-                    plan = planner(cost.float(), capacity=limit)
-                row_dual, column_dual = plan.potentials
-                # The log of the plan: its smallest entries underflow, and still have an order.
-                wish = row_dual[:, None] + column_dual - cost
-                chosen = _round(wish, left[columns])
-                left[columns] -= torch.bincount(chosen, minlength=len(columns))
-                ids[part] = teachers[columns[chosen]]
-                scores[part] = score.gather(1, chosen[:, None])[:, 0].float()
-                share = plan.plan.gather(1, chosen[:, None])[:, 0] * len(part)
-                weights[part] = share.clamp(0, 1).float()
-                converged = converged and bool(plan.converged)
-        return Match(ids.to(device), scores.to(device), weights.to(device), converged)
 
     def _found(self, queries: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores, ids = self.gallery.search(queries, labels, k)
@@ -208,42 +301,10 @@ class SemBridgeMatcher(nn.Module):
             )
         return scores, ids
 
-    def _columns(
-        self, queries: Tensor, label: int, found: Tensor, teachers: Tensor, left: Tensor
-    ) -> Tensor:
-        """Returns positions in ``teachers`` of open candidates that can take all the queries."""
-        count = self.candidates
-        while count < len(teachers):
-            wanted = torch.zeros_like(left, dtype=torch.bool)
-            wanted[torch.searchsorted(teachers, found[found >= 0])] = True
-            if int(left[wanted].sum()) >= len(queries):
-                return (wanted & (left > 0)).nonzero()[:, 0]
-            count *= 2
-            labels = torch.full((len(queries),), label)
-            found = self.gallery.search(queries, labels, min(count, len(teachers)))[1]
-        return left.nonzero()[:, 0]
 
-    def _cost(self, scores: Tensor) -> Tensor:
-        return -scores if self.gallery.metric == "kl" else 1 - scores
-
-
-def _round(wish: Tensor, left: Tensor) -> Tensor:
-    """Gives every row one column, at most ``left (M,)`` rows each, by ``wish (N, M)``.
-
-    In every round each free row asks for the open column it wishes most, and a column takes the
-    rows that wish it most; so a round fills a column or is the last.
-    """
-    left = left.clone()
-    chosen = torch.empty(len(wish), dtype=torch.int64)
-    free = torch.arange(len(wish))
-    while len(free):
-        strength, column = wish[free].masked_fill(left == 0, -torch.inf).max(dim=1)
-        order = strength.argsort(descending=True, stable=True)
-        order = order[column[order].argsort(stable=True)]
-        asked = column[order]
-        place = torch.arange(len(asked)) - torch.searchsorted(asked, asked)
-        taken = place < left[asked]
-        chosen[free[order[taken]]] = asked[taken]
-        left -= torch.bincount(asked[taken], minlength=len(left))
-        free = free[order[~taken]]
-    return chosen
+def _first_of_each(place: Tensor) -> Tensor:
+    """Returns where every position comes first, by rising position."""
+    ordered, order = place.sort(stable=True)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    return order[is_first]

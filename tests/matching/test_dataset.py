@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from structkd.matching.dataset import MatchedDataset, RematchSchedule
+from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.sembridge import Match
 from tests.reference import matching as reference
 
@@ -17,16 +17,19 @@ def _sets(count: int = 12) -> tuple[TensorDataset, TensorDataset]:
     return students, TensorDataset(100 + torch.arange(count), labels)
 
 
-def test_items_are_student_teacher_label():
+def test_items_are_student_teacher_label_index_match():
     students, teachers = _sets()
     ids = torch.arange(12).flip(0)
     pairs = MatchedDataset(students, teachers, Match(ids, torch.zeros(12), torch.ones(12)))
     assert len(pairs) == 12
-    poor, rich, label = pairs[3]
-    assert (int(poor), int(rich), int(label)) == (3, 108, 0)
+    poor, rich, label, index, match = pairs[3]
+    assert (int(poor), int(rich), int(label), index, match) == (3, 108, 0, 3, 8)
+    assert pairs[-1].index == 11
+    with pytest.raises(IndexError):
+        pairs[12]
     assert torch.equal(pairs.ids, ids)
     pairs.update(torch.zeros(12, dtype=torch.int64))
-    assert int(pairs[3][1]) == 100
+    assert int(pairs[3].teacher) == 100
     assert ids[0] == 11  # the caller's tensor is its own
 
 
@@ -46,7 +49,7 @@ def test_update_reaches_workers(context, persistent):
     )
 
     def epoch() -> list[int]:
-        return torch.cat([rich for _, rich, _ in loader]).tolist()
+        return torch.cat([batch.teacher for batch in loader]).tolist()
 
     assert epoch() == list(range(100, 112))
     pairs.update(torch.arange(12).flip(0))
@@ -62,7 +65,7 @@ def test_update_reaches_a_running_epoch():
     batches = iter(loader)
     next(batches)
     pairs.update(torch.full((40,), 7))
-    rest = [int(rich) for _, rich, _ in batches]
+    rest = [int(batch.teacher) for batch in batches]
     assert set(rest) <= {100, 107}
     assert rest[-30:] == [107] * 30
 
@@ -96,7 +99,107 @@ def test_pairs_of_two_classes_are_refused_multi_labels_not():
     with pytest.raises(ValueError, match="class 1 is matched with teacher sample 0 of class 2"):
         MatchedDataset([("s", 1)], [("t", torch.tensor(2))], match)[0]
     several = torch.tensor([0.0, 1.0, 1.0])
-    assert MatchedDataset([("s", 1)], [("t", several)], match)[0] == ("s", "t", 1)
+    assert MatchedDataset([("s", 1)], [("t", several)], match)[0] == ("s", "t", 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("student", "student_left"),
+    [
+        (("poor", 3), "poor"),
+        (["poor", 3], "poor"),
+        (("poor", 3, "mask", 0.5), ("poor", "mask", 0.5)),
+        ({"image": "poor", "label": 3}, {"image": "poor"}),
+        ({"image": "poor", "label": 3, "date": 7}, {"image": "poor", "date": 7}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("teacher", "teacher_left"),
+    [
+        (("rich", 3), "rich"),
+        (("rich", 3, "mask"), ("rich", "mask")),
+        ({"image": "rich", "label": 3}, {"image": "rich"}),
+        ({"image": "rich"}, {"image": "rich"}),
+        (("rich",), "rich"),
+        ("rich", "rich"),
+    ],
+)
+def test_samples_of_any_kind_lose_nothing_but_the_label(
+    student, student_left, teacher, teacher_left
+):
+    match = torch.zeros(1, dtype=torch.int64)
+    item = MatchedDataset([student], [teacher], match)[0]
+    assert item == (student_left, teacher_left, 3, 0, 0)
+
+
+def test_the_label_may_be_elsewhere():
+    match = torch.zeros(1, dtype=torch.int64)
+    pairs = MatchedDataset(
+        [("poor", "mask", 3)], [{"x": "rich", "y": 3}], match, label_key=-1, teacher_label_key="y"
+    )
+    assert pairs[0] == (("poor", "mask"), {"x": "rich"}, 3, 0, 0)
+    wrong = MatchedDataset(
+        [("poor", "mask", 3)], [{"x": "rich", "y": 4}], match, label_key=2, teacher_label_key="y"
+    )
+    with pytest.raises(ValueError, match="class 3 is matched with teacher sample 0 of class 4"):
+        wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "error", "message"),
+    [
+        (("s",), ("t", 1), {}, ValueError, "student sample 0 holds no label where label_key=None"),
+        ({"x": 0}, ("t", 1), {}, ValueError, "student sample 0 holds no label"),
+        (("s", 1), ("t", 1), {"label_key": 2}, ValueError, "no label where label_key=2"),
+        (("s", 1), ("t", 1), {"label_key": "y"}, TypeError, "label_key='y' is a dict's key"),
+        (
+            ("s", 1),
+            {"x": 0},
+            {"teacher_label_key": "y"},
+            ValueError,
+            "teacher sample 0 holds no label at teacher_label_key='y'",
+        ),
+        (("s", 1), ("t", 1), {"label_key": 1.0}, TypeError, "label_key must be a place, a key"),
+    ],
+)
+def test_labels_that_are_not_there(student, teacher, options, error, message):
+    match = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        MatchedDataset([student], [teacher], match, **options)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torch_collates_items_by_field(workers):
+    students = [(torch.full((2,), float(i)), i % 2, {"row": i}) for i in range(6)]
+    teachers = [{"image": torch.full((3,), float(i)), "label": i % 2} for i in range(6)]
+    pairs = MatchedDataset(students, teachers, torch.tensor([4, 5, 0, 1, 2, 3]))
+    batch = next(iter(DataLoader(pairs, batch_size=3, num_workers=workers, timeout=60 * workers)))
+    assert isinstance(batch, MatchedSample)
+    image, extra = batch.student
+    assert image.shape == (3, 2)
+    assert extra["row"].tolist() == [0, 1, 2]
+    assert batch.teacher["image"][:, 0].tolist() == [4.0, 5.0, 0.0]
+    assert batch.label.tolist() == [0, 1, 0]
+    assert batch.index.tolist() == [0, 1, 2]
+    assert batch.match.tolist() == [4, 5, 0]
+
+
+def test_a_match_of_some_students_leaves_the_others():
+    def match(ids: list[int], index: list[int]) -> Match:
+        return Match(
+            torch.tensor(ids),
+            torch.zeros(len(ids)),
+            torch.ones(len(ids)),
+            index=torch.tensor(index),
+        )
+
+    pairs = MatchedDataset(*_sets(), match(list(range(12)), list(range(11, -1, -1))))
+    assert pairs.ids.tolist() == list(range(11, -1, -1))
+    pairs.update(match([5, 6], [0, 3]))
+    assert pairs.ids.tolist() == [5, 10, 9, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match=r"match.index must hold positions 0..11.*got .* 12..12"):
+        pairs.update(match([5], [12]))
+    with pytest.raises(ValueError, match="must cover all 12 students, got 2 of them"):
+        MatchedDataset(*_sets(), match([5, 6], [0, 3]))
 
 
 @pytest.mark.parametrize(

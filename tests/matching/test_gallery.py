@@ -310,20 +310,26 @@ def test_gpu_index_without_gpu_support_names_the_extra():
     faiss = pytest.importorskip("faiss")
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this FAISS has GPU support")
-    with pytest.raises(ImportError, match=r"structkd\[gpu\]"):
+    with pytest.raises(ImportError, match=r"structkd\[gpu\].*or take index='Flat'"):
+        RetrievalGallery(4, index="HNSW8", device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_says_so():
+    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
         RetrievalGallery(4, device="cuda")
 
 
 def test_missing_faiss_names_the_extra(monkeypatch):
-    from structkd.matching import _index
+    from structkd.matching import _faiss
 
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    _index.load_faiss.cache_clear()
+    _faiss.load_faiss.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"structkd\[cpu\].*structkd\[gpu\]"):
             RetrievalGallery(4)
     finally:
-        _index.load_faiss.cache_clear()
+        _faiss.load_faiss.cache_clear()
 
 
 # Stored features.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import ot
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 import structkd
 from structkd import Features
-from structkd.matching import sembridge
+from structkd.matching import _planned
 from structkd.matching.gallery import RetrievalGallery
-from structkd.matching.sembridge import SemBridgeMatcher
+from structkd.matching.sembridge import ConvergenceWarning, SemBridgeMatcher
 from structkd.transport import LagrangianPlanner
 from tests.reference import matching as reference
 
@@ -54,6 +55,7 @@ def test_nearest_is_the_published_loop(metric, seed):
     assert match.weights.tolist() == [1.0] * len(queries)
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 @pytest.mark.parametrize("constraint", ["rows", "both", "capacity"])
 @given(seed=st.integers(0, 2**31), students=st.integers(1, 60), candidates=st.integers(1, 12))
 @settings(max_examples=10, deadline=None)
@@ -104,6 +106,7 @@ def test_a_hub_no_longer_serves_everybody():
     assert even.ids.bincount(minlength=5).tolist() == [4] * 5
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 def test_planned_cost_is_near_the_exact_assignment():
     vectors, _, queries, _ = _draw(3, teachers=30, students=30)
     same = torch.zeros(30, dtype=torch.int64)
@@ -119,7 +122,7 @@ def test_planned_cost_is_near_the_exact_assignment():
 
 
 def test_blocks_keep_the_capacity(monkeypatch):
-    monkeypatch.setattr(sembridge, "BLOCK", 16)
+    monkeypatch.setattr(_planned, "BLOCK", 16)
     vectors, labels, queries, target = _draw(5, students=90)
     matcher = SemBridgeMatcher(_gallery(vectors, labels), _planner("capacity"), 4, capacity=1.0)
     match = matcher.match(queries, target)
@@ -129,6 +132,7 @@ def test_blocks_keep_the_capacity(monkeypatch):
         assert match.ids[target == label].bincount().max() <= math.ceil(students / teachers)
 
 
+@pytest.mark.filterwarnings("ignore::structkd.ConvergenceWarning")
 def test_weights_far_below_rounding_still_rank():
     # With a tiny epsilon all but one entry of a row underflow to zero.
     vectors, labels, queries, target = _draw(6)
@@ -137,6 +141,58 @@ def test_weights_far_below_rounding_still_rank():
         queries, target
     )
     assert torch.equal(labels[match.ids], target)
+
+
+@pytest.mark.parametrize("call", ["match", "match_all", "forward"])
+@pytest.mark.parametrize("constraint", ["both", "capacity"])
+def test_a_plan_that_did_not_converge_is_told_once(constraint, call):
+    vectors, labels, queries, target = _draw(6)
+    planner = LagrangianPlanner(1e-3, constraint, max_iterations=2)
+    matcher = SemBridgeMatcher(_gallery(vectors, labels), planner, capacity=1.0)
+    with pytest.warns(ConvergenceWarning, match="max_iterations=2: .* epsilon.*now 0.001") as told:
+        getattr(matcher, call)(queries, target)  # three classes, three plans
+    assert len(told) == 1
+    assert ("capacity (now 1)" in str(told[0].message)) == (constraint == "capacity")
+    if call != "forward":
+        assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("planner", [None, *map(_planner, ("rows", "both", "capacity"))])
+def test_a_plan_that_converged_is_not_told(planner):
+    vectors, labels, queries, target = _draw(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        match = SemBridgeMatcher(_gallery(vectors, labels), planner).match(queries, target)
+    assert match.converged
+
+
+@pytest.mark.parametrize("planner", [None, *map(_planner, ("rows", "both", "capacity"))])
+def test_without_processes_match_all_is_match(planner):
+    vectors, labels, queries, target = _draw(8)
+    matcher = SemBridgeMatcher(_gallery(vectors, labels), planner)
+    plain, whole = matcher.match(queries, target), matcher.match_all(queries, target)
+    assert whole.index is None
+    # By position, and a position that comes again is its first.
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    again = torch.cat([order, order[:5]])
+    given = queries[again].clone()
+    given[30:] += 1
+    placed = matcher.match_all(given, target[again], 3 * again)
+    assert torch.equal(placed.index, 3 * torch.arange(30))
+    for match in (whole, placed):
+        for name in ("ids", "scores", "weights"):
+            assert torch.equal(getattr(match, name), getattr(plain, name)), name
+
+
+def test_wrong_index_of_match_all():
+    vectors, labels, queries, target = _draw()
+    matcher = SemBridgeMatcher(_gallery(vectors, labels))
+    with pytest.raises(ValueError, match=r"index must have shape \(30,\)"):
+        matcher.match_all(queries, target, torch.arange(29))
+    with pytest.raises(ValueError, match="index must hold positions >= 0, got -1"):
+        matcher.match_all(queries, target, torch.arange(30) - 1)
+    with pytest.raises(TypeError, match="index must be an int64"):
+        matcher.match_all(queries, target, torch.arange(30.0))
 
 
 def test_forward_returns_the_matched_teachers_features():

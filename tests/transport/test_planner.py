@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import ot
@@ -376,6 +377,21 @@ def test_half_precision_is_computed_in_float32(constraint: str, dtype: torch.dty
     torch.testing.assert_close(again.plan, found.plan, rtol=0, atol=0)
 
 
+@every_constraint
+@pytest.mark.parametrize("method", ["forward", "plan", "received"])
+def test_autocast_changes_no_digit(constraint: str, method: str) -> None:
+    cost = _random(0, 2, 16, 16).float()
+    limits = {"capacity": 0.1} if constraint == "capacity" else {}
+    call = getattr(LagrangianPlanner(0.1, constraint), method)
+    wanted = call(cost, **limits)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(cost, **limits)
+    if method == "forward":
+        wanted, found = wanted.plan, found.plan
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
 def test_huge_costs_keep_their_rows() -> None:
     cost = (1e8 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))).requires_grad_()
     found = LagrangianPlanner(1.0, gradient="unrolled")(cost)
@@ -410,6 +426,41 @@ def test_nan_stays_in_its_problem(constraint: str) -> None:
     assert found.cost[1].isnan()
     assert found.converged.tolist() == [True, False]
     torch.testing.assert_close(found.plan[0], wanted.plan[0])
+
+
+@pytest.mark.parametrize("constraint", ["both", "capacity"])
+@pytest.mark.parametrize("broken", ["nan", "minus infinity", "a row of infinity"])
+@pytest.mark.parametrize("gradient", ["envelope", "unrolled"])
+def test_a_broken_problem_costs_the_others_nothing(
+    constraint: str, broken: str, gradient: str
+) -> None:
+    cost, given = _random(0, 3, 5, 4), _limits(constraint, 0, (3, 5, 4))
+    planner = _planner(constraint, max_iterations=5000, gradient=gradient)
+    wanted = planner(cost, **given)
+    bad = cost.clone()
+    if broken == "nan":
+        bad[1, 2, 3] = float("nan")
+    elif broken == "minus infinity":
+        bad[1, 2, 3] = -float("inf")
+    else:
+        bad[1, 2] = float("inf")
+    bad.requires_grad_()
+    found = planner(bad, **given)
+    assert wanted.converged.all()
+    assert found.iterations <= wanted.iterations
+    assert found.converged.tolist() == [True, False, True]
+    assert found.plan[1].isnan().all()
+    assert planner.received(bad, **given)[1].isnan().all()
+    torch.testing.assert_close(found.plan[[0, 2]], wanted.plan[[0, 2]], rtol=1e-8, atol=1e-10)
+    (grad,) = torch.autograd.grad(found.value[[0, 2]].sum(), bad)
+    assert grad[[0, 2]].isfinite().all()
+
+
+def test_both_without_pot_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ot.batch", None)
+    with pytest.raises(ImportError, match="constraint='both' needs POT: pip install POT"):
+        LagrangianPlanner(0.1, "both")(torch.ones(2, 2))
+    assert LagrangianPlanner(0.1, "capacity")(torch.ones(2, 2), capacity=0.5).converged
 
 
 def test_masses_of_the_batch_may_be_shared() -> None:

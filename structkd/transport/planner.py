@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import choice, number, whole
-from structkd._duals import column_dual, overflow
-from structkd._masses import check_cost, check_ways, column_limit, masses_of_rows, open_pairs
+from structkd.transport._duals import column_dual, overflow
+from structkd.transport._masses import (
+    check_cost,
+    check_ways,
+    column_limit,
+    masses_of_rows,
+    open_pairs,
+)
 
 CONSTRAINTS = ("rows", "both", "capacity")
 GRADIENTS = ("envelope", "unrolled", "none")
@@ -154,11 +160,12 @@ class LagrangianPlanner(nn.Module):
                 the capacity is short of the rows' mass, or mass stands where the mask lets it go
                 nowhere.
         """
-        given = self._given(cost, row_mass, column_mass, capacity, mask)
-        dual, iterations = self._dual(given)
-        log_plan = (given.scores + dual[..., None, :]).log_softmax(-1)
-        log_plan = log_plan + given.row_mass.log()[..., None]
-        return self._result(given, dual.detach(), log_plan, iterations)
+        with _full_precision(cost):
+            given = self._given(cost, row_mass, column_mass, capacity, mask)
+            dual, iterations = self._dual(given)
+            log_plan = (given.scores + dual[..., None, :]).log_softmax(-1)
+            log_plan = log_plan + given.row_mass.log()[..., None]
+            return self._result(given, dual.detach(), log_plan, iterations)
 
     def plan(
         self,
@@ -172,8 +179,9 @@ class LagrangianPlanner(nn.Module):
 
         Half the work, for loops that move mass at every step and look at nothing else.
         """
-        share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
-        return share * row_mass[..., None]
+        with _full_precision(cost):
+            share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
+            return share * row_mass[..., None]
 
     def received(
         self,
@@ -184,8 +192,9 @@ class LagrangianPlanner(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Returns what every column receives, ``(..., M)``: the plan's sum over its rows."""
-        share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
-        return (row_mass[..., None, :] @ share)[..., 0, :]
+        with _full_precision(cost):
+            share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
+            return (row_mass[..., None, :] @ share)[..., 0, :]
 
     def _shares(self, cost: Tensor, *limits: Any) -> tuple[Tensor, Tensor]:
         """Returns the plan's rows as shares of their mass, and that mass."""
@@ -204,7 +213,6 @@ class LagrangianPlanner(nn.Module):
         mask: Tensor | None,
     ) -> _Given:
         """Returns the problem after checking that it has a solution."""
-        check_cost(cost)
         dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
         cost = (cost.detach() if self.gradient == "none" else cost).to(dtype)
         mask = open_pairs(mask, cost)
@@ -263,6 +271,12 @@ class LagrangianPlanner(nn.Module):
             f"epsilon={self.epsilon:.4g}, constraint={self.constraint!r}, "
             f"gradient={self.gradient!r}"
         )
+
+
+def _full_precision(cost: Tensor) -> torch.autocast:
+    """Turns autocast off: a plan is computed in float32 at least, whatever the network runs in."""
+    check_cost(cost)
+    return torch.autocast(cost.device.type, enabled=False)
 
 
 def _scores(scores: Tensor, row_mass: Tensor, limit: Tensor | None, mask: Tensor | None) -> Tensor:

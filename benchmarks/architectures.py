@@ -1,0 +1,151 @@
+"""Which criterion takes which pair of architectures: the table of docs/architectures.md.
+
+python benchmarks/architectures.py            # prints the table
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import timm
+import torch
+from timm.models.mlp_mixer import MlpMixer
+from torch import Tensor, nn
+
+import structkd
+from structkd import Criterion, FeatureCapture, Features
+
+BATCH, CLASSES, SIDE = 4, 5, 32
+_SMALL = {"img_size": SIDE, "num_classes": CLASSES}
+
+
+def networks() -> dict[str, tuple[nn.Module, dict[str, object]]]:
+    """Small networks of every kind, each with the layers to capture."""
+    torch.manual_seed(0)
+    make = timm.create_model
+    tokens = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, **_SMALL}
+    blocks = {"intermediate": ["blocks.0", "blocks.1"]}
+    mlp = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3 * SIDE * SIDE, 20),
+        nn.ReLU(),
+        nn.Linear(20, 12),
+        nn.ReLU(),
+        nn.Linear(12, CLASSES),
+    )
+    return {
+        "CNN": (make("resnet10t", num_classes=CLASSES), {"intermediate": ["layer1", "layer2"]}),
+        "ViT": (make("vit_tiny_patch16_224", **tokens), blocks),
+        "DeiT, distilled": (make("deit_tiny_distilled_patch16_224", **tokens), blocks),
+        "Swin": (
+            make(
+                "swin_tiny_patch4_window7_224",
+                window_size=4,
+                patch_size=2,
+                embed_dim=16,
+                depths=(1, 1, 1),
+                num_heads=(1, 2, 4),
+                **_SMALL,
+            ),
+            {"intermediate": ["layers.0", "layers.1"]},
+        ),
+        "Mixer": (
+            MlpMixer(patch_size=8, embed_dim=16, num_blocks=3, **_SMALL),
+            blocks,
+        ),
+        "MLP": (mlp, {"intermediate": ["2", "4"], "embedding": "5:input"}),
+    }
+
+
+def features() -> dict[str, Features]:
+    """What each network gives for the same images."""
+    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, (net, layers) in networks().items():
+        with torch.no_grad(), FeatureCapture(net.eval(), **layers) as capture:  # type: ignore[arg-type]
+            found[name] = capture(images).replace(index=torch.arange(BATCH))
+    return found
+
+
+def criteria() -> list[str]:
+    """The names of all public criteria that compare two networks."""
+    return [
+        name
+        for name in structkd.__all__
+        if inspect.isclass(kind := getattr(structkd, name))
+        and issubclass(kind, Criterion)
+        and kind not in (Criterion, structkd.CriterionSum)
+        and name != "SupervisionLoss"
+    ]
+
+
+def outcome(name: str, student: Features, teacher: Features) -> str:
+    """Returns "" where value and gradient are there and finite, or the error's text.
+
+    Raises:
+        AssertionError: If a criterion goes through without a gradient: silence is no answer.
+    """
+    options = {"dataset_size": 16, "negatives": 4} if name.startswith("Contrastive") else {}
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        leaves.append(tensor.clone().requires_grad_())
+        return leaves[-1]
+
+    student = student.replace(
+        logits=leaf(student.logits),
+        embedding=leaf(student.embedding),
+        intermediate=tuple(leaf(value) for value in student.intermediate),
+    )
+    torch.manual_seed(0)
+    try:
+        criterion = getattr(structkd, name).from_features(student, teacher, **options)
+        value = criterion(student, teacher, torch.arange(BATCH) % CLASSES)
+    except ValueError as error:
+        return str(error)
+    value.backward()
+    grads = [tensor.grad for tensor in leaves if tensor.grad is not None]
+    assert value.isfinite(), f"{name}: the value is not finite"
+    assert any(grad.abs().sum() > 0 for grad in grads), f"{name}: no gradient reaches the student"
+    assert all(grad.isfinite().all() for grad in grads), f"{name}: a gradient is not finite"
+    return ""
+
+
+def matrix() -> Iterator[tuple[str, str, str, str]]:
+    """Yields criterion, student's kind, teacher's kind and outcome."""
+    feats = features()
+    for name in criteria():
+        for kind_s, student in feats.items():
+            for kind_t, teacher in feats.items():
+                yield name, kind_s, kind_t, outcome(name, student, teacher)
+
+
+def table() -> str:
+    """Returns the table in Markdown: a row a criterion, a column a student."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for name, kind_s, kind_t, said in matrix():
+        cells.setdefault((name, kind_s), []).extend([kind_t] if said else [])
+    kinds = list(networks())
+    lines = [
+        "| criterion | " + " | ".join(f"{kind} student" for kind in kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for name in criteria():
+        row = [_cell(cells[name, kind], len(kinds)) for kind in kinds]
+        lines.append(f"| `{name}` | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _cell(refused: list[str], count: int) -> str:
+    if not refused:
+        return "all"
+    if len(refused) == count:
+        return "none"
+    return "not " + ", ".join(f"{kind} teacher" for kind in refused)
+
+
+if __name__ == "__main__":
+    print(table())
