@@ -5,31 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossmodal.methods import described, resolve
-from crossmodal.registry import METHODS, Method, Setup
-from crossmodal.stages import AdaptedStages, stages
-from structkd import DSLoss, Features, FlowMatrixLoss, KDLoss
-from structkd.criteria.base import Criterion
+from crossmodal.methods import METHODS, Setup, described, resolve
+from structkd import DSLoss, Features, KDLoss
 
-SETUP = Setup(classes=5, samples=80, batch_size=6)
-
-
-class StageCount(Criterion):
-    """Gives the number of maps it was handed."""
-
-    reads = ("intermediate",)
-
-    def compute(
-        self, student: Features, teacher: Features, target: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        return {"stages": student.intermediate[0].new_tensor(len(student.intermediate))}
-
-
-@pytest.fixture(autouse=True)
-def counting_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layers in ("one", "all"):
-        entry = Method("Count", "features", lambda s, t, setup: StageCount(), layers=layers)
-        monkeypatch.setitem(METHODS, f"count-{layers}", entry)
+SETUP = Setup(samples=80, batch_size=6)
 
 
 def features(widths: tuple[int, ...] = (8, 16, 32)) -> Features:

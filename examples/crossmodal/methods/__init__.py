@@ -71,14 +71,18 @@ class Method:
         criterion = kind.from_features(feats_s, feats_t, **ready)
         if isinstance(criterion, structkd.FitNetLoss):
             criterion.regressor = _normalised(criterion.regressor)
+        if isinstance(criterion, structkd.FlowMatrixLoss):
+            for place, adapter in enumerate(getattr(criterion, "adapters", ())):
+                if isinstance(adapter, ConvAdapter):
+                    criterion.adapters[place] = _normalised(adapter)
         return criterion
 
 
 def _normalised(convolution: ConvAdapter) -> nn.Module:
     """The CRD benchmark's map to the teacher's channels: a convolution, batch norm, ReLU.
 
-    The benchmark's weight needs the norm: with a bare convolution, FitNets at weight 100 diverges
-    within a few steps of learning rate 0.1.
+    The benchmark's weights need the norm: with a bare convolution, FitNets at weight 100 and FSP at
+    50 diverge within a few steps of learning rate 0.1.
     """
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
 

@@ -13,10 +13,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from crossmodal import cli, models
-from crossmodal.registry import Setup
-from crossmodal.unpaired import variants
-from crossmodal.unpaired.scenes import open_scenes, read_multispectral, read_rgb
-from crossmodal.unpaired.views import Unpaired
+from crossmodal.data import Views, Wanted, open_views
+from crossmodal.data.scenes import read_multispectral
+from crossmodal.data.sources import read_rgb
+from crossmodal.methods import Setup, variants
+from crossmodal.recipes import data_sets
 from structkd import FeatureCapture
 
 tifffile = pytest.importorskip("tifffile")
@@ -57,16 +58,16 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "scenes"))
 
 
-def opened(root: Path | None, **options: object) -> Unpaired:
-    return open_scenes("s2s_eu", root, bands=BANDS, rgb=(2, 1, 0), **options)
+def opened(root: Path | None, **wanted: object) -> Views:
+    return open_views(data_sets()["s2s_eu"], Wanted(data_dir=root, **wanted)).loaded()
 
 
 def test_both_modalities_are_read_and_split(original: Path) -> None:
     views = opened(original)
     assert views.rich.classes == list(CLASSES)
-    assert views.rich.clean.shape == (24, BANDS, SIZE, SIZE)
-    assert views.poor.clean.shape == (19, 3, SIZE, SIZE)
-    assert views.poor.clean.dtype == torch.uint8
+    assert views.rich.pixels.shape == (24, BANDS, SIZE, SIZE)
+    assert views.poor.pixels.shape == (19, 3, SIZE, SIZE)
+    assert views.poor.pixels.dtype == torch.uint8
     assert (len(views.held_out_rich), len(views.held_out_poor)) == (6, 5)
     assert views.originals is None
     for train, test, total in (
@@ -78,13 +79,13 @@ def test_both_modalities_are_read_and_split(original: Path) -> None:
     assert torch.equal(opened(original).rich.index, views.rich.index)
     # The bright band tells the class: labels and files stand together.
     for pairs in (views.rich, views.held_out_rich, views.poor, views.held_out_poor):
-        brightest = pairs.clean.float().mean((2, 3))[:, :3].argmax(1)
+        brightest = pairs.pixels.float().mean((2, 3))[:, :3].argmax(1)
         assert torch.equal(brightest, pairs.labels)
 
 
 def test_pseudo_rgb_is_three_of_the_bands(original: Path) -> None:
     views = opened(original)
-    assert torch.equal(views.pseudo.clean, views.rich.clean[:, [2, 1, 0]])
+    assert torch.equal(views.pseudo.pixels, views.rich.pixels[:, [2, 1, 0]])
     assert torch.equal(views.pseudo.labels, views.rich.labels)
 
 
@@ -108,7 +109,7 @@ def test_axis_orders_and_formats_give_the_same_image(tmp_path: Path) -> None:
 
 def test_photographs_are_brought_to_the_common_size(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), (10, 20, 30)).save(tmp_path / "a.png")
-    pixels = read_rgb(tmp_path / "a.png", (4, 5))
+    pixels = read_rgb(tmp_path / "a.png", (4, 5), resize=True)
     assert pixels.shape == (3, 4, 5)
     assert (pixels == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
 
