@@ -15,7 +15,7 @@ import torch
 
 from crossmodal.data import sources
 from crossmodal.data.images import NO_LABEL, Images, counts
-from crossmodal.data.poverty import Bands, Poverty, poverty
+from crossmodal.data.poverty import Bands, Noise, Poverty, poverty
 from crossmodal.data.scenes import open_scenes
 from crossmodal.data.sources import Rows, stratified
 from crossmodal.recipes import DataSet
@@ -161,7 +161,8 @@ def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
     own = source.train.read_poor is not None
     return Views(
         rich=rich,
-        poor=poor if own else replace(poor, like=rich),
+        # Noise leaves a pixel's scale as it is; other poor images have one of their own.
+        poor=replace(poor, like=rich) if not own and isinstance(made_poor, Noise) else poor,
         held_out_rich=held_out_rich,
         held_out_poor=held_out_poor,
         paired=True,

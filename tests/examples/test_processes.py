@@ -1,0 +1,97 @@
+"""Two processes train as one does: value and gradient, to rounding."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossmodal.data import Batch, Batches
+from crossmodal.methods import Setup, resolve
+from crossmodal.training.engine import Training, accelerator_for, fit
+from crossmodal.training.steps import Distilled
+from tests.examples.test_engine import Quiet
+from tests.examples.tiny import opened, recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+class Plain(nn.Module):
+    """Three stages without batch norm, whose statistics are each process's own on a CPU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(1, width, 3, 2), nn.Tanh())
+        self.layer2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3), nn.Tanh())
+        self.fc = nn.Linear(2 * width, 4)
+        self.feature_info = [{"module": "layer1"}, {"module": "layer2"}]
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
+
+
+class Wide(Distilled):
+    """In float64."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().forward(_wide(batch))
+
+
+def _wide(batch: Batch) -> Batch:
+    return replace(batch, rich=batch.rich.double(), poor=batch.poor.double())
+
+
+def five_steps(method: str, rank: int, world: int, path: Path) -> None:
+    views, made = opened(labels=40), recipe(pad=1, flip=True)
+    torch.manual_seed(3)
+    student, teacher = Plain(4).double(), Plain(8).double()
+    batches = Batches(made, poor=views.poor, rich=views.rich, share=(rank, world))
+    example = _wide(batches.take(torch.arange(2)))
+    step = Wide(student, teacher, resolve(method), example, Setup(80, 16), 0).double()
+    accelerator = accelerator_for(made, "cpu")
+    assert accelerator.num_processes == world
+    fit(Training("x", step, batches, made), accelerator, Quiet())
+    if rank == 0:
+        torch.save(step.state_dict(), path)
+
+
+@pytest.mark.parametrize("method", ["kd+ds", "rkd+cc"])
+def test_two_processes_equal_one_after_five_steps(method: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run = "import sys; from pathlib import Path; from tests.examples import conftest, test_processes as t; "
+    run += "from crossmodal.data import sources; from crossmodal import recipes; "
+    run += "from tests.examples.tiny import CLASSES, ENTRY, half; "
+    run += "sources.open_tiny = lambda f, d: sources.Source(CLASSES, half(80, 1), half(40, 2)); "
+    run += "file = Path(sys.argv[4]).with_suffix(f'.{sys.argv[2]}.toml'); "
+    run += "file.write_text(recipes.FILE.read_text() + ENTRY); recipes.FILE = file; "
+    run += "t.five_steps(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))"
+    found = []
+    for world in (1, 2):
+        path, processes = tmp_path / f"{world}.pt", []
+        for rank in range(world):
+            environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+            if world > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                                "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+            arguments = [sys.executable, "-c", run, method, str(rank), str(world), str(path)]
+            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment))
+        assert [process.wait(timeout=120) for process in processes] == [0] * world
+        found.append(torch.load(path, weights_only=True))
+    one, two = found
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-10, msg=name)
+    assert any("distiller.criterion" in name for name in one) or method == "rkd"
