@@ -58,11 +58,14 @@ def networks() -> dict[str, tuple[nn.Module, dict[str, object]]]:
     }
 
 
-def features() -> dict[str, Features]:
-    """What each network gives for the same images."""
-    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+def features(seed: int) -> dict[str, Features]:
+    """What each network gives for the images of a seed."""
+    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     found = {}
     for name, (net, layers) in networks().items():
+        for parameter in net.parameters():  # a classifier of zeros would say nothing
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
         with torch.no_grad(), FeatureCapture(net.eval(), **layers) as capture:  # type: ignore[arg-type]
             found[name] = capture(images).replace(index=torch.arange(BATCH))
     return found
@@ -116,10 +119,10 @@ def outcome(name: str, student: Features, teacher: Features) -> str:
 
 def matrix() -> Iterator[tuple[str, str, str, str]]:
     """Yields criterion, student's kind, teacher's kind and outcome."""
-    feats = features()
+    students, teachers = features(0), features(1)
     for name in criteria():
-        for kind_s, student in feats.items():
-            for kind_t, teacher in feats.items():
+        for kind_s, student in students.items():
+            for kind_t, teacher in teachers.items():
                 yield name, kind_s, kind_t, outcome(name, student, teacher)
 
 

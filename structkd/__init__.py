@@ -20,6 +20,7 @@ from structkd.criteria.relations import (
 )
 from structkd.criteria.structure import DSLoss
 from structkd.criteria.sums import CriterionSum
+from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
@@ -70,6 +71,7 @@ __all__ = [
     "SemanticAlignmentLoss",
     "SemanticCalibrationLoss",
     "SemanticMatcher",
+    "SupervisionLoss",
     "TransportPlan",
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",

@@ -13,6 +13,9 @@ from torch import Tensor
 
 ChoiceT = TypeVar("ChoiceT", bound=str)
 
+# torch's ignore_index: a row of this target has no label.
+NO_LABEL = -100
+
 
 def describe(value: object) -> str:
     """Returns a tensor as ``float32 (8, 16)``, anything else as its type."""
@@ -75,22 +78,28 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"near names: {', '.join(close)}" if close else "there are none"
 
 
-def labels(target: Tensor | None, batch: int, classes: int, *, reader: str) -> Tensor:
-    """Returns class indices ``(B,)`` after checking that they are there and in range.
+def labels(
+    target: Tensor | None, batch: int, classes: int, *, reader: str
+) -> tuple[Tensor, Tensor]:
+    """Returns class indices ``(B,)`` and which rows have one, after checking both.
 
-    The range is read on the CPU only: on an accelerator that would stall the stream, so there
-    the device's own assertion speaks.
+    A row without a label, -100, has the index 0 and False beside it. The range is read on the CPU
+    only: on an accelerator that would stall the stream, so there the device's own assertion speaks.
     """
     if target is None:
         raise ValueError(
-            f"{reader} needs target, the class indices (B,): pass them as 3rd argument"
+            f"{reader} needs target, the class indices (B,) with {NO_LABEL} where a row has none: "
+            "pass it as 3rd argument"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must be an int64 tensor of class indices, got {describe(target)}")
     if target.shape != (batch,):
         raise ValueError(f"target must have shape ({batch},), got {tuple(target.shape)}")
-    in_range(target, "target", classes, "the number of classes in logits")
-    return target.long()
+    labelled = target != NO_LABEL
+    index = torch.where(labelled, target, 0)
+    meaning = f"or be {NO_LABEL}, no label; the number of classes in logits"
+    in_range(index, "target", classes, meaning)
+    return index.long(), labelled
 
 
 def in_range(index: Tensor, name: str, size: int, meaning: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from structkd._checks import describe, whole
@@ -61,15 +62,16 @@ class Projector(nn.Module):
 
 
 class ConvAdapter(nn.Module):
-    """Brings a student's map to the teacher's channels by a convolution (linear for tokens).
+    """Brings a student's map to the teacher's channels by a convolution, linear for rows.
 
     Args:
         in_channels: Channels of the student's map.
         out_channels: Channels of the teacher's map.
-        kernel_size: Odd size of the convolution; tokens take 1.
+        kernel_size: Odd size of the convolution. Tokens are a map one pixel high, rows one pixel.
 
     Shape:
-        ``(B, C, H, W)`` to ``(B, C', H, W)``, or ``(B, N, C)`` to ``(B, N, C')``.
+        ``(B, C, H, W)`` to ``(B, C', H, W)``, ``(B, N, C)`` to ``(B, N, C')``, or ``(B, C)`` to
+        ``(B, C')``.
 
     Raises:
         TypeError, ValueError: If an argument is no whole number of at least 1, or ``kernel_size``
@@ -92,16 +94,19 @@ class ConvAdapter(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        tokens = features.dim() == 3
-        channels = features.shape[2 if tokens else 1]
-        if features.dim() not in (3, 4) or channels != self.in_channels:
+        rank, width = features.dim(), self.in_channels
+        if rank not in (2, 3, 4) or features.shape[2 if rank == 3 else 1] != width:
             raise ValueError(
-                f"the adapter takes (B, {self.in_channels}, H, W) or (B, N, {self.in_channels}), "
-                f"got {describe(features)}; build it for the channels it meets"
+                f"the adapter takes (B, {width}, H, W), (B, N, {width}) or (B, {width}), got "
+                f"{describe(features)}; build it for the channels it meets"
             )
-        if not tokens:
-            adapted: Tensor = self.conv(features)
-            return adapted
-        # A token sequence is a map one pixel high.
-        row: Tensor = self.conv(features.transpose(1, 2).unsqueeze(2))
-        return row.squeeze(2).transpose(1, 2)
+        adapted: Tensor
+        if rank == 4:
+            adapted = self.conv(features)
+        elif rank == 3:
+            adapted = self.conv(rearrange(features, "b n c -> b c 1 n"))
+            adapted = rearrange(adapted, "b c 1 n -> b n c")
+        else:
+            adapted = self.conv(rearrange(features, "b c -> b c 1 1"))
+            adapted = rearrange(adapted, "b c 1 1 -> b c")
+        return adapted

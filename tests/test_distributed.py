@@ -1,4 +1,4 @@
-"""With gather=True, two processes compute what one process computes on the whole batch."""
+"""Two processes compute what one process computes on the whole batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import structkd
 from structkd import Criterion, FeatureCapture, Features
-from structkd.distributed import gather_batch, world_size
+from structkd.distributed import average_gradients, broadcast_state, gather_batch, world_size
 
 WORLD, BATCH = 2, 8
+# How many of the samples rank 0 takes.
+SHARES = {"even": 4, "uneven": 5}
+# Only the first rows have labels: with uneven shares, rank 1 has none.
+TARGET = torch.tensor([0, -100, 1, 2, 3, -100, -100, -100])
 
 
 class Net(nn.Module):
@@ -32,7 +36,17 @@ class Net(nn.Module):
 
 
 def _ds(**options: object) -> Criterion:
-    return structkd.DSLoss(5, 6, student_channels=5, teacher_channels=6, gather=True, **options)
+    widths = [
+        Features(embedding=torch.zeros(2, width), intermediate=torch.zeros(2, width, 1, 1))
+        for width in (5, 6)
+    ]
+    return structkd.DSLoss.from_features(*widths, gather=True, **options)
+
+
+def _crd() -> Criterion:
+    return structkd.ContrastiveRepresentationLoss(
+        5, 6, BATCH, embedding_dim=4, negatives=3, gather=True
+    )
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
@@ -41,16 +55,23 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "sem-linear": lambda: structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True),
     "sem-mlp": lambda: structkd.CrossCorrelationLoss(structkd.Projector(5, 6), gather=True),
     "dcm": lambda: structkd.UniformityCalibrationLoss(structkd.ConvAdapter(5, 6), gather=True),
-    "coral": lambda: structkd.CORALLoss(gather=True),
+    "coral": lambda: structkd.CORALLoss(structkd.Projector(5, 6, layers=1), gather=True),
+    "rkd": lambda: structkd.RelationalLoss(gather=True),
+    "srm": lambda: structkd.SupervisionLoss(gather=True),
+    "ds-srm": lambda: _ds(srm=True),
+    "dkd": lambda: structkd.DKDLoss(gather=True),
+    "crd": _crd,
 }
+# Its heads see their own rank's samples only: their gradients are the mean's, which DDP takes.
+ONLY_WRAPPED = ("crd",)
 
 
 def _setup(name: str) -> tuple[Net, Net, Criterion, Tensor, Tensor]:
     torch.manual_seed(0)
-    student, teacher = Net(6 if name == "coral" else 5).double(), Net(6).double()
+    student, teacher = Net(5).double(), Net(6).double()
     criterion = CRITERIA[name]().double()
     images = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64)
-    return student, teacher, criterion, images, torch.arange(BATCH) % 4
+    return student, teacher, criterion, images, TARGET
 
 
 def _run(
@@ -58,6 +79,7 @@ def _run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     _, _, _, images, target = _setup(name)
     feats_s = FeatureCapture(student, intermediate="layer", embedding="fc:input")(images[rows])
+    feats_s = feats_s.replace(index=torch.arange(BATCH)[rows])
     with torch.no_grad():
         feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
     loss = criterion(feats_s, feats_t, target[rows])
@@ -94,17 +116,22 @@ def _process(rank: int, worker: Callable[..., None], rendezvous: str, args: tupl
     os._exit(0)
 
 
+def _rows(rank: int, share: str) -> slice:
+    cut = SHARES[share]
+    return slice(0, cut) if rank == 0 else slice(cut, BATCH)
+
+
 def _worker(rank: int, names: list[str], out: str) -> None:
-    share = BATCH // WORLD
     results = {}
     for name in names:
         for wrapped in (False, True):
-            student, teacher, criterion, _, _ = _setup(name)
-            ddp = DistributedDataParallel(student)
-            trains = any(p.requires_grad for p in criterion.parameters())
-            loss_module = DistributedDataParallel(criterion) if wrapped and trains else criterion
-            rows = slice(rank * share, (rank + 1) * share)
-            results[name, wrapped] = _run(name, ddp, teacher, loss_module, rows)
+            for share in SHARES:
+                student, teacher, criterion, _, _ = _setup(name)
+                ddp = DistributedDataParallel(student)
+                trains = any(p.requires_grad for p in criterion.parameters())
+                module = DistributedDataParallel(criterion) if wrapped and trains else criterion
+                found = _run(name, ddp, teacher, module, _rows(rank, share))
+                results[name, wrapped, share] = found
     if rank == 0:
         torch.save(list(results.items()), out)
 
@@ -117,16 +144,108 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return dict(torch.load(out, weights_only=True))
 
 
+@pytest.mark.parametrize("share", list(SHARES))
 @pytest.mark.parametrize("wrapped", [False, True], ids=["criterion-bare", "criterion-ddp"])
 @pytest.mark.parametrize("name", list(CRITERIA))
-def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped) -> None:
+def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped, share) -> None:
     student, teacher, criterion, _, _ = _setup(name)
     value, grads = _run(name, student, teacher, criterion, slice(None))
-    shared_value, shared_grads = distributed[name, wrapped]
+    shared_value, shared_grads = distributed[name, wrapped, share]
     torch.testing.assert_close(shared_value, value)
     assert shared_grads.keys() == grads.keys()
     for key, want in grads.items():
+        if key.startswith("criterion") and name in ONLY_WRAPPED and not wrapped:
+            continue
         torch.testing.assert_close(shared_grads[key], want, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def _gather_worker(rank: int, out: str) -> None:
+    mine = torch.arange(BATCH * 3.0).view(BATCH, 3)[_rows(rank, "uneven")].requires_grad_()
+    whole = gather_batch(mine)
+    weight = torch.arange(BATCH * 3.0).view(BATCH, 3)
+    (weight * whole).sum().backward()
+    index = gather_batch(torch.arange(BATCH)[_rows(rank, "uneven")])
+    torch.save([whole.detach(), index, mine.grad], f"{out}{rank}")
+
+
+def test_uneven_shards_come_together_with_their_gradients(tmp_path) -> None:
+    _start(_gather_worker, tmp_path, str(tmp_path / "out"))
+    everything = torch.arange(BATCH * 3.0).view(BATCH, 3)
+    for rank in range(WORLD):
+        whole, index, grad = torch.load(tmp_path / f"out{rank}", weights_only=True)
+        torch.testing.assert_close(whole, everything)
+        assert index.tolist() == list(range(BATCH))
+        # Both ranks ask for it, and the mean over ranks halves that.
+        torch.testing.assert_close(grad / WORLD, everything[_rows(rank, "uneven")])
+
+
+def _training() -> tuple[Net, Criterion]:
+    student = Net(5).double()
+    criterion = _crd() + structkd.SupervisionLoss(gather=True) + 0.5 * _ds()
+    return student, criterion.double()
+
+
+def _train(
+    student: nn.Module, criterion: nn.Module, rows: slice, after: Callable[[], None] | None = None
+) -> dict[str, Tensor]:
+    _, teacher, _, images, target = _setup("srm")
+    trained = [*student.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    capture = FeatureCapture(student, intermediate="layer", embedding="fc:input")
+    with torch.no_grad():
+        feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
+    for _ in range(3):
+        optimizer.zero_grad()
+        feats_s = capture(images[rows]).replace(index=torch.arange(BATCH)[rows])
+        criterion(feats_s, feats_t, target[rows]).backward()
+        if after is not None:
+            after()
+        optimizer.step()
+    state = {**student.state_dict(), **criterion.state_dict()}
+    return {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _training_worker(rank: int, out: str) -> None:
+    for share in SHARES:
+        for how in ("ddp", "by hand"):
+            torch.manual_seed(1 + rank)  # the ranks start apart
+            student, criterion = _training()
+            rows = _rows(rank, share)
+            if how == "ddp":
+                wrapped = DistributedDataParallel(student), DistributedDataParallel(criterion)
+                state = _train(*wrapped, rows)
+            else:
+                both = nn.ModuleList([student, criterion])
+                broadcast_state(both)
+                state = _train(student, criterion, rows, lambda m=both: average_gradients(m))
+            torch.save(state, f"{out}-{share}-{how}-{rank}")
+
+
+def test_loops_with_and_without_ddp_train_as_one_process_does(tmp_path) -> None:
+    """Parameters and, on all ranks, the banks of contrastive distillation."""
+    out = tmp_path / "state"
+    _start(_training_worker, tmp_path, str(out))
+    torch.manual_seed(1)
+    wanted = _train(*_training(), slice(None))
+    banks = [name for name in wanted if "bank_" in name]
+    assert len(banks) == 2
+    for share in SHARES:
+        for how in ("ddp", "by hand"):
+            for rank in range(WORLD):
+                state = torch.load(f"{out}-{share}-{how}-{rank}", weights_only=True)
+                assert state.keys() == wanted.keys()
+                for name, want in wanted.items():
+                    torch.testing.assert_close(
+                        state[name],
+                        want,
+                        rtol=1e-9,
+                        atol=1e-11,
+                        msg=lambda m, n=name, h=how, s=share: f"{n}, {h}, {s}: {m}",
+                    )
 
 
 def _small_batch_worker(rank: int, out: str) -> None:

@@ -25,6 +25,7 @@ def test_adapter_on_tokens_equals_adapter_on_the_map() -> None:
     maps = torch.randn(2, 3, 4, 2)
     tokens = maps.flatten(2).transpose(1, 2)
     torch.testing.assert_close(adapter(tokens), adapter(maps).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(adapter(maps[:, :, 0, 0]), adapter(maps)[:, :, 0, 0])
 
 
 def test_adapter_keeps_the_size_for_odd_kernels() -> None:
@@ -50,7 +51,8 @@ def test_common_size_is_the_smaller_of_each_side() -> None:
         (lambda: Projector(4, 4)(torch.zeros(2, 3)), ValueError, r"takes \(B, 4\), got float32"),
         (lambda: ConvAdapter(4, 4, kernel_size=2), ValueError, "kernel_size must be odd"),
         (lambda: ConvAdapter(4, 2)(torch.zeros(2, 3, 1, 1)), ValueError, r"takes \(B, 4, H, W\)"),
-        (lambda: ConvAdapter(4, 2)(torch.zeros(2, 4)), ValueError, r"got float32 \(2, 4\)"),
+        (lambda: ConvAdapter(4, 2)(torch.zeros(2, 3)), ValueError, r"or \(B, 4\), got float32"),
+        (lambda: ConvAdapter(4, 2)(torch.zeros(4)), ValueError, r"got float32 \(4,\)"),
     ],
 )
 def test_bad_input_is_named(call, error, message) -> None:

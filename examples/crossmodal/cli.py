@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from crossmodal.data import Wanted
-from crossmodal.methods import ALONE, METHODS, resolve
+from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
 from crossmodal.methods.variants import PAIRS, VARIANTS, Variant, Weights, plan, variant
 from crossmodal.near import did_you_mean
 from crossmodal.recipes import ROLES, DataSet, Recipe, data_sets
@@ -129,17 +129,13 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
 
 def _asked(wanted: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked, ...]:
     if kind == "sweep":
-        from crossmodal.sweeps import GROUPS
-
-        groups = wanted.group or list(GROUPS)
+        groups = wanted.group or list(SWEEPS)
         for name in groups:
-            if name not in GROUPS:
-                hint = did_you_mean(name, GROUPS)
-                raise ValueError(f"unknown group {name!r}; {hint}known: {', '.join(GROUPS)}")
-        candidates = {k: v for name in groups for k, v in GROUPS[name].items()}
+            if name not in SWEEPS:
+                hint = did_you_mean(name, SWEEPS)
+                raise ValueError(f"unknown group {name!r}; {hint}known: {', '.join(SWEEPS)}")
         found = [
-            (label, resolve(method, {method: changes} if changes else None))
-            for label, (method, changes) in candidates.items()
+            (label, resolve(text)) for name in groups for label, text in SWEEPS[name].items()
         ]
     elif entry.matched:
         if wanted.method is not None:
@@ -199,7 +195,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add(
         *("--method", "--methods"), nargs="+", metavar="NAME", dest="method",
         help="alone, kd, ds, ... (methods.toml), sums such as kd+ds, options such as "
-        "ds:dcm_1=false or kd:temperature=2,weight=0.5",
+        "ds:terms=[SEM-1,SEM-2] or kd:temperature=2,weight=0.5",
     )  # fmt: skip
     data = parser.add_argument_group("data")
     add = data.add_argument

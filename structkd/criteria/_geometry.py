@@ -164,4 +164,7 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
     """Cuts the batch so that a chunk's ``(anchors, B, max(B, D))`` keeps to the budget."""
     batch, width = rows.shape
     size = max(_FEWEST, _BUDGET // (batch * max(batch, width)))
+    if size >= batch:
+        # Without a range, one compiled graph holds for all batches that need one chunk.
+        return iter((slice(None),))
     return (slice(start, start + size) for start in range(0, batch, size))

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor
+from einops import rearrange, reduce
+from torch import Tensor, nn
 
 from structkd._checks import describe, whole
+from structkd.criteria.base import missing
 from structkd.features import Features
 
 Layers = int | Sequence[int] | None
@@ -31,7 +32,16 @@ def pooled(features: Tensor) -> Tensor:
     """Returns the mean of maps or tokens over their positions, ``(B, C)``; rows as they are."""
     if features.dim() == 2:
         return features
-    return features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+    pattern = "b c h w -> b c" if features.dim() == 4 else "b n c -> b c"
+    return reduce(features, pattern, "mean")
+
+
+def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
+    """Runs a module for maps ``(B, C, H, W)`` on maps, tokens or rows and keeps their form."""
+    result: Tensor = adapter(as_map(features))
+    if features.dim() == 4:
+        return result
+    return rearrange(result, "b c 1 1 -> b c" if features.dim() == 2 else "b c 1 n -> b n c")
 
 
 def checked_layers(layer: Layers) -> Layers:
@@ -41,17 +51,20 @@ def checked_layers(layer: Layers) -> Layers:
     if isinstance(layer, list | tuple):
         if not layer:
             raise ValueError("layer must name at least one position, got none; None means all maps")
-        return tuple(_position(value) for value in layer)
-    return _position(layer)
+        return tuple(checked_layer(value) for value in layer)
+    return checked_layer(layer)
 
 
-def _position(value: object) -> int:
-    return whole("layer", value, at_least=-(2**31))
+def checked_layer(layer: object) -> int:
+    """Returns ``layer`` after checking that it is one position, which may count from the end."""
+    return whole("layer", layer, at_least=-(2**31))
 
 
 def picked_maps(features: Features, layer: Layers, name: str) -> tuple[Tensor, ...]:
     """Returns the maps at the positions ``layer`` of ``features.intermediate``, None for all."""
     maps = features.intermediate
+    if not maps:
+        raise ValueError(missing("the criterion", f"{name}.intermediate", features, "intermediate"))
     if layer is None:
         return maps
     positions = (layer,) if isinstance(layer, int) else tuple(layer)
@@ -112,6 +125,23 @@ def common_positions(first: Tensor, second: Tensor, names: str) -> tuple[Tensor,
     Maps that differ in size are average-pooled to the smaller height and the smaller width of both.
     """
     return to_common_size(*on_one_grid(first, second, names))
+
+
+def check_positions(first: Tensor, second: Tensor, reader: str) -> None:
+    """Raises where maps of one size have one position, on which ``reader`` is 0 whatever they say.
+
+    Args:
+        first: A map ``(B, C, H, W)``.
+        second: Another of the same height and width.
+        reader: The criterion.
+    """
+    if first.shape[2] * first.shape[3] == 1:
+        raise ValueError(
+            f"{reader} compares positions, but student and teacher share one only (maps of 1 x 1, "
+            "or rows), where it is 0 whatever they hold: capture an earlier layer with positions, "
+            "leave this one out with layer=[...], or take a criterion on channels such as "
+            f"FitNetLoss; the maps came down to {describe(first)} and {describe(second)}"
+        )
 
 
 def to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

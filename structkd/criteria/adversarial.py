@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from structkd._checks import choice, labels, number, whole
-from structkd.criteria._maps import map_pair, pooled
+from structkd.criteria._maps import checked_layer, map_pair, pooled
+from structkd.criteria._rows import labelled_mean
 from structkd.criteria.base import Criterion, either, pair
 from structkd.features import Features
 
@@ -40,6 +42,9 @@ class AdversarialLogitsLoss(Criterion):
     vanishes where the discriminator wins; softplus(-D), the non-saturating loss, is strongest
     there. A weight on the criterion scales the discriminator's step too.
 
+    The predictions of the label count over the rows that have one, whose target is not -100; the
+    other parts need none and use all rows, so that a batch without a label is no error.
+
     The L1 norm sums over classes; where K is large, lower ``l1_weight``. The discriminator has no
     batch norm and no dropout: a batch's samples do not mix, and equal inputs give equal values.
 
@@ -49,10 +54,11 @@ class AdversarialLogitsLoss(Criterion):
         blocks: Residual blocks of the discriminator, each x + Linear(ReLU(Linear(x))).
         l1_weight: w_1 >= 0.
         adversarial_weight: w_2 >= 0; it leaves the discriminator's own loss as it is.
+        gather: Take the means of the label's parts over the labelled rows of all processes.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; target ``(B,)`` int64 in ``[0, K)``; output a
-        scalar in float32 (float64 for float64 inputs).
+        logits ``(B, K)`` of both, any float dtype; target ``(B,)`` int64 in ``[0, K)`` or
+        -100; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: If the target is missing or out of range, the class counts differ from
@@ -83,8 +89,9 @@ class AdversarialLogitsLoss(Criterion):
         blocks: int = 2,
         l1_weight: float = 1.0,
         adversarial_weight: float = 1.0,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         self.num_classes = whole("num_classes", num_classes)
         self.l1_weight = number("l1_weight", l1_weight, at_least=0)
         self.adversarial_weight = number("adversarial_weight", adversarial_weight, at_least=0)
@@ -93,21 +100,12 @@ class AdversarialLogitsLoss(Criterion):
         )
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> AdversarialLogitsLoss:
-        """Builds the criterion for the classes of two example forward passes, on their device.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Raises:
-            ValueError: If logits are missing or their class counts differ.
-        """
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the classes of two example passes."""
         logits, _ = pair(feats_s, feats_t, "logits")
-        return cls(logits.shape[1], **options).to(logits.device)
+        return {"num_classes": logits.shape[1]}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -119,15 +117,21 @@ class AdversarialLogitsLoss(Criterion):
                 f"logits must have num_classes={self.num_classes} columns, got {classes}; build "
                 "the criterion with AdversarialLogitsLoss.from_features"
             )
-        target = labels(target, batch, classes, reader="AdversarialLogitsLoss")
+        index, labelled = labels(target, batch, classes, reader="AdversarialLogitsLoss")
+
+        def naming(scores: Tensor) -> Tensor:
+            costs = F.cross_entropy(scores[:, 1:], index, reduction="none")
+            return labelled_mean(costs, labelled, gather=self.gather)
+
         judged = _as_constant(self.discriminator, logits_s)
         seen_s, seen_t = self.discriminator(logits_s.detach()), self.discriminator(logits_t)
-        labelled = F.cross_entropy(seen_t[:, 1:], target) + F.cross_entropy(seen_s[:, 1:], target)
         return {
             "ALKD-l1": self.l1_weight * (logits_s - logits_t).abs().sum(dim=1).mean(),
             "ALKD-adversarial": self.adversarial_weight * _fool(judged[:, 0]),
-            "ALKD-label": self.adversarial_weight * F.cross_entropy(judged[:, 1:], target),
-            "ALKD-discriminator": _tell_apart(seen_s[:, 0], seen_t[:, 0]) + labelled,
+            "ALKD-label": self.adversarial_weight * naming(judged),
+            "ALKD-discriminator": _tell_apart(seen_s[:, 0], seen_t[:, 0])
+            + naming(seen_t)
+            + naming(seen_s),
         }
 
     def extra_repr(self) -> str:
@@ -159,10 +163,12 @@ class AdversarialFeatureLoss(Criterion):
         hidden_dim: Width of the discriminator.
         blocks: Residual blocks of the discriminator.
         adversarial_weight: w >= 0; it leaves the discriminator's own loss as it is.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        embeddings ``(B, D_s)`` and ``(B, D_t)``, or maps ``(B, C, H, W)`` or ``(B, N, C)`` whose
-        sizes may differ, any float dtype; output a scalar in float32 (float64 for float64 inputs).
+        embeddings ``(B, D_s)`` and ``(B, D_t)``, or maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or
+        rows ``(B, C)``, of any two kinds and sizes, any float dtype; output a scalar in float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: If a width is not the one that the criterion was built for, ``source`` is
@@ -191,12 +197,13 @@ class AdversarialFeatureLoss(Criterion):
         hidden_dim: int = 128,
         blocks: int = 2,
         adversarial_weight: float = 1.0,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         self.student_dim = whole("student_dim", student_dim)
         self.teacher_dim = whole("teacher_dim", teacher_dim)
         self.reads = (choice("source", source, SOURCES),)  # type: ignore[misc]
-        self.layer = layer
+        self.layer = checked_layer(layer)
         self.adversarial_weight = number("adversarial_weight", adversarial_weight, at_least=0)
         self.adapter: nn.Module = nn.Identity()
         if self.student_dim != self.teacher_dim:
@@ -204,22 +211,13 @@ class AdversarialFeatureLoss(Criterion):
         self.discriminator = _ResidualMLP(self.teacher_dim, hidden_dim, 1, blocks=blocks)
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> AdversarialFeatureLoss:
-        """Builds the criterion for the widths of two example forward passes, on their device.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Raises:
-            ValueError: If the field that ``source`` names is missing.
-        """
-        source = options.get("source", "embedding")
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the widths of two example passes, of the field that ``source`` names."""
+        source = choice("source", options.get("source", "embedding"), SOURCES)
         rows_s, rows_t = _rows(feats_s, feats_t, source, options.get("layer", -1))
-        return cls(rows_s.shape[1], rows_t.shape[1], **options).to(rows_s.device)
+        return {"student_dim": rows_s.shape[1], "teacher_dim": rows_t.shape[1]}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, whole
 from structkd.criteria._gram import FORMS
-from structkd.criteria._maps import channels, common_positions, map_pair, pooled
+from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair, pooled
 from structkd.criteria.base import Criterion
 from structkd.criteria.coral import coral_distance
 from structkd.features import Features
@@ -31,9 +33,11 @@ class SemanticAlignmentLoss(Criterion):
         \varepsilon = \sqrt{C_{head}}, \qquad m_j = \tfrac{1}{N} \sum_i \pi_{ij}
 
     The cross-modal plan is the outer product of the masses :math:`m_s` and :math:`m_t`. A teacher
-    token's weight is that plan's mean over the student's tokens over the mean of :math:`m_t`, a
-    student token's is the mirror of it, each averaged over heads. Refined tokens are token times
-    weight, scaled per sample so that the squared norm of the mean token stays what it was. Then
+    token's weight is that plan's mean over the student's tokens over the mean of :math:`m_t`, and
+    a student token's the mirror of it. Masses sum to 1 over N tokens in both modalities, so their
+    means agree and cancel: the weight of a token is its own mass :math:`m_j`, averaged over heads,
+    and the outer product is never built. Refined tokens are token times weight, scaled per sample
+    so that the squared norm of the mean token stays what it was. Then
 
     .. math::
         L = CORAL(\mathrm{flat}(s'), \mathrm{flat}(t')) + CORAL(\bar s, \bar t)
@@ -41,9 +45,6 @@ class SemanticAlignmentLoss(Criterion):
     with :math:`\bar s` the map's mean over positions, which is the embedding where a network
     pools its last map. Terms: ``SKA-tokens``, ``SKA-embeddings``. 7 x 7 x 512 maps are rows of
     25,088 numbers: CORAL's Gram form keeps them to B x B.
-
-    The mean over the student's tokens leaves nothing of :math:`m_s` but its mean, so a weight is
-    :math:`m_{t,j} \bar m_s / \bar m_t`; the outer product is never built.
 
     The published total is 0.3 task + 0.4 kd + 0.3 * 0.01 * (L_ot1 + L_ot2), with
     ``scale="published"``; that weighting is the caller's: ``0.4 * KDLoss() + 0.003 *
@@ -53,10 +54,11 @@ class SemanticAlignmentLoss(Criterion):
         student_channels: Channels of the student's map. Where they differ from the teacher's, a
             :class:`ConvAdapter` brings the student's map to the teacher's channels first.
         teacher_channels: Channels of the teacher's map.
-        heads: Plans per modality, a divisor of ``teacher_channels``.
-        planner: Intra-modal planner, ``rows`` or ``both``, with ``gradient="unrolled"``, so that
-            queries and keys learn; the closed form above by default. ``both`` leaves every token
-            the same mass.
+        heads: Plans per modality, a divisor of ``teacher_channels``; ``from_features`` takes the
+            largest up to 8.
+        planner: Intra-modal planner of the constraint ``rows`` with ``gradient="unrolled"``, the
+            closed form above by default. Under ``both`` every token would have the same mass,
+            whatever its cost, and queries and keys would never learn.
         scale: ``standard`` is :class:`CORALLoss`. ``published`` multiplies each term by
             (B - 1)^2 / d, the published code's covariances.
         layer: Position in ``Features.intermediate`` of the map to read.
@@ -64,13 +66,15 @@ class SemanticAlignmentLoss(Criterion):
         gather: Estimate the covariances on the batch of all processes.
 
     Shape:
-        maps ``(B, C, H, W)``, average-pooled to a common size where sizes differ, or tokens
-        ``(B, N, C)`` of one length; any float dtype, B >= 2; output a scalar in float32 (float64
-        for float64 inputs).
+        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any two kinds, which are
+        average-pooled to a common size where sizes differ; any float dtype, B >= 2; output a scalar
+        in float32 (float64 for float64 inputs). On rows, which are one token, both terms are CORAL
+        of the rows and nothing is planned.
 
     Raises:
         ValueError: If ``heads`` does not divide ``teacher_channels``, an option is unknown, the
-            planner cannot train or plan tokens, or maps do not fit.
+            planner cannot train or plan tokens, maps do not fit, or tokens that would need a grid
+            have none.
         TypeError: If ``planner`` is no :class:`LagrangianPlanner`.
 
     References:
@@ -85,6 +89,7 @@ class SemanticAlignmentLoss(Criterion):
     """
 
     reads = ("intermediate",)
+    couples = True
     min_batch = 2
 
     def __init__(
@@ -117,34 +122,21 @@ class SemanticAlignmentLoss(Criterion):
             planner = LagrangianPlanner(epsilon, gradient="unrolled")
         self.planner = _check_planner(planner)
         self.scale = choice("scale", scale, SCALES)
-        self.layer = layer
+        self.layer = checked_layer(layer)
         self.form = choice("form", form, FORMS)
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> SemanticAlignmentLoss:
-        """Builds the criterion for the channels of two example forward passes.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Returns:
-            The criterion, on the device of the student's map.
-
-        Raises:
-            ValueError: If a map is missing.
-
-        Example:
-            >>> feats_s = Features(intermediate=torch.randn(4, 16, 7, 7))
-            >>> feats_t = Features(intermediate=torch.randn(4, 32, 4, 4))
-            >>> SemanticAlignmentLoss.from_features(feats_s, feats_t)(feats_s, feats_t).shape
-            torch.Size([])
-        """
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the channels of two example passes, and the most heads up to 8 that they take."""
         map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
-        return cls(channels(map_s), channels(map_t), **options).to(map_s.device)
+        width = channels(map_t)
+        return {
+            "student_channels": channels(map_s),
+            "teacher_channels": width,
+            "heads": next(heads for heads in range(8, 0, -1) if width % heads == 0),
+        }
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -154,10 +146,8 @@ class SemanticAlignmentLoss(Criterion):
             map_s = self.adapter(map_s)
         embedding_s, embedding_t = pooled(map_s), pooled(map_t)
         tokens_s, tokens_t = self._tokens(map_s, map_t)
-        mass_s, mass_t = self._mass(tokens_s, self.scores_s), self._mass(tokens_t, self.scores_t)
-        mean_s, mean_t = mass_s.mean(dim=-1, keepdim=True), mass_t.mean(dim=-1, keepdim=True)
-        refined_s = _refined(tokens_s, (mass_s * mean_t / mean_s).mean(dim=1))
-        refined_t = _refined(tokens_t, (mass_t * mean_s / mean_t).mean(dim=1))
+        refined_s = _refined(tokens_s, self._mass(tokens_s, self.scores_s).mean(dim=1))
+        refined_t = _refined(tokens_t, self._mass(tokens_t, self.scores_t).mean(dim=1))
         return {
             "SKA-tokens": self._coral(refined_s.flatten(1), refined_t.flatten(1)),
             "SKA-embeddings": self._coral(embedding_s, embedding_t),
@@ -175,16 +165,13 @@ class SemanticAlignmentLoss(Criterion):
                 f"{describe(map_s)} (adapted, if channels differ) and a teacher's "
                 f"{describe(map_t)}; build it with from_features"
             )
-        map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate features")
-        if map_s.dim() == 3:
-            return map_s, map_t
-        return map_s.flatten(2).transpose(1, 2), map_t.flatten(2).transpose(1, 2)
+        map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
+        return rearrange(map_s, "b c h w -> b (h w) c"), rearrange(map_t, "b c h w -> b (h w) c")
 
     def _mass(self, tokens: Tensor, scores: nn.Linear) -> Tensor:
         """Returns what every token receives under its modality's plans, ``(B, heads, N)``."""
-        batch, count, width = tokens.shape
-        split: Tensor = scores(tokens).view(batch, count, 2, self.heads, width // self.heads)
-        query, key = split.permute(2, 0, 3, 1, 4)
+        pattern = "b n (two heads d) -> two b heads n d"
+        query, key = rearrange(scores(tokens), pattern, two=2, heads=self.heads)
         # Row masses are 1 / N: what a column receives is the softmax's mean over the rows.
         return self.planner.received(-query @ key.transpose(-2, -1))
 
@@ -215,6 +202,9 @@ def _check_planner(planner: LagrangianPlanner) -> LagrangianPlanner:
             "planner must have gradient='unrolled', or queries and keys would never learn, got "
             f"{planner.gradient!r}"
         )
-    if planner.constraint == "capacity":
-        raise ValueError("planner must have constraint 'rows' or 'both', got 'capacity'")
+    if planner.constraint != "rows":
+        raise ValueError(
+            f"planner must have constraint 'rows', got {planner.constraint!r}: where the mass that "
+            "a token receives is prescribed or capped, queries and keys learn nothing or little"
+        )
     return planner

@@ -65,7 +65,10 @@ class Criterion(nn.Module):
     """
 
     reads: ClassVar[tuple[str, ...]] = ()  # a bare tensor stands for the first
+    reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
     couples: ClassVar[bool] = False  # whether the samples of a batch are compared with each other
+    # Options of from_features that are no keywords of the constructor; arguments() reads them.
+    build_options: ClassVar[tuple[str, ...]] = ()
     min_batch: ClassVar[int] = 1
     ranks: ClassVar[Mapping[str, tuple[tuple[int, ...], str]]] = _RANKS
     # Buffers that are equal on all ranks by construction, which DDP need not broadcast.
@@ -84,18 +87,22 @@ class Criterion(nn.Module):
         Args:
             feats_s: Any batch of the student's features.
             feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
+            **options: Any keyword of the constructor; it goes before what the features say.
 
         Returns:
             The criterion on the device of the features, in float64 where they are.
 
         Raises:
             ValueError: If a feature is missing that the criterion reads.
-            TypeError: If an option is no keyword of the constructor (the near names are listed).
+            TypeError: If there is no such option (the near names are listed).
         """
-        cls._check_options(options)
+        known = cls.options()
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}; {near(name, known)}")
         feats_s, feats_t = _wrapped(feats_s, "feats_s", cls), _wrapped(feats_t, "feats_t", cls)
-        criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **options})
+        given = {name: value for name, value in options.items() if name not in cls.build_options}
+        criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **given})
         for _, tensor in [*_named(feats_s, "feats_s"), *_named(feats_t, "feats_t")]:
             dtype = torch.float64 if tensor.dtype == torch.float64 else None
             return criterion.to(device=tensor.device, dtype=dtype)
@@ -113,6 +120,11 @@ class Criterion(nn.Module):
             options: What the caller of :meth:`from_features` gave, which goes first.
         """
         return {}
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Returns the names of all options that :meth:`from_features` takes."""
+        return (*inspect.signature(cls).parameters, *cls.build_options)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -142,7 +154,7 @@ class Criterion(nn.Module):
             TypeError: If a tensor is not of floating point.
         """
         student = self._read(student, "student")
-        teacher = self._read(teacher, "teacher")
+        teacher = self._read(teacher, "teacher") if self.reads_teacher else Features()
         tensors = [*_named(student, "student"), *_named(teacher, "teacher")]
         device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
@@ -185,15 +197,6 @@ class Criterion(nn.Module):
 
         super()._apply(kept_wide, recurse)  # type: ignore[no-untyped-call]
         return self
-
-    @classmethod
-    def _check_options(cls, options: Mapping[str, Any]) -> None:
-        known = inspect.signature(cls).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-            return
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no option {name!r}; {near(name, known)}")
 
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""

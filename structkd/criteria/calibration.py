@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
 
 from structkd._checks import whole
-from structkd.criteria._maps import channels, to_common_size
+from structkd.criteria._maps import (
+    Layers,
+    channels,
+    checked_layers,
+    common_positions,
+    picked_maps,
+)
+from structkd.criteria._rows import unit
 from structkd.criteria.base import Criterion
 from structkd.distributed import world_size
 from structkd.features import Features
@@ -43,15 +50,17 @@ class SemanticCalibrationLoss(Criterion):
         student_channels: Channels of every student map, in order.
         teacher_channels: Channels of every teacher map, in order; the counts may differ.
         batch_size: The batch size it is trained with, over all processes with ``gather``, >= 2.
+        layer: Position, or several, in ``Features.intermediate`` of the maps to read; all by
+            default.
         gather: Compute similarities over the batch of all processes.
 
     Shape:
-        maps ``(B, C, H, W)``, any float dtype, B = batch_size; output a scalar in float32 (float64
-        for float64 inputs).
+        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any kinds, any float
+        dtype, B = batch_size; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: If the batch, the number of maps or their channels are not those it was built
-            for.
+            for, or tokens that would need a grid have none.
 
     References:
         Chen et al., *Cross-Layer Distillation with Semantic Calibration*, AAAI 2021, with the
@@ -66,8 +75,8 @@ class SemanticCalibrationLoss(Criterion):
     """
 
     reads = ("intermediate",)
+    couples = True
     min_batch = 2
-    ranks = {"intermediate": ((4,), "4-D (B, C, H, W); reshape tokens to maps")}
 
     def __init__(
         self,
@@ -75,9 +84,11 @@ class SemanticCalibrationLoss(Criterion):
         teacher_channels: Sequence[int],
         *,
         batch_size: int,
+        layer: Layers = None,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
+        self.layer = checked_layers(layer)
         self.student_channels = _widths("student_channels", student_channels)
         self.teacher_channels = _widths("teacher_channels", teacher_channels)
         self.batch_size = whole("batch_size", batch_size, at_least=2)
@@ -90,40 +101,35 @@ class SemanticCalibrationLoss(Criterion):
         )
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> SemanticCalibrationLoss:
-        """Builds the criterion for two example passes, on their device.
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the channels and the batch size of two example passes.
 
-        Args:
-            feats_s: A batch of the student's features, of the size that training uses unless
-                ``batch_size`` says otherwise.
-            feats_t: A batch of the teacher's.
-            **options: Any keyword of the constructor.
+        The batch must be of the size that training uses unless ``batch_size`` is given.
         """
-        if not feats_s.intermediate or not feats_t.intermediate:
-            raise ValueError(
-                "from_features needs intermediate maps of both: name the layers, "
-                "FeatureCapture(net, intermediate=[...])"
-            )
-        first = feats_s.intermediate[0]
+        layer = options.get("layer")
+        maps_s = picked_maps(feats_s, layer, "student")
+        maps_t = picked_maps(feats_t, layer, "teacher")
         ranks = world_size() if options.get("gather", False) else 1
-        options.setdefault("batch_size", first.shape[0] * ranks)
-        widths_s, widths_t = (
-            [channels(value) for value in feats.intermediate] for feats in (feats_s, feats_t)
-        )
-        return cls(widths_s, widths_t, **options).to(first.device)
+        return {
+            "student_channels": [channels(value) for value in maps_s],
+            "teacher_channels": [channels(value) for value in maps_t],
+            "batch_size": maps_s[0].shape[0] * ranks,
+        }
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        self._check(student.intermediate, self.student_channels, "student")
-        self._check(teacher.intermediate, self.teacher_channels, "teacher")
-        attention = self.attention(student.intermediate, teacher.intermediate)
+        maps_s = picked_maps(student, self.layer, "student")
+        maps_t = picked_maps(teacher, self.layer, "teacher")
+        self._check(maps_s, self.student_channels, "student")
+        self._check(maps_t, self.teacher_channels, "teacher")
+        attention = self.attention(maps_s, maps_t)
         gaps = [
             _sample_gaps(projection, map_s, map_t)
-            for map_s, row in zip(student.intermediate, self.projections, strict=True)
-            for projection, map_t in zip(row, teacher.intermediate, strict=True)  # type: ignore[call-overload]
+            for map_s, row in zip(maps_s, self.projections, strict=True)
+            for projection, map_t in zip(row, maps_t, strict=True)  # type: ignore[call-overload]
         ]
         weighted = attention.flatten(1) * torch.stack(gaps, dim=1)
         return {"SemCKD": weighted.sum(dim=1).mean() / len(self.student_channels)}
@@ -131,12 +137,11 @@ class SemanticCalibrationLoss(Criterion):
     def attention(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> Tensor:
         """Returns alpha ``(B, student layers, teacher layers)``, which sums to 1 over the last."""
         queries = [
-            F.normalize(query(_similarities(value)), dim=1)
+            unit(query(_similarities(value)))
             for query, value in zip(self.queries, maps_s, strict=True)
         ]
         keys = [
-            F.normalize(key(_similarities(value)), dim=1)
-            for key, value in zip(self.keys, maps_t, strict=True)
+            unit(key(_similarities(value))) for key, value in zip(self.keys, maps_t, strict=True)
         ]
         energy = torch.bmm(torch.stack(queries, dim=1), torch.stack(keys, dim=2))
         return energy.softmax(dim=2)
@@ -157,7 +162,7 @@ class SemanticCalibrationLoss(Criterion):
             )
 
     def extra_repr(self) -> str:
-        return f"batch_size={self.batch_size}"
+        return f"batch_size={self.batch_size}, layer={self.layer}"
 
 
 def _widths(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -191,6 +196,6 @@ def _similarities(features: Tensor) -> Tensor:
 
 def _sample_gaps(projection: nn.Module, map_s: Tensor, map_t: Tensor) -> Tensor:
     """Returns every sample's mean squared error, ``(B,)``."""
-    map_s, map_t = to_common_size(map_s, map_t)
+    map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
     gap: Tensor = projection(map_s) - map_t
-    return gap.square().mean(dim=(1, 2, 3))
+    return reduce(gap.square(), "b c h w -> b", "mean")

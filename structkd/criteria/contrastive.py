@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import describe, in_range, number, whole
+from structkd.criteria._rows import unit
+from structkd.criteria._sampler import Sampler
 from structkd.criteria.base import Criterion, either
+from structkd.distributed import gather_batch, rank, shard_sizes, sum_over_ranks
 from structkd.features import Features
 from structkd.projectors import Projector
 
@@ -41,9 +45,10 @@ class ContrastiveRepresentationLoss(Criterion):
 
     Banks, Z and the sampler's state are in ``state_dict()``: a resumed run draws the same
     negatives and gives the same values as an unbroken one on the same batches. Draws are
-    independent of torch's global seed and, like all of torch's, differ between CPU and GPU. A
-    negative may be the sample itself, with chance 1/N, as in the published memory; the published
-    CIFAR-100 script draws from other classes instead, which needs the labels of the whole set.
+    independent of torch's global seed and, like all of torch's, differ between CPU and GPU: a run
+    that is resumed on the other kind of device draws others. A negative may be the sample itself,
+    with chance 1/N, as in the published memory; the published CIFAR-100 script draws from other
+    classes instead, which needs the labels of the whole set.
 
     Memory: the banks take 2 N 128 4 bytes, 51 MB for 50,000 images and 1.3 GB for 1.3 million (and
     as much in a checkpoint). Scores are one product of the batch with the bank, then a gather; B K
@@ -51,10 +56,20 @@ class ContrastiveRepresentationLoss(Criterion):
     the batch goes in slices of at most 2^26 scores, 268 MB, freed at once. What else lives are a
     few B (K + 1) tables, 8.4 MB each for the indices at B = 64.
 
-    ``index`` is the sample's position in the data set, in ``Features.index`` of the student (or of
-    the teacher, where the student's has none). A position that comes twice in a batch keeps one of
-    its updates, the last one on a CPU. A sample whose embedding is not finite leaves the banks as
-    they are. Every process keeps banks of its own and moves only the rows that it sees.
+    ``index`` is the sample's position in the data set, in ``Features.index``: the student's is
+    read, and the teacher's where the student's has none. Both banks go by it. In unpaired use,
+    where a student's sample is matched with another row of the teacher's set, that is the
+    student's position, and the teacher's bank holds at each the last teacher's row that was
+    matched with it. Of a position that comes twice in a batch the last one counts. A sample whose
+    embedding is not finite leaves the banks as they are.
+
+    Under several processes a training call is a collective one. All ranks move all rows of the
+    whole batch, so that their banks stay equal and nothing need be broadcast; Z is that of the
+    whole first batch; and a rank takes its own rows of the negatives that are drawn for the whole
+    batch. They must be built with one seed.
+
+    Under ``torch.compile`` the graph breaks where negatives are drawn, so ``fullgraph=True`` is
+    refused.
 
     Args:
         student_dim: Width of the student's embedding.
@@ -65,15 +80,18 @@ class ContrastiveRepresentationLoss(Criterion):
         temperature: tau > 0.
         momentum: mu in [0, 1].
         seed: Seeds the banks and the sampler.
+        gather: Return the value of the whole batch of all processes, with the gradient of the
+            single-process run also where ranks hold different numbers of samples.
 
     Shape:
         embeddings ``(B, D_s)`` and ``(B, D_t)``, any float dtype; index ``(B,)`` int64 in
         ``[0, N)``; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the index is missing, of another length or device, or outside the bank (on a
-            CPU; elsewhere the device's own assertion speaks), a width is not the one that the
-            criterion was built for, or an argument is out of range.
+        ValueError: If :meth:`from_features` is not given ``dataset_size``, the index is missing, of
+            another length or device, or outside the bank (on a CPU; elsewhere the device's own
+            assertion speaks), a width is not the one that the criterion was built for, or an
+            argument is out of range.
         TypeError: If the index holds no whole numbers.
 
     References:
@@ -87,6 +105,7 @@ class ContrastiveRepresentationLoss(Criterion):
     """
 
     reads = ("embedding",)
+    same_on_all_ranks = ("bank_s", "bank_t", "log_normalizer", "normalized")
     bank_s: Tensor
     bank_t: Tensor
     log_normalizer: Tensor
@@ -103,18 +122,18 @@ class ContrastiveRepresentationLoss(Criterion):
         temperature: float = 0.07,
         momentum: float = 0.5,
         seed: int = 0,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         width = whole("embedding_dim", embedding_dim)
         self.dataset_size = whole("dataset_size", dataset_size)
         self.negatives = whole("negatives", negatives)
         self.temperature = number("temperature", temperature, above=0)
         self.momentum = number("momentum", momentum, at_least=0, at_most=1)
-        self.seed = whole("seed", seed, at_least=0)
-        self.draws = 0
+        self.sampler = Sampler(whole("seed", seed, at_least=0))
         self.head_s = Projector(student_dim, width, layers=1)
         self.head_t = Projector(teacher_dim, width, layers=1)
-        random = torch.Generator().manual_seed(self.seed)
+        random = self.sampler.generator(torch.device("cpu"))
         for name in ("bank_s", "bank_t"):
             # Rows of unit length on average, as the published code starts.
             bound = math.sqrt(3 / width)
@@ -124,63 +143,72 @@ class ContrastiveRepresentationLoss(Criterion):
         self.register_buffer("normalized", torch.zeros(2, dtype=torch.bool))
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, dataset_size: int, **options: Any
-    ) -> ContrastiveRepresentationLoss:
-        """Builds the criterion for the widths of two example forward passes, on their device.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            dataset_size: The number of training samples.
-            **options: Any keyword of the constructor.
-
-        Raises:
-            ValueError: If an embedding is missing.
-        """
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the widths of two example passes; ``dataset_size`` they cannot tell."""
+        if "dataset_size" not in options:
+            raise ValueError(
+                "ContrastiveRepresentationLoss.from_features needs dataset_size=..., the number of "
+                "training samples, len(dataset): it keeps a row of each"
+            )
         embedding_s, embedding_t = either(feats_s, feats_t, "embedding")
-        criterion = cls(embedding_s.shape[1], embedding_t.shape[1], dataset_size, **options)
-        return criterion.to(embedding_s.device)
+        return {"student_dim": embedding_s.shape[1], "teacher_dim": embedding_t.shape[1]}
 
     def sample_negatives(self, batch: int) -> Tensor:
-        """Returns the negatives of the next call, ``(batch, K)`` int64; it moves nothing."""
-        device = self.bank_s.device
-        random = torch.Generator(device=device).manual_seed(_mixed(self.seed, self.draws))
-        shape = (batch, self.negatives)
-        return torch.randint(self.dataset_size, shape, generator=random, device=device)
+        """Returns the negatives of the next call, ``(batch, K)`` int64; it moves nothing.
+
+        Args:
+            batch: The samples of that call, of all processes together where it trains.
+        """
+        return self._draw(batch, moves=False)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         embedding_s, embedding_t = either(student, teacher, "embedding")
         index = self._index(student, teacher, embedding_s)
-        unit_s = F.normalize(self.head_s(embedding_s), dim=1)
-        unit_t = F.normalize(self.head_t(embedding_t), dim=1)
+        unit_s, unit_t = unit(self.head_s(embedding_s)), unit(self.head_t(embedding_t))
         learns = self.training and torch.is_grad_enabled()
+        # Outside of training nothing moves, and no rank waits for another.
+        together = learns or self.gather
+        sizes = shard_sizes(len(index), index.device) if together else [len(index)]
+        counted = sum(sizes) if self.gather else len(index)
         with torch.no_grad():
-            rows = torch.cat([index[:, None], self.sample_negatives(len(index))], dim=1)
-            found_s, grad_s = self._contrast(unit_s.detach(), self.bank_t, rows, 0, learns)
-            found_t, grad_t = self._contrast(unit_t.detach(), self.bank_s, rows, 1, learns)
+            rows = torch.cat([index[:, None], self._own_negatives(sizes, learns)], dim=1)
+            sides = ((unit_s, self.bank_t), (unit_t, self.bank_s))
+            scores = [
+                _gathered_products(values.detach(), bank, rows) / self.temperature
+                for values, bank in sides
+            ]
+            log_normalizer = self._log_normalizer(scores, sizes, learns)
+            found = [
+                self._contrast(table, bank, rows, log_z, counted)
+                for table, (_, bank), log_z in zip(scores, sides, log_normalizer, strict=True)
+            ]
             if learns:
-                self._remember(self.bank_s, index, unit_s)
-                self._remember(self.bank_t, index, unit_t)
-                self.draws += 1
-        return {
-            "CRD-student": _known_gradient(unit_s, found_s, grad_s),
-            "CRD-teacher": _known_gradient(unit_t, found_t, grad_t),
-        }
+                self._remember(index, unit_s, unit_t, sizes)
+        values = torch.stack(
+            [
+                _known_gradient(values, *value_and_gradient)
+                for (values, _), value_and_gradient in zip(sides, found, strict=True)
+            ]
+        )
+        loss_s, loss_t = (sum_over_ranks(values) if self.gather else values).unbind()
+        return {"CRD-student": loss_s, "CRD-teacher": loss_t}
 
-    def get_extra_state(self) -> Tensor:
-        """The sampler's state. On the host, where the generator is seeded without a sync."""
-        return torch.tensor([self.seed, self.draws])
+    def get_extra_state(self) -> dict[str, Any]:
+        """The sampler's state. On the host, where reading it waits for no device."""
+        return {"seed": self.sampler.seed, "states": self.sampler.states()}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed, self.draws = (int(value) for value in state)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.sampler.load(state["seed"], state["states"])
 
     def extra_repr(self) -> str:
         return (
             f"dataset_size={self.dataset_size}, negatives={self.negatives}, "
-            f"temperature={self.temperature}, momentum={self.momentum}, seed={self.seed}"
+            f"temperature={self.temperature}, momentum={self.momentum}, "
+            f"seed={self.sampler.seed}"
         )
 
     def _index(self, student: Features, teacher: Features, embedding: Tensor) -> Tensor:
@@ -204,49 +232,58 @@ class ContrastiveRepresentationLoss(Criterion):
         in_range(index, "index", self.dataset_size, "dataset_size")
         return index.long()
 
+    def _draw(self, batch: int, *, moves: bool) -> Tensor:
+        shape = (batch, self.negatives)
+        drawn: Tensor = self.sampler.draw(self.dataset_size, shape, self.bank_s.device, moves=moves)
+        return drawn
+
+    def _own_negatives(self, sizes: list[int], learns: bool) -> Tensor:
+        """Returns this rank's rows of the negatives of the whole batch."""
+        drawn = self._draw(sum(sizes), moves=learns)
+        return drawn if len(sizes) == 1 else torch.split(drawn, sizes)[rank()]
+
     def _contrast(
-        self, unit: Tensor, bank: Tensor, rows: Tensor, direction: int, learns: bool
+        self, scores: Tensor, bank: Tensor, rows: Tensor, log_normalizer: Tensor, counted: int
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss of unit rows ``(B, d)`` against ``bank[rows]``, and its gradient."""
-        scores = _gathered_products(unit, bank, rows) / self.temperature
-        log_normalizer = self._log_normalizer(scores, direction, learns)
+        """Returns the loss of scores ``(B, K + 1)``, and its gradient in their unit rows."""
         # P = sigmoid(margin)
         log_noise = math.log(self.negatives / self.dataset_size)
         margin = scores - log_normalizer - log_noise
         positive, negative = margin[:, 0], margin[:, 1:]
-        batch = unit.shape[0]
-        value = (F.softplus(-positive).sum() + F.softplus(negative).sum()) / batch
+        value = (F.softplus(-positive).sum() + F.softplus(negative).sum()) / counted
         slope = torch.sigmoid(margin)
         slope[:, 0] -= 1
-        slope /= batch * self.temperature
+        slope /= counted * self.temperature
         # The sum over i of slope_i bank[rows_i], without the gathered rows.
         return value, F.embedding_bag(rows, bank, per_sample_weights=slope, mode="sum")
 
-    def _log_normalizer(self, scores: Tensor, direction: int, learns: bool) -> Tensor:
-        """Returns log Z: the one that is set, or this batch's, which a training call sets."""
-        mean = torch.logsumexp(scores.flatten(), dim=0) - math.log(scores.numel())
-        estimate = mean + math.log(self.dataset_size)
-        is_set = self.normalized[direction]
-        chosen = torch.where(is_set, self.log_normalizer[direction], estimate)
+    def _log_normalizer(self, scores: list[Tensor], sizes: list[int], learns: bool) -> Tensor:
+        """Returns log Z ``(2,)``: what is set, or this batch's, which a training call sets."""
+        summed = torch.stack([torch.logsumexp(table.flatten(), dim=0) for table in scores])
+        if len(sizes) > 1:
+            summed = torch.logsumexp(gather_batch(summed[None], [1] * len(sizes)), dim=0)
+        count = sum(sizes) * scores[0].shape[1]
+        estimate = summed + math.log(self.dataset_size / count)
+        chosen = torch.where(self.normalized, self.log_normalizer, estimate)
         if learns:
             # A batch of NaN must not become the normaliser of the whole run.
-            sets = is_set | estimate.isfinite()
-            self.log_normalizer[direction] = torch.where(sets, chosen, 0)
-            self.normalized[direction] = sets
+            sets = self.normalized | estimate.isfinite()
+            self.log_normalizer.copy_(torch.where(sets, chosen, 0))
+            self.normalized.copy_(sets)
         return chosen
 
-    def _remember(self, bank: Tensor, index: Tensor, unit: Tensor) -> None:
-        old = bank[index]
-        moved = F.normalize(self.momentum * old + (1 - self.momentum) * unit, dim=1)
-        usable = moved.isfinite().all(dim=1, keepdim=True)
-        bank.index_copy_(0, index, torch.where(usable, moved, old).to(bank.dtype))
-
-
-def _mixed(seed: int, draws: int) -> int:
-    """Returns one seed of a run's seed and a step, far apart for neighbouring ones."""
-    # Odd multipliers are one-to-one modulo 2^64; the shift brings high bits down.
-    state = (seed * 0x9E3779B97F4A7C15 + draws * 0xD1342543DE82EF95) % 2**64
-    return (state ^ (state >> 32)) % 2**63
+    def _remember(self, index: Tensor, unit_s: Tensor, unit_t: Tensor, sizes: list[int]) -> None:
+        """Moves the rows of the whole batch in both banks, on every rank alike."""
+        if len(sizes) > 1:
+            index, unit_s, unit_t = (gather_batch(v, sizes) for v in (index, unit_s, unit_t))
+        # Writes to one row race on a GPU, so all of them write what the last one says.
+        ordered, order = index.sort(stable=True)
+        last = order[torch.searchsorted(ordered, index, right=True) - 1]
+        for bank, values in ((self.bank_s, unit_s), (self.bank_t, unit_t)):
+            old = bank[index]
+            moved = unit(self.momentum * old + (1 - self.momentum) * values[last])
+            usable = moved.isfinite().all(dim=1, keepdim=True)
+            bank.index_copy_(0, index, torch.where(usable, moved, old).to(bank.dtype))
 
 
 def _gathered_products(unit: Tensor, bank: Tensor, rows: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 
 from structkd._checks import choice
 from structkd.criteria._gram import FORMS, cross_product_energy, takes_gram
-from structkd.criteria.base import Criterion, pair
+from structkd.criteria.base import Criterion, either, pair
 from structkd.features import Features
+from structkd.projectors import Projector
 
 _CROSSOVER = 6
 
@@ -19,26 +23,32 @@ class CORALLoss(Criterion):
         L = \frac{1}{4 d^2} \|\mathrm{Cov}_s - \mathrm{Cov}_t\|_F^2, \qquad
         \mathrm{Cov}_x = \frac{1}{B-1} \sum_b (x_b - \bar x)(x_b - \bar x)^T
 
-    ``matrix`` builds both d x d covariances. ``gram`` never does: with centred rows X, Y and
-    D = X - Y, S = X + Y,
+    With centred rows X, Y and D = X - Y, S = X + Y, both forms start from the difference of the
+    rows, which keeps its digits where X is near Y. ``matrix`` builds one d x d product:
+
+    .. math:: X^T X - Y^T Y = \tfrac{1}{2} (M + M^T), \qquad M = D^T S
+
+    ``gram`` never does,
 
     .. math::
         \|X^T X - Y^T Y\|_F^2 = \tfrac{1}{2} \left(
             \langle D D^T, S S^T \rangle_F + \langle S D^T, D S^T \rangle_F \right)
 
-    which needs B x B only and, in float64, keeps its digits where X is near Y. ``auto`` takes the
-    cheaper one. Term: ``CORAL``.
+    needs B x B only, in float64. ``auto`` takes the cheaper one. Term: ``CORAL``.
 
     Args:
+        student_projector: Module ``(B, D_s) -> (B, d)`` that brings the student's embedding to the
+            teacher's width, a linear :class:`Projector` from :meth:`from_features` where widths
+            differ; none means that they agree.
         form: ``auto``, ``matrix`` or ``gram``.
         gather: Estimate the covariances on the batch of all processes.
 
     Shape:
-        student and teacher ``(B, d)``, any float dtype, B >= 2; output a scalar in float32
-        (float64 for float64 inputs).
+        student ``(B, D_s)``, teacher ``(B, d)``, any float dtype, B >= 2; output a scalar in
+        float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the widths differ or ``form`` is unknown.
+        ValueError: If the widths differ after projection or ``form`` is unknown.
 
     References:
         Sun & Saenko, *Deep CORAL: Correlation Alignment for Deep Domain Adaptation*, 2016, Eq. 1-3.
@@ -51,15 +61,38 @@ class CORALLoss(Criterion):
     """
 
     reads = ("embedding",)
+    couples = True
     min_batch = 2
 
-    def __init__(self, *, form: str = "auto", gather: bool = False) -> None:
+    def __init__(
+        self,
+        student_projector: nn.Module | None = None,
+        *,
+        form: str = "auto",
+        gather: bool = False,
+    ) -> None:
         super().__init__(gather=gather)
+        self.student_projector = student_projector
         self.form = choice("form", form, FORMS)
+
+    @classmethod
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns a linear projector where the widths of two example passes differ."""
+        if "student_projector" in options:
+            return {}
+        rows_s, rows_t = either(feats_s, feats_t, "embedding")
+        width_s, width_t = rows_s.shape[1], rows_t.shape[1]
+        if width_s == width_t:
+            return {}
+        return {"student_projector": Projector(width_s, width_t, layers=1)}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
+        if self.student_projector is not None and student.embedding is not None:
+            student = student.replace(embedding=self.student_projector(student.embedding))
         embedding_s, embedding_t = pair(student, teacher, "embedding")
         return {"CORAL": coral_distance(embedding_s, embedding_t, self.form)}
 
@@ -75,8 +108,9 @@ def coral_distance(rows_s: Tensor, rows_t: Tensor, form: str) -> Tensor:
     if takes_gram(form, rows_s, _CROSSOVER):
         distance = _gram_form(centred_s, centred_t)
     else:
-        gap = centred_s.T @ centred_s - centred_t.T @ centred_t
-        distance = gap.square().sum()
+        # A difference of two covariances would lose the digits of a small distance.
+        product = (centred_s - centred_t).T @ (centred_s + centred_t)
+        distance = ((product + product.T) / 2).square().sum()
     return distance / (4 * width**2 * (batch - 1) ** 2)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from structkd._checks import choice, number
+from structkd._checks import choice, number, whole
 from structkd.criteria._gram import FORMS, cross_product_energy, off_diagonal, takes_gram
+from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion, either
 from structkd.features import Features
+from structkd.projectors import Projector
+
+PROJECTORS = ("linear", "mlp", "none")
+REDUCTIONS = ("mean", "sum")
+TERMS = ("SEM-1", "SEM-2")
 
 _CROSSOVER = 4
 
@@ -23,8 +32,9 @@ class CrossCorrelationLoss(Criterion):
         L = \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \neq j} C_{ij}^2
 
     where :math:`z_{\cdot,i}` is a column over the batch. The loss is a sum over ``d`` channels, as
-    printed, so its weight goes with ``1 / d``. Terms: ``SEM-1`` (diagonal), ``SEM-2``. A channel
-    that is zero (constant, if centred) over the batch correlates with nothing: C is 0 there.
+    printed, so its weight goes with ``1 / d`` unless ``reduction="mean"``. Terms: ``SEM-1``
+    (diagonal), ``SEM-2``. A channel that is zero (constant, if centred) over the batch correlates
+    with nothing: C is 0 there.
 
     The loss has two exact forms. ``matrix`` builds the d x d matrix. ``gram`` uses
     :math:`\|C\|_F^2 = \langle Z_s Z_s^T, Z_t Z_t^T \rangle_F` on column-normalised Z, which needs
@@ -34,12 +44,16 @@ class CrossCorrelationLoss(Criterion):
     Args:
         student_projector: Module ``(B, D_s) -> (B, d)``; none means identity.
         teacher_projector: Module ``(B, D_t) -> (B, d)``. It is frozen, as Eq. 12 minimises over the
-            student's side only, unless ``train_teacher_projector``.
+            student's side only, unless ``train_teacher_projector``; so it shares no parameter with
+            the student's then.
+        reduction: ``mean`` divides by ``d``, so that a weight means the same at any width; ``sum``
+            is Eq. 7.
         lambd: Weight of the off-diagonal part, >= 0.
         center: Subtract the column means first, which makes C the Pearson correlation of Barlow
             Twins; the paper does not.
         form: ``auto``, ``matrix`` or ``gram``.
         train_teacher_projector: Leave the teacher's projector trainable.
+        terms: Which of ``SEM-1`` and ``SEM-2`` to take.
         gather: Correlate over the batch of all processes.
 
     Shape:
@@ -47,7 +61,9 @@ class CrossCorrelationLoss(Criterion):
         float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the projected widths differ, ``lambd`` is negative or ``form`` is unknown.
+        ValueError: If the projected widths differ, ``lambd`` is negative, an option is unknown, the
+            projectors share parameters of which one side would be frozen, or
+            ``train_teacher_projector`` has no projector to train.
 
     References:
         Si et al., *A Dimensional Structure based Knowledge Distillation Method for Cross-Modal
@@ -61,26 +77,75 @@ class CrossCorrelationLoss(Criterion):
     """
 
     reads = ("embedding",)
+    couples = True
     min_batch = 2
+    build_options = ("projector", "projector_dim")
 
     def __init__(
         self,
         student_projector: nn.Module | None = None,
         teacher_projector: nn.Module | None = None,
         *,
+        reduction: str = "sum",
         lambd: float = 5e-3,
         center: bool = False,
         form: str = "auto",
         train_teacher_projector: bool = False,
+        terms: Sequence[str] = TERMS,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
+        self.enabled = checked_terms(terms, TERMS)
+        self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.lambd = number("lambd", lambd, at_least=0)
         self.center = center
         self.form = choice("form", form, FORMS)
+        _check_projectors(student_projector, teacher_projector, train_teacher_projector)
         self.student_projector = student_projector or nn.Identity()
         self.teacher_projector = teacher_projector or nn.Identity()
         self.teacher_projector.requires_grad_(train_teacher_projector)
+
+    @classmethod
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns projectors for the widths of two example passes.
+
+        :meth:`from_features` takes two options for them. ``projector="linear"`` (the default) maps
+        the student onto the teacher's own embedding, where widths agree too: nothing says that
+        channel i of one network stands for channel i of the other. ``"mlp"`` maps both to
+        ``projector_dim``, four times the teacher's width by default; ``"none"`` compares
+        embeddings as they are.
+        """
+        if "student_projector" in options or "teacher_projector" in options:
+            for name in cls.build_options:
+                if name in options:
+                    raise ValueError(
+                        f"{name} builds projectors, but student_projector or teacher_projector was "
+                        "given: leave one of them out"
+                    )
+            return {}
+        embedding_s, embedding_t = either(feats_s, feats_t, "embedding")
+        kind = choice("projector", options.get("projector", "linear"), PROJECTORS)
+        width_s, width_t, width = embedding_s.shape[1], embedding_t.shape[1], None
+        if options.get("projector_dim") is not None:
+            width = whole("projector_dim", options["projector_dim"])
+            if kind != "mlp":
+                raise ValueError(f"projector_dim goes with projector='mlp', got projector={kind!r}")
+        if kind == "none":
+            if width_s != width_t:
+                raise ValueError(
+                    f"the embeddings are {width_s} and {width_t} wide: projector='none' needs "
+                    "equal widths, use 'linear' or 'mlp'"
+                )
+            return {}
+        if kind == "linear":
+            return {"student_projector": Projector(width_s, width_t, layers=1)}
+        width = width or 4 * width_t
+        return {
+            "student_projector": Projector(width_s, width),
+            "teacher_projector": Projector(width_t, width),
+        }
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -100,10 +165,37 @@ class CrossCorrelationLoss(Criterion):
             diagonal, off = _gram_form(unit_s, unit_t)
         else:
             diagonal, off = _matrix_form(unit_s, unit_t)
-        return {"SEM-1": (1 - diagonal).square().sum(), "SEM-2": self.lambd * off}
+        scale = 1 / projected_s.shape[1] if self.reduction == "mean" else 1.0
+        terms = {
+            "SEM-1": scale * (1 - diagonal).square().sum(),
+            "SEM-2": scale * self.lambd * off,
+        }
+        return {name: terms[name] for name in self.enabled}
 
     def extra_repr(self) -> str:
-        return f"lambd={self.lambd}, center={self.center}, form={self.form!r}"
+        return (
+            f"reduction={self.reduction!r}, lambd={self.lambd}, center={self.center}, "
+            f"form={self.form!r}, terms={self.enabled}"
+        )
+
+
+def _check_projectors(
+    student: nn.Module | None, teacher: nn.Module | None, train_teacher: bool
+) -> None:
+    if train_teacher and teacher is None:
+        raise ValueError(
+            "train_teacher_projector=True, but there is no teacher_projector to train; pass one, "
+            "or from_features(..., projector='mlp')"
+        )
+    if student is None or teacher is None or train_teacher:
+        return
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ValueError(
+            "student_projector and teacher_projector share parameters, so that freezing the "
+            "teacher's would freeze the student's: pass copy.deepcopy(projector) as "
+            "teacher_projector, or train_teacher_projector=True"
+        )
 
 
 def _unit_columns(projected: Tensor, center: bool) -> Tensor:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from structkd._checks import choice
-from structkd.criteria._maps import as_map, common_positions
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from structkd._checks import choice, describe
+from structkd.criteria._maps import (
+    Layers,
+    adapted,
+    channels,
+    checked_layers,
+    common_positions,
+    map_pairs,
+    picked_maps,
+)
 from structkd.criteria.base import Criterion
 from structkd.features import Features
+from structkd.projectors import ConvAdapter
 
 FLOWS = ("pairs", "chain")
 
@@ -29,15 +42,22 @@ class FlowMatrixLoss(Criterion):
         flows: How ``Features.intermediate`` lists the flows. ``pairs``: maps (0, 1), (2, 3), ...
             are the first and the last of a stage, as in the paper. ``chain``: each map and the
             next, (0, 1), (1, 2), ..., as in the CRD benchmark.
+        adapters: For every map of the student that is read, a module for maps ``(B, C, H, W)`` that
+            brings it to the teacher's channels, or None. FSP compares channel by channel:
+            :meth:`from_features` builds a 1x1 convolution wherever channels differ.
+        layer: Positions in ``Features.intermediate`` of the maps to read; all by default.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        maps ``(B, C, H, W)`` or tokens ``(B, N, C)``, the k-th of the student with as many
-        channels as the teacher's, any float dtype; output a scalar in float32 (float64 for float64
-        inputs).
+        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, the k-th of the student with
+        as many channels as the teacher's once adapted, any float dtype; output a scalar in float32
+        (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the numbers of maps differ or leave one without its partner, the ends of a
-            flow are of two kinds, or the matrices of student and teacher differ in shape.
+        ValueError: If the numbers of maps, or of adapters, differ or leave one without its partner,
+            the ends of a flow share no grid, or the matrices of student and teacher differ in
+            shape.
+        TypeError: If an adapter is no module.
 
     References:
         Yim et al., *A Gift from Knowledge Distillation*, 2017, Eq. 1-2, as a mean over entries,
@@ -52,20 +72,56 @@ class FlowMatrixLoss(Criterion):
 
     reads = ("intermediate",)
 
-    def __init__(self, flows: str = "pairs") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        flows: str = "pairs",
+        *,
+        adapters: Sequence[nn.Module | None] | None = None,
+        layer: Layers = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
         self.flows = choice("flows", flows, FLOWS)
+        self.layer = checked_layers(layer)
+        self.adapters = nn.ModuleList() if adapters is None else nn.ModuleList(_modules(adapters))
+
+    @classmethod
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns an adapter for every map whose channels differ in two example passes."""
+        if "adapters" in options:
+            return {}
+        widths = [
+            (channels(map_s), channels(map_t))
+            for map_s, map_t in map_pairs(feats_s, feats_t, cls.__name__, options.get("layer"))
+        ]
+        if all(width_s == width_t for width_s, width_t in widths):
+            return {}
+        return {"adapters": [None if s == t else ConvAdapter(s, t) for s, t in widths]}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        matrices_s = self._matrices(student, "student")
-        matrices_t = self._matrices(teacher, "teacher")
+        maps_s = picked_maps(student, self.layer, "student")
+        maps_t = picked_maps(teacher, self.layer, "teacher")
+        if len(self.adapters):
+            if len(self.adapters) != len(maps_s):
+                raise ValueError(
+                    f"FlowMatrixLoss has {len(self.adapters)} adapters, but reads {len(maps_s)} "
+                    "map(s) of the student: build it with from_features for the layers it meets"
+                )
+            maps_s = tuple(
+                value if isinstance(adapter, nn.Identity) else adapted(adapter, value)
+                for adapter, value in zip(self.adapters, maps_s, strict=True)
+            )
+        matrices_s = self._matrices(maps_s, "student")
+        matrices_t = self._matrices(maps_t, "teacher")
         if len(matrices_s) != len(matrices_t):
             raise ValueError(
                 f"student and teacher must have as many flows, got {len(matrices_s)} and "
-                f"{len(matrices_t)} from {len(student.intermediate)} and "
-                f"{len(teacher.intermediate)} maps; capture as many layers of both"
+                f"{len(matrices_t)} from {len(maps_s)} and {len(maps_t)} maps; capture as many "
+                "layers of both"
             )
         gaps = []
         for position, (flow_s, flow_t) in enumerate(zip(matrices_s, matrices_t, strict=True)):
@@ -73,14 +129,13 @@ class FlowMatrixLoss(Criterion):
                 raise ValueError(
                     f"flow {position} goes from {flow_s.shape[1]} to {flow_s.shape[2]} channels in "
                     f"the student and from {flow_t.shape[1]} to {flow_t.shape[2]} in the teacher; "
-                    "FSP compares channel by channel: capture layers with equal channels, or bring "
-                    "the student's maps to the teacher's with structkd.ConvAdapter first"
+                    "FSP compares channel by channel: build it with FlowMatrixLoss.from_features, "
+                    "which adapts the student's maps, or capture layers with equal channels"
                 )
             gaps.append((flow_s - flow_t).square().mean())
         return {"FSP": torch.stack(gaps).sum()}
 
-    def _matrices(self, features: Features, name: str) -> list[Tensor]:
-        maps = features.intermediate
+    def _matrices(self, maps: Sequence[Tensor], name: str) -> list[Tensor]:
         if len(maps) < 2 or (self.flows == "pairs" and len(maps) % 2):
             wanted = "maps in pairs, both ends of each stage" if self.flows == "pairs" else "2 maps"
             hint = "; flows='chain' takes each map and the next" if self.flows == "pairs" else ""
@@ -94,10 +149,21 @@ class FlowMatrixLoss(Criterion):
         ]
 
     def extra_repr(self) -> str:
-        return f"flows={self.flows!r}"
+        return f"flows={self.flows!r}, layer={self.layer}"
+
+
+def _modules(adapters: Sequence[nn.Module | None]) -> list[nn.Module]:
+    for position, adapter in enumerate(adapters):
+        if adapter is not None and not isinstance(adapter, nn.Module):
+            raise TypeError(
+                f"adapters[{position}] must be a module or None, got {describe(adapter)}"
+            )
+    return [nn.Identity() if adapter is None else adapter for adapter in adapters]
 
 
 def _flow(first: Tensor, last: Tensor, names: str) -> Tensor:
     """Returns G ``(B, C_1, C_2)``."""
-    first, last = (as_map(end).flatten(2) for end in common_positions(first, last, names))
+    first, last = (
+        rearrange(end, "b c h w -> b c (h w)") for end in common_positions(first, last, names)
+    )
     return torch.bmm(first, last.transpose(1, 2)) / first.shape[2]

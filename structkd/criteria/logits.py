@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import labels, number
+from structkd.criteria._rows import labelled_mean
 from structkd.criteria.base import Criterion, pair
 from structkd.features import Features
 
@@ -24,6 +25,7 @@ class KDLoss(Criterion):
 
     Args:
         temperature: tau > 0.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
         logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
@@ -43,8 +45,8 @@ class KDLoss(Criterion):
 
     reads = ("logits",)
 
-    def __init__(self, temperature: float = 4.0) -> None:
-        super().__init__()
+    def __init__(self, temperature: float = 4.0, *, gather: bool = False) -> None:
+        super().__init__(gather=gather)
         self.temperature = number("temperature", temperature, above=0)
 
     def compute(
@@ -65,6 +67,9 @@ class LogitMSELoss(Criterion):
 
     the mean over samples and classes. The paper's Eq. 1 is :math:`K / 2` times this: it sums over
     classes and halves. Term: ``Logits``.
+
+    Args:
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
         logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
@@ -100,7 +105,9 @@ class DKDLoss(Criterion):
         L = \frac{\tau^2}{B} \sum \left[ \alpha \, KL(b^t \| b^s)
             + \beta \, KL(\hat p^t \| \hat p^s) \right]
 
-    Terms: ``DKD-target`` (the paper's TCKD) and ``DKD-nontarget`` (NCKD). Probabilities stay in
+    Terms: ``DKD-target`` (the paper's TCKD) and ``DKD-nontarget`` (NCKD). Both need the label: B
+    counts the rows that have one, and a row whose target is -100 adds nothing; a batch without any
+    costs 0. Probabilities stay in
     logarithms, :math:`\log(1 - p_y)` is a logsumexp over the other classes, so the loss is finite
     at any gap between logits. The published code takes the logarithm of a sum of probabilities,
     which is -inf at wide gaps, and masks the label by subtracting 1000. It also ramps the loss up
@@ -110,10 +117,11 @@ class DKDLoss(Criterion):
         alpha: Weight of the target's part, >= 0.
         beta: Weight of the others' part, >= 0.
         temperature: tau > 0.
+        gather: Take means over the labelled rows of all processes.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype, K >= 2; target ``(B,)`` int64 in ``[0, K)``;
-        output a scalar in float32 (float64 for float64 inputs).
+        logits ``(B, K)`` of both, any float dtype, K >= 2; target ``(B,)`` int64 in ``[0, K)`` or
+        -100; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: If the target is missing or out of range, the class counts differ, there is one
@@ -133,8 +141,15 @@ class DKDLoss(Criterion):
 
     reads = ("logits",)
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
         self.alpha = number("alpha", alpha, at_least=0)
         self.beta = number("beta", beta, at_least=0)
         self.temperature = number("temperature", temperature, above=0)
@@ -146,18 +161,19 @@ class DKDLoss(Criterion):
         batch, classes = logits_s.shape
         if classes < 2:
             raise ValueError(f"DKDLoss needs logits of at least 2 classes, got {classes}")
-        target = labels(target, batch, classes, reader="DKDLoss")
-        others_s, others_t = _without(logits_s, target), _without(logits_t, target)
-        binary = F.kl_div(
-            _binary(logits_s, others_s, target, self.temperature),
-            _binary(logits_t, others_t, target, self.temperature),
-            reduction="batchmean",
-            log_target=True,
+        tau = self.temperature
+        index, labelled = labels(target, batch, classes, reader="DKDLoss")
+        others_s, others_t = _without(logits_s, index), _without(logits_t, index)
+        binary = _divergence(
+            _binary(logits_s, others_s, index, tau), _binary(logits_t, others_t, index, tau)
         )
-        others = softened_divergence(others_s, others_t, self.temperature)
+        others = _divergence(
+            F.log_softmax(others_s / tau, dim=1), F.log_softmax(others_t / tau, dim=1)
+        )
+        means = [labelled_mean(part, labelled, gather=self.gather) for part in (binary, others)]
         return {
-            "DKD-target": self.alpha * self.temperature**2 * binary,
-            "DKD-nontarget": self.beta * others,
+            "DKD-target": self.alpha * tau**2 * means[0],
+            "DKD-nontarget": self.beta * tau**2 * means[1],
         }
 
     def extra_repr(self) -> str:
@@ -180,6 +196,7 @@ class LogitStandardizationLoss(Criterion):
     Args:
         temperature: Base temperature tau > 0.
         weight: w >= 0; the published weight belongs to a cross-entropy of weight 0.1.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
         logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
@@ -200,8 +217,10 @@ class LogitStandardizationLoss(Criterion):
 
     reads = ("logits",)
 
-    def __init__(self, temperature: float = 2.0, weight: float = 9.0) -> None:
-        super().__init__()
+    def __init__(
+        self, temperature: float = 2.0, weight: float = 9.0, *, gather: bool = False
+    ) -> None:
+        super().__init__(gather=gather)
         self.temperature = number("temperature", temperature, above=0)
         self.weight = number("weight", weight, at_least=0)
 
@@ -220,13 +239,15 @@ class LogitStandardizationLoss(Criterion):
 
 def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns tau^2 KL(softmax(t / tau) || softmax(s / tau)), averaged over the batch."""
-    divergence = F.kl_div(
-        F.log_softmax(logits_s / temperature, dim=1),
-        F.log_softmax(logits_t / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
+    divergence = _divergence(
+        F.log_softmax(logits_s / temperature, dim=1), F.log_softmax(logits_t / temperature, dim=1)
     )
-    return temperature**2 * divergence
+    return temperature**2 * divergence.mean()
+
+
+def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Returns KL(t || s) of every row, ``(B,)``, from log-probabilities ``(B, K)``."""
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
 
 
 def _without(logits: Tensor, target: Tensor) -> Tensor:

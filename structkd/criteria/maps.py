@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 from structkd._checks import number
-from structkd.criteria._maps import as_map, common_positions, map_pairs, to_common_size
+from structkd.criteria._maps import (
+    Layers,
+    check_positions,
+    checked_layers,
+    common_positions,
+    map_pairs,
+    on_one_grid,
+    to_common_size,
+)
+from structkd.criteria._rows import unit
 from structkd.criteria.base import Criterion
 from structkd.features import Features
 
@@ -27,15 +36,20 @@ class AttentionTransferLoss(Criterion):
     average-pooled to the common size before they are normalised, as the paper has it; the CRD
     benchmark pools the features. A map that is zero has an attention of zero. Term: ``AT``.
 
+    On one position Q is 1 whatever the map holds, so a pair that shares one only is an error.
+
     Args:
         p: Power >= 1 of the channel responses.
+        layer: Position, or several, in ``Features.intermediate`` of the maps to pair; else all.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, any float dtype; output a
-        scalar in float32 (float64 for float64 inputs).
+        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, of any two kinds in a pair,
+        any float dtype; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the maps do not pair up, or ``p`` is below 1.
+        ValueError: If the maps do not pair up, a pair shares one position only, tokens that would
+            need a grid have none, or ``p`` is below 1.
 
     References:
         Zagoruyko & Komodakis, *Paying More Attention to Attention*, 2017, Eq. 1-2. The mean over
@@ -49,34 +63,33 @@ class AttentionTransferLoss(Criterion):
 
     reads = ("intermediate",)
 
-    def __init__(self, p: float = 2.0) -> None:
-        super().__init__()
+    def __init__(self, p: float = 2.0, *, layer: Layers = None, gather: bool = False) -> None:
+        super().__init__(gather=gather)
         self.p = number("p", p, at_least=1)
+        self.layer = checked_layers(layer)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         gaps = []
-        for map_s, map_t in map_pairs(student, teacher, type(self).__name__):
-            # Only the check: the features themselves are not resized.
-            if map_s.dim() != 4 or map_t.dim() != 4:
-                common_positions(map_s, map_t, _NAMES)
+        for map_s, map_t in map_pairs(student, teacher, type(self).__name__, self.layer):
+            map_s, map_t = on_one_grid(map_s, map_t, _NAMES)
             attention_s, attention_t = to_common_size(
                 self._attention(map_s), self._attention(map_t)
             )
-            unit_s, unit_t = (F.normalize(a.flatten(1), dim=1) for a in (attention_s, attention_t))
+            check_positions(attention_s, attention_t, type(self).__name__)
+            unit_s, unit_t = unit(attention_s.flatten(1)), unit(attention_t.flatten(1))
             gaps.append((unit_s - unit_t).square().mean())
         return {"AT": torch.stack(gaps).sum()}
 
     def _attention(self, features: Tensor) -> Tensor:
-        features = as_map(features)
         # Q does not change with the map's scale; near 1 no power over- or underflows.
         peak = features.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
         features = features / torch.where(peak == 0, 1, peak)
-        return features.abs().pow(self.p).mean(dim=1, keepdim=True)
+        return reduce(features.abs().pow(self.p), "b c h w -> b 1 h w", "mean")
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}, layer={self.layer}"
 
 
 class NeuronSelectivityLoss(Criterion):
@@ -99,12 +112,20 @@ class NeuronSelectivityLoss(Criterion):
     C_t)`` numbers up to a small factor, N = H W, and never ``B C^2 N``. Channel Grams are summed in
     float64, because L is a difference of near-equal numbers there.
 
+    On one position every channel's response has length 1 and all kernels are 1, so a pair that
+    shares one only is an error.
+
+    Args:
+        layer: Position, or several, in ``Features.intermediate`` of the maps to pair; else all.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
+
     Shape:
-        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, any float dtype; output a
-        scalar in float32 (float64 for float64 inputs).
+        as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, of any two kinds in a pair,
+        any float dtype; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the maps do not pair up.
+        ValueError: If the maps do not pair up, a pair shares one position only, or tokens that
+            would need a grid have none.
 
     References:
         Huang & Wang, *Like What You Like: Knowledge Distill via Neuron Selectivity Transfer*, 2017;
@@ -119,18 +140,28 @@ class NeuronSelectivityLoss(Criterion):
 
     reads = ("intermediate",)
 
+    def __init__(self, *, layer: Layers = None, gather: bool = False) -> None:
+        super().__init__(gather=gather)
+        self.layer = checked_layers(layer)
+
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         gaps = []
-        for map_s, map_t in map_pairs(student, teacher, type(self).__name__):
+        for map_s, map_t in map_pairs(student, teacher, type(self).__name__, self.layer):
             map_s, map_t = common_positions(map_s, map_t, _NAMES)
-            unit_s, unit_t = (F.normalize(as_map(m).flatten(2), dim=2) for m in (map_s, map_t))
+            check_positions(map_s, map_t, type(self).__name__)
+            unit_s, unit_t = (
+                unit(rearrange(value, "b c h w -> b c (h w)"), dim=2) for value in (map_s, map_t)
+            )
             if _channels_pay(unit_s, unit_t):
                 gaps.append(_by_channels(unit_s, unit_t))
             else:
                 gaps.append(_by_positions(unit_s, unit_t))
         return {"NST": torch.stack(gaps).sum()}
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}"
 
 
 def _channels_pay(unit_s: Tensor, unit_t: Tensor) -> bool:

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import number, whole
-from structkd.criteria._maps import as_map, channels, common_positions, map_pair
+from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair
 from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
 
-_RANKS = {"intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, C)")}
 # Keeps VID's variance from reaching zero.
 _FLOOR = 1e-5
-
-RegressionT = TypeVar("RegressionT", bound="_MapRegression")
 
 
 class _MapRegression(Criterion):
     """Reads one pair of maps and checks their channels."""
 
     reads = ("intermediate",)
-    ranks = _RANKS
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, layer: int = -1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        layer: int = -1,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
         self.student_channels = whole("student_channels", student_channels)
         self.teacher_channels = whole("teacher_channels", teacher_channels)
-        self.layer = layer
+        self.layer = checked_layer(layer)
 
     @classmethod
-    def from_features(
-        cls: type[RegressionT], feats_s: Features, feats_t: Features, **options: Any
-    ) -> RegressionT:
-        """Builds the criterion for the channels of two example forward passes.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Returns:
-            The criterion, on the device of the student's features.
-        """
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the channels of two example passes."""
         map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
-        return cls(channels(map_s), channels(map_t), **options).to(map_s.device)
+        return {"student_channels": channels(map_s), "teacher_channels": channels(map_t)}
 
     def _maps(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
         """Returns both maps as ``(B, C, H, W)`` of one size."""
@@ -64,8 +59,7 @@ class _MapRegression(Criterion):
                     f"{name}_channels={wanted}; build the criterion with "
                     f"{type(self).__name__}.from_features(feats_s, feats_t)"
                 )
-        map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
-        return as_map(map_s), as_map(map_t)
+        return common_positions(map_s, map_t, "student and teacher intermediate")
 
 
 class FitNetLoss(_MapRegression):
@@ -81,13 +75,15 @@ class FitNetLoss(_MapRegression):
         teacher_channels: Channels of the teacher's map.
         kernel_size: Odd size of the convolution.
         layer: Position in ``Features.intermediate`` of the map to read.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, any float dtype; output a
-        scalar in float32 (float64 for float64 inputs).
+        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any two kinds, any float
+        dtype; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If channels are not those it was built for, or the maps are of two kinds.
+        ValueError: If channels are not those it was built for, or tokens that would need a grid
+            have none.
 
     References:
         Romero et al., *FitNets: Hints for Thin Deep Nets*, 2015, Eq. 3, as a mean over elements;
@@ -100,9 +96,15 @@ class FitNetLoss(_MapRegression):
     """
 
     def __init__(
-        self, student_channels: int, teacher_channels: int, *, kernel_size: int = 1, layer: int = -1
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        kernel_size: int = 1,
+        layer: int = -1,
+        gather: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, layer=layer)
+        super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
         self.regressor = ConvAdapter(student_channels, teacher_channels, kernel_size=kernel_size)
 
     def compute(
@@ -131,14 +133,15 @@ class VariationalInformationLoss(_MapRegression):
         teacher_channels: Channels of the teacher's map.
         init_variance: Value of every v_c at the start, > 1e-5.
         layer: Position in ``Features.intermediate`` of the map to read.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, any float dtype; output a
-        scalar in float32 (float64 for float64 inputs).
+        maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any two kinds, any float
+        dtype; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If channels are not those it was built for, the maps are of two kinds, or
-            ``init_variance`` is out of range.
+        ValueError: If channels are not those it was built for, tokens that would need a grid have
+            none, or ``init_variance`` is out of range.
 
     References:
         Ahn et al., *Variational Information Distillation for Knowledge Transfer*, 2019, section 2,
@@ -159,8 +162,9 @@ class VariationalInformationLoss(_MapRegression):
         *,
         init_variance: float = 5.0,
         layer: int = -1,
+        gather: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, layer=layer)
+        super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
         start = number("init_variance", init_variance, above=_FLOOR) - _FLOOR
         width = self.teacher_channels
         self.mean = nn.Sequential(

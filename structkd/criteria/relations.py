@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from structkd.criteria._geometry import (
     pair_distances,
     poincare_distances,
 )
+from structkd.criteria._rows import unit
 from structkd.criteria.base import Criterion, either
 from structkd.features import Features
 from structkd.projectors import Projector
@@ -66,6 +68,7 @@ class RelationalLoss(Criterion):
     """
 
     reads = ("embedding",)
+    couples = True
     min_batch = 3
 
     def __init__(
@@ -143,6 +146,7 @@ class DistilVPRLoss(Criterion):
     """
 
     reads = ("embedding",)
+    couples = True
     min_batch = 3
 
     def __init__(
@@ -223,6 +227,7 @@ class CorrelationCongruenceLoss(Criterion):
     """
 
     reads = ("embedding",)
+    couples = True
     min_batch = 2
 
     def __init__(
@@ -241,12 +246,12 @@ class CorrelationCongruenceLoss(Criterion):
         self.teacher_embedding = Projector(whole("teacher_dim", teacher_dim), width, layers=1)
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> CorrelationCongruenceLoss:
-        """Builds the criterion for the widths of two example passes, on their device."""
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the widths of two example passes."""
         rows_s, rows_t = either(feats_s, feats_t, "embedding")
-        return cls(rows_s.shape[1], rows_t.shape[1], **options).to(rows_s.device)
+        return {"student_dim": rows_s.shape[1], "teacher_dim": rows_t.shape[1]}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -257,8 +262,8 @@ class CorrelationCongruenceLoss(Criterion):
         return {"CC": F.mse_loss(kernel_s, kernel_t)}
 
     def _kernel(self, rows: Tensor) -> Tensor:
-        unit = F.normalize(rows, dim=1)
-        scaled = 2 * self.gamma * unit @ unit.T
+        directions = unit(rows)
+        scaled = 2 * self.gamma * directions @ directions.T
         return math.exp(-2 * self.gamma) * (1 + scaled + scaled.square() / 2)
 
     def extra_repr(self) -> str:

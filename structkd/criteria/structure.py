@@ -1,26 +1,21 @@
-"""Dimensional-structure distillation: supervision, SEM and DCM in one criterion."""
+"""Dimensional-structure distillation: SEM and DCM, and the labels if asked, in one criterion."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from structkd._checks import choice, describe, labels, number, whole
-from structkd.criteria._maps import channels, map_pair
-from structkd.criteria.base import Criterion, Input, either
+from structkd._checks import choice, describe, number
+from structkd.criteria._terms import checked_terms
+from structkd.criteria.base import Criterion, Input
+from structkd.criteria.correlation import TERMS as SEM_TERMS
 from structkd.criteria.correlation import CrossCorrelationLoss
-from structkd.criteria.uniformity import SPHERE_SIGMA, UniformityCalibrationLoss
-from structkd.distributed import gather_batch
+from structkd.criteria.supervision import SupervisionLoss
+from structkd.criteria.uniformity import TERMS as DCM_TERMS
+from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.features import Features
-from structkd.projectors import ConvAdapter, Projector
-
-PROJECTORS = ("linear", "mlp", "none")
-REDUCTIONS = ("mean", "sum")
-TERMS = ("SRM", "SEM-1", "SEM-2", "DCM-1", "DCM-2")
 
 # What each variant stands for; docs/choices.md has the sweep behind "measured".
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -40,213 +35,149 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+_PARTS = (CrossCorrelationLoss, UniformityCalibrationLoss)
+
 
 class DSLoss(Criterion):
     r"""Dimensional-structure distillation.
 
     .. math::
-        L = CE + \gamma_1 \, SEM + \gamma_2 \, DCM
+        L = SRM + \gamma_1 \, SEM + \gamma_2 \, DCM
 
     with :class:`CrossCorrelationLoss` (SEM) on the embeddings, :class:`UniformityCalibrationLoss`
-    (DCM) on one intermediate map, and the cross-entropy of the student's logits where ``target`` is
-    given. The five terms of the paper's ablation are separate in :meth:`terms` and have separate
-    switches: ``SRM``, ``SEM-1``, ``SEM-2``, ``DCM-1``, ``DCM-2``.
+    (DCM) on one intermediate map, and :class:`SupervisionLoss` (SRM) on the labels where
+    ``srm=True``, which is the paper's Eq. 12 whole. The terms of its ablation are separate in
+    :meth:`terms`: ``SRM``, ``SEM-1``, ``SEM-2``, ``DCM-1``, ``DCM-2``.
 
-    ``variant="measured"`` (the default) takes the options that did best on held-out data in our
-    sweep, docs/choices.md. ``variant="printed"`` takes the equations as printed: one gamma for
-    both, SEM summed over channels, no centring, MLP projectors that raise the width with the
-    teacher's frozen, and Eq. 10's sign. Any option that is given overrides the variant's.
+    Every option belongs to one part, which the constructor takes ready made. :meth:`from_features`
+    builds the parts and takes all of their options by name, with
+
+    * ``variant="measured"`` (the default): the options that did best on held-out data in our sweep,
+      docs/choices.md: gamma 5 on the mean over SEM's channels and 0.02 on DCM, centred embeddings,
+      a linear projector, the sign of the prose;
+    * ``variant="printed"``: the equations as printed: one gamma of 0.1 for both, SEM summed over
+      channels, no centring, MLP projectors that raise the width with the teacher's frozen, and
+      Eq. 10's sign;
+    * ``terms``: the terms to take, of ``SEM-1``, ``SEM-2``, ``DCM-1`` and ``DCM-2``. A part without
+      any is not built, and has no parameters for an optimizer to decay.
+
+    Any option that is given goes before the variant's.
 
     Args:
-        student_dim: Width of the student's embedding.
-        teacher_dim: Width of the teacher's embedding.
-        student_channels: Channels of the student's map, where they differ from the teacher's.
-        teacher_channels: Channels of the teacher's map, likewise.
-        variant: ``measured`` or ``printed``.
+        sem: The part on embeddings, or None for none.
+        dcm: The part on a map, or None for none.
         gamma: Weight >= 0 of SEM and DCM, or a pair with one for each.
-        reduction: ``mean`` divides SEM by its number of channels, so that gamma does not depend on
-            the width; ``sum`` is Eq. 7.
-        lambd: Weight >= 0 of SEM's off-diagonal part.
-        center: Centre embeddings over the batch before correlating.
-        projector: ``linear`` maps the student onto the teacher's own embedding; ``mlp`` maps both
-            to ``projector_dim``; ``none`` compares embeddings as they are.
-        projector_dim: Width of the ``mlp`` projection, four times ``teacher_dim`` by default.
-        train_teacher_projector: Train the teacher's ``mlp`` projector too.
-        sigma: DCM's bandwidth > 0, or ``"median"``.
-        normalize: Scale DCM's rows to unit length.
-        pool: ``avg`` or ``flatten``, how a map becomes a row.
-        cross_sign: ``align`` or ``separate``, the sign of DCM's second term.
-        layer: Position in ``Features.intermediate`` of the map that DCM reads.
-        form: SEM's form, ``auto``, ``matrix`` or ``gram``.
-        srm: Use the cross-entropy where a target is given.
-        sem_1: Use SEM's diagonal term.
-        sem_2: Use SEM's off-diagonal term.
-        dcm_1: Use DCM's self term.
-        dcm_2: Use DCM's cross term.
-        gather: Compute on the batch of all processes.
+        srm: Add the labels' cross-entropy. The target may then mark rows without a label by -100,
+            which SEM and DCM use all the same.
+        gather: Compute every part on the batch of all processes.
 
     Shape:
         ``Features`` with ``embedding (B, D)`` where SEM is on, ``intermediate`` where DCM is on,
-        and the student's ``logits (B, K)`` where a target (class indices ``(B,)`` or probabilities
-        ``(B, K)``) is given; output a scalar.
+        and the student's ``logits (B, K)`` where SRM is: then the target is class indices ``(B,)``
+        or probabilities ``(B, K)``. Output a scalar.
 
     Raises:
-        ValueError: If an option is out of range or unknown, every term is off, or a feature that a
-            term needs is missing or of another width.
-        TypeError: If student or teacher are no ``Features``.
+        ValueError: If ``gamma`` is out of range, no part is left, or a feature that a part needs is
+            missing or of another width.
+        TypeError: If a part is of another class, or student or teacher are no ``Features``.
 
     References:
         Si et al., *A Dimensional Structure based Knowledge Distillation Method for Cross-Modal
         Learning*, Eq. 12 and Table 6.
 
     Example:
-        >>> feats = Features(logits=torch.randn(8, 10), embedding=torch.randn(8, 64),
-        ...                  intermediate=torch.randn(8, 32, 4, 4))
-        >>> criterion = DSLoss(student_dim=64, teacher_dim=64, dcm_2=False)
-        >>> list(criterion.terms(feats, feats, target=torch.arange(8)))
-        ['SRM', 'SEM-1', 'SEM-2', 'DCM-1']
+        >>> import torch
+        >>> small, large = torch.randn(8, 64, 4, 4), torch.randn(8, 256, 4, 4)
+        >>> feats_s = Features(embedding=small.mean((2, 3)), intermediate=small)
+        >>> feats_t = Features(embedding=large.mean((2, 3)), intermediate=large)
+        >>> criterion = DSLoss.from_features(feats_s, feats_t, lambd=0.01)
+        >>> list(criterion.terms(feats_s, feats_t))
+        ['SEM-1', 'SEM-2', 'DCM-1', 'DCM-2']
+        >>> parts = DSLoss(sem=CrossCorrelationLoss(torch.nn.Linear(64, 256)), gamma=0.1)
+        >>> parts(feats_s, feats_t).shape
+        torch.Size([])
     """
+
+    couples = True
+    build_options = (
+        "variant",
+        *dict.fromkeys(name for kind in _PARTS for name in kind.options() if name != "gather"),
+    )
 
     def __init__(
         self,
-        student_dim: int,
-        teacher_dim: int,
+        sem: CrossCorrelationLoss | None = None,
+        dcm: UniformityCalibrationLoss | None = None,
         *,
-        student_channels: int | None = None,
-        teacher_channels: int | None = None,
-        variant: str = "measured",
-        gamma: float | tuple[float, float] | None = None,
-        reduction: str | None = None,
-        lambd: float = 5e-3,
-        center: bool | None = None,
-        projector: str | None = None,
-        projector_dim: int | None = None,
-        train_teacher_projector: bool = False,
-        sigma: float | str = SPHERE_SIGMA,
-        normalize: bool = True,
-        pool: str = "avg",
-        cross_sign: str | None = None,
-        layer: int = -1,
-        form: str = "auto",
-        srm: bool = True,
-        sem_1: bool = True,
-        sem_2: bool = True,
-        dcm_1: bool = True,
-        dcm_2: bool = True,
+        gamma: float | tuple[float, float],
+        srm: bool = False,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        defaults = VARIANTS[choice("variant", variant, tuple(VARIANTS))]
-        switches = (srm, sem_1, sem_2, dcm_1, dcm_2)
-        self.enabled = tuple(name for name, on in zip(TERMS, switches, strict=True) if on)
-        if not self.enabled:
-            raise ValueError("srm, sem_1, sem_2, dcm_1 and dcm_2 are all False: nothing is left")
-        self.gamma = _gamma_pair(defaults["gamma"] if gamma is None else gamma)
-        reduction = choice("reduction", reduction or defaults["reduction"], REDUCTIONS)
-        kind = choice("projector", projector or defaults["projector"], PROJECTORS)
-        student_dim = whole("student_dim", student_dim)
-        teacher_dim = whole("teacher_dim", teacher_dim)
-        project_s, project_t, width = _projectors(kind, student_dim, teacher_dim, projector_dim)
-        self.sem_scale = 1 / width if reduction == "mean" else 1.0
-        sem = CrossCorrelationLoss(
-            project_s,
-            project_t,
-            lambd=lambd,
-            center=defaults["center"] if center is None else center,
-            form=form,
-            train_teacher_projector=train_teacher_projector,
-            gather=gather,
-        )
-        dcm = UniformityCalibrationLoss(
-            _adapter(student_channels, teacher_channels),
-            sigma=sigma,
-            normalize=normalize,
-            pool=pool,
-            cross_sign=cross_sign or defaults["cross_sign"],
-            layer=layer,
-            gather=gather,
-        )
-        # A part that is switched off has no parameters for an optimizer to decay.
-        self.sem = sem if sem_1 or sem_2 else None
-        self.dcm = dcm if dcm_1 or dcm_2 else None
+        for name, part, kind in (
+            ("sem", sem, CrossCorrelationLoss),
+            ("dcm", dcm, UniformityCalibrationLoss),
+        ):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {describe(part)}")
+        if sem is None and dcm is None and not srm:
+            raise ValueError("sem and dcm are None and srm is False: nothing is left")
+        self.gamma = _gamma_pair(gamma)
+        self.srm = SupervisionLoss() if srm else None
+        self.sem = sem
+        self.dcm = dcm
+        parts: list[Criterion] = [part for part in (self.srm, sem, dcm) if part is not None]
+        self.reads = tuple(field for part in parts for field in part.reads)  # type: ignore[misc]
+        for each in parts:
+            each.gather = each.gather or gather
 
     @classmethod
-    def from_features(cls, feats_s: Features, feats_t: Features, **options: Any) -> DSLoss:
-        """Builds the criterion for the widths of two example forward passes.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Returns:
-            The criterion, on the device of the student's features.
-
-        Raises:
-            ValueError: If an embedding is missing, or a map where a DCM term is on.
-
-        Example:
-            >>> small, large = torch.randn(4, 64, 8, 8), torch.randn(4, 256, 8, 8)
-            >>> feats_s = Features(embedding=small.mean((2, 3)), intermediate=small)
-            >>> feats_t = Features(embedding=large.mean((2, 3)), intermediate=large)
-            >>> criterion = DSLoss.from_features(feats_s, feats_t)
-            >>> criterion(feats_s, feats_t).shape
-            torch.Size([])
-        """
-        feats_s, feats_t = _features(feats_s, "feats_s"), _features(feats_t, "feats_t")
-        if options.get("dcm_1", True) or options.get("dcm_2", True):
-            map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
-            options.setdefault("student_channels", channels(map_s))
-            options.setdefault("teacher_channels", channels(map_t))
-        embedding_s, embedding_t = either(feats_s, feats_t, "embedding")
-        criterion = cls(embedding_s.shape[1], embedding_t.shape[1], **options)
-        return criterion.to(embedding_s.device)
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the parts for the widths of two example passes, and the variant's gamma."""
+        name = choice("variant", options.get("variant", "measured"), tuple(VARIANTS))
+        variant = dict(VARIANTS[name])
+        if "student_projector" in options or "teacher_projector" in options:
+            del variant["projector"]
+        found: dict[str, Any] = {"gamma": variant.pop("gamma")}
+        terms = checked_terms(options.get("terms", SEM_TERMS + DCM_TERMS), SEM_TERMS + DCM_TERMS)
+        for part, kind, own in (
+            ("sem", CrossCorrelationLoss, SEM_TERMS),
+            ("dcm", UniformityCalibrationLoss, DCM_TERMS),
+        ):
+            takes = [option for option in kind.options() if option not in ("terms", "gather")]
+            given = {option: options[option] for option in takes if option in options}
+            if part in options:
+                if given:
+                    raise ValueError(
+                        f"{', '.join(given)} belong to the {kind.__name__} that from_features "
+                        f"builds, but {part} was given: set them there"
+                    )
+                continue
+            chosen = tuple(term for term in terms if term in own)
+            if chosen:
+                preset = {option: variant[option] for option in takes if option in variant}
+                found[part] = kind.from_features(
+                    feats_s, feats_t, terms=chosen, **{**preset, **given}
+                )
+        return found
 
     def terms(
         self, student: Input, teacher: Input, target: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Returns the enabled terms, gamma included; ``SRM`` only where a target is given."""
+        """Returns the terms of all parts, gamma included."""
         student, teacher = _features(student, "student"), _features(teacher, "teacher")
         found: dict[str, Tensor] = {}
-        if target is not None and "SRM" in self.enabled:
-            found["SRM"] = self._supervision(student, target)
-        if self.sem is not None:
-            scale = self.gamma[0] * self.sem_scale
-            for name, value in self.sem.terms(student, teacher).items():
-                found[name] = scale * value
-        if self.dcm is not None:
-            for name, value in self.dcm.terms(student, teacher).items():
-                found[name] = self.gamma[1] * value
-        found = {name: value for name, value in found.items() if name in self.enabled}
-        if not found:
-            raise ValueError("target is missing and srm is the only term that is on")
+        weights = (1.0, *self.gamma)
+        for part, weight in zip((self.srm, self.sem, self.dcm), weights, strict=True):
+            if part is not None:
+                for name, value in part.terms(student, teacher, target).items():
+                    found[name] = weight * value
         return found
 
-    def _supervision(self, student: Features, target: Tensor) -> Tensor:
-        logits = student.logits
-        if logits is None:
-            raise ValueError(
-                "a target was given, but student.logits is missing: pass Features as "
-                "FeatureCapture gives them, or leave the cross-entropy to your loop with srm=False"
-            )
-        self._check_tensor(logits, "student.logits", "logits")
-        batch, classes = logits.shape
-        if target.is_floating_point():
-            if target.shape != logits.shape:
-                raise ValueError(
-                    f"target probabilities must have shape {tuple(logits.shape)}, "
-                    f"got {tuple(target.shape)}"
-                )
-        else:
-            target = labels(target, batch, classes, reader="DSLoss")
-        if self.gather:
-            logits, target = gather_batch(logits), gather_batch(target)
-        with torch.autocast(logits.device.type, enabled=False):
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(logits, target)
-
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, enabled={', '.join(self.enabled)}"
+        return f"gamma={self.gamma}"
 
 
 def _features(given: object, name: str) -> Features:
@@ -262,33 +193,3 @@ def _gamma_pair(gamma: float | tuple[float, float]) -> tuple[float, float]:
         return number("gamma[0]", gamma[0], at_least=0), number("gamma[1]", gamma[1], at_least=0)
     value = number("gamma", gamma, at_least=0)
     return value, value
-
-
-def _projectors(
-    kind: str, student_dim: int, teacher_dim: int, projector_dim: int | None
-) -> tuple[nn.Module | None, nn.Module | None, int]:
-    """Returns the student's projector, the teacher's, and the width that they meet in."""
-    if kind != "mlp" and projector_dim is not None:
-        raise ValueError(f"projector_dim goes with projector='mlp', got projector={kind!r}")
-    if kind == "none":
-        if student_dim != teacher_dim:
-            raise ValueError(
-                f"student_dim={student_dim} and teacher_dim={teacher_dim} differ: projector='none' "
-                "needs equal widths, use 'linear' or 'mlp'"
-            )
-        return None, None, teacher_dim
-    if kind == "linear":
-        return Projector(student_dim, teacher_dim, layers=1), None, teacher_dim
-    width = 4 * teacher_dim if projector_dim is None else whole("projector_dim", projector_dim)
-    return Projector(student_dim, width), Projector(teacher_dim, width), width
-
-
-def _adapter(student_channels: int | None, teacher_channels: int | None) -> ConvAdapter | None:
-    if (student_channels is None) != (teacher_channels is None):
-        raise ValueError(
-            f"student_channels and teacher_channels go together, got {student_channels} and "
-            f"{teacher_channels}"
-        )
-    if student_channels is None or teacher_channels is None or student_channels == teacher_channels:
-        return None
-    return ConvAdapter(student_channels, teacher_channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class CurriculumTemperatureLoss(Criterion):
         high: Upper bound of T, > ``low``. The published code writes (1, 21) as t_start 1, t_end 20.
         ramp_epochs: E, the epochs until the reversal has its full strength.
         strength: lambda >= 0, the full strength.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
         logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
@@ -73,8 +75,9 @@ class CurriculumTemperatureLoss(Criterion):
         high: float = 21.0,
         ramp_epochs: int = 10,
         strength: float = 1.0,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         self.low = number("low", low, above=0)
         self.high = number("high", high, above=self.low)
         self.ramp_epochs = whole("ramp_epochs", ramp_epochs)
@@ -83,21 +86,12 @@ class CurriculumTemperatureLoss(Criterion):
         self.register_buffer("epoch", torch.tensor(1))
 
     @classmethod
-    def from_features(
-        cls, feats_s: Features, feats_t: Features, **options: Any
-    ) -> CurriculumTemperatureLoss:
-        """Builds the criterion on the device of two example forward passes.
-
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor.
-
-        Raises:
-            ValueError: If logits are missing or their class counts differ.
-        """
-        logits, _ = pair(feats_s, feats_t, "logits")
-        return cls(**options).to(logits.device)
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Checks that both networks score the same classes; the constructor needs no width."""
+        pair(feats_s, feats_t, "logits")
+        return {}
 
     @property
     def temperature(self) -> Tensor:
@@ -111,8 +105,8 @@ class CurriculumTemperatureLoss(Criterion):
         progress = self.epoch.to(raw.dtype).clamp(0, self.ramp_epochs) / self.ramp_epochs
         return 0.5 * self.strength * (1 - torch.cos(math.pi * progress))
 
-    def step_epoch(self) -> None:
-        """Moves the ramp on by one epoch; call it at the end of every epoch."""
+    def epoch_ended(self) -> None:
+        """Moves the ramp on by one epoch; :meth:`step_epoch` calls it, in sums too."""
         self.epoch += 1
 
     def compute(

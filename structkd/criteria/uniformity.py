@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, number
-from structkd.criteria._maps import map_pair, pooled, to_common_size
+from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair, pooled
+from structkd.criteria._rows import unit
+from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion
 from structkd.features import Features
+from structkd.projectors import ConvAdapter
 
 POOLS = ("avg", "flatten")
 CROSS_SIGNS = ("separate", "align")
+TERMS = ("DCM-1", "DCM-2")
 # Wang & Isola's exp(-2 d^2) on the unit sphere.
 SPHERE_SIGMA = math.sqrt(0.5)
 
@@ -42,13 +47,15 @@ class UniformityCalibrationLoss(Criterion):
 
     Args:
         adapter: Module that brings the student's map to the teacher's channels, a
-            :class:`ConvAdapter` for example; none means that they agree.
+            :class:`ConvAdapter` for example, which :meth:`from_features` builds where channels
+            differ; none means that they agree.
         sigma: Bandwidth > 0, or ``"median"``.
-        normalize: Scale rows to unit length.
+        normalize: Scale rows to unit length. A row of zeros stays one, and sends no gradient.
         pool: ``avg`` averages a map over its positions; ``flatten`` keeps them, and average-pools
-            both maps to a common size first where sizes differ.
+            both maps to a common size first where sizes differ. Maps, tokens and rows may meet.
         cross_sign: ``separate`` or ``align``.
         layer: Position in ``Features.intermediate`` of the map to read.
+        terms: Which of ``DCM-1`` and ``DCM-2`` to take.
         gather: Spread over the batch of all processes.
 
     Shape:
@@ -71,8 +78,8 @@ class UniformityCalibrationLoss(Criterion):
     """
 
     reads = ("intermediate",)
+    couples = True
     min_batch = 2
-    ranks = {"intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, n)")}
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class UniformityCalibrationLoss(Criterion):
         pool: str = "avg",
         cross_sign: str = "separate",
         layer: int = -1,
+        terms: Sequence[str] = TERMS,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
@@ -95,7 +103,18 @@ class UniformityCalibrationLoss(Criterion):
         self.normalize = normalize
         self.pool = choice("pool", pool, POOLS)
         self.cross_sign = choice("cross_sign", cross_sign, CROSS_SIGNS)
-        self.layer = layer
+        self.layer = checked_layer(layer)
+        self.enabled = checked_terms(terms, TERMS)
+
+    @classmethod
+    def arguments(
+        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns an adapter where the channels of two example passes differ."""
+        if "adapter" in options:
+            return {}
+        width_s, width_t = map(channels, map_pair(feats_s, feats_t, options.get("layer", -1)))
+        return {} if width_s == width_t else {"adapter": ConvAdapter(width_s, width_t)}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -105,38 +124,34 @@ class UniformityCalibrationLoss(Criterion):
             map_s = self.adapter(map_s)
         rows_s, rows_t = self._rows(map_s, map_t)
         variance = self._variance(rows_t)
-        own = _mean_kernel(_squared_distances(rows_s, None), variance)
-        cross = _mean_kernel(_squared_distances(rows_s, rows_t), variance)
-        return {"DCM-1": own, "DCM-2": cross if self.cross_sign == "separate" else -cross}
+        terms = {}
+        if "DCM-1" in self.enabled:
+            terms["DCM-1"] = _mean_kernel(_squared_distances(rows_s, None), variance)
+        if "DCM-2" in self.enabled:
+            cross = _mean_kernel(_squared_distances(rows_s, rows_t), variance)
+            terms["DCM-2"] = cross if self.cross_sign == "separate" else -cross
+        return terms
 
     def extra_repr(self) -> str:
         sigma = "median" if self.sigma is None else f"{self.sigma:.4g}"
         return (
             f"sigma={sigma}, normalize={self.normalize}, pool={self.pool!r}, "
-            f"cross_sign={self.cross_sign!r}"
+            f"cross_sign={self.cross_sign!r}, terms={self.enabled}"
         )
 
     def _rows(self, map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
-        if map_s.dim() != map_t.dim():
+        if channels(map_s) != channels(map_t):
             raise ValueError(
-                "student and teacher intermediate features must have the same rank, got "
-                f"{describe(map_s)} and {describe(map_t)}"
-            )
-        if self.pool == "flatten" and map_s.dim() == 4:
-            map_s, map_t = to_common_size(map_s, map_t)
-        rows_s, rows_t = self._to_rows(map_s), self._to_rows(map_t)
-        if rows_s.shape[1] != rows_t.shape[1]:
-            raise ValueError(
-                "student and teacher intermediate features must have one width, got "
+                "student and teacher intermediate features must have the same channels, got "
                 f"{describe(map_s)} and {describe(map_t)}; pass adapter="
                 "structkd.ConvAdapter(student_channels, teacher_channels)"
             )
-        return rows_s, rows_t
-
-    def _to_rows(self, features: Tensor) -> Tensor:
-        if features.dim() > 2:
-            features = features.flatten(1) if self.pool == "flatten" else pooled(features)
-        return F.normalize(features, dim=1) if self.normalize else features
+        if self.pool == "flatten":
+            map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
+            rows_s, rows_t = map_s.flatten(1), map_t.flatten(1)
+        else:
+            rows_s, rows_t = pooled(map_s), pooled(map_t)
+        return (unit(rows_s), unit(rows_t)) if self.normalize else (rows_s, rows_t)
 
     def _variance(self, rows_t: Tensor) -> Tensor | float:
         if self.sigma is not None:
@@ -165,4 +180,6 @@ def _squared_distances(left: Tensor, right: Tensor | None) -> Tensor:
 
 
 def _mean_kernel(squared: Tensor, variance: Tensor | float) -> Tensor:
-    return torch.logsumexp((-squared / variance).flatten(), dim=0) - math.log(squared.numel())
+    # The count as a tensor: a compiled graph would be bound to one batch size by its logarithm.
+    count = squared.new_full((), squared.numel())
+    return torch.logsumexp((-squared / variance).flatten(), dim=0) - count.log()

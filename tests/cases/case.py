@@ -36,6 +36,7 @@ class Case:
         scales: Factors on the inputs for which value and gradient must be finite in float32.
         half_scales: The same in bfloat16 and float16; only factors whose true gradient fits.
         gradcheck: The gradient with respect to the student is the value's (not reversed, sampled).
+        reads_teacher: It looks at the teacher's features.
         pure: Calling twice gives the same value (no memory is updated, nothing is sampled).
         compiles: ``torch.compile(fullgraph=True)`` takes it.
         zero: ``zero(seed) -> Example`` whose value is 0, where the criterion has such an optimum.
@@ -50,6 +51,7 @@ class Case:
     scales: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2, 1e4)
     half_scales: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2, 1e4)
     gradcheck: bool = True
+    reads_teacher: bool = True
     pure: bool = True
     compiles: bool = True
     zero: Callable[[int], Example] | None = field(default=None)

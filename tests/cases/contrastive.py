@@ -44,7 +44,7 @@ def _oracle(example: Example) -> Tensor:
     return sum(terms.values())
 
 
-# compiles=False: the seeded torch.Generator of a step cannot be traced.
+# compiles=False: the graph breaks where the generator draws, see test_contrastive.py.
 # order_free=False: the negatives of a sample are drawn by its place in the batch.
 CASES = [
     Case("crd", _later, ("embedding",), _oracle, order_free=False, compiles=False),

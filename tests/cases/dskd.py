@@ -12,6 +12,7 @@ from structkd import (
     DSLoss,
     Features,
     Projector,
+    SupervisionLoss,
     UniformityCalibrationLoss,
 )
 from tests.cases.case import Case, Example, generator, normal, pick
@@ -140,28 +141,20 @@ def _ds(variant: str):
         rng = generator(seed)
         width_s, width_t = pick(rng, 2, 4), pick(rng, 2, 4)
         torch.manual_seed(seed)
-        criterion = DSLoss(
-            width_s,
-            width_t,
-            student_channels=2,
-            teacher_channels=3,
-            variant=variant,
-            gamma=(0.7, 0.3),
-            projector="linear",
-        ).double()
-        return Example(
-            criterion,
-            Features(
-                logits=normal(rng, batch, 3),
-                embedding=normal(rng, batch, width_s),
-                intermediate=normal(rng, batch, 2, 2, 2),
-            ),
-            Features(
-                embedding=normal(rng, batch, width_t),
-                intermediate=normal(rng, batch, 3, 3, 3),
-            ),
-            torch.randint(0, 3, (batch,), generator=rng),
+        student = Features(
+            logits=normal(rng, batch, 3),
+            embedding=normal(rng, batch, width_s),
+            intermediate=normal(rng, batch, 2, 2, 2),
         )
+        teacher = Features(
+            embedding=normal(rng, batch, width_t),
+            intermediate=normal(rng, batch, 3, 3, 3),
+        )
+        criterion = DSLoss.from_features(
+            student, teacher, variant=variant, gamma=(0.7, 0.3), projector="linear", srm=True
+        )
+        target = torch.randint(0, 3, (batch,), generator=rng)
+        return Example(criterion, student, teacher, target)
 
     def oracle(example: Example) -> Tensor:
         student, teacher, criterion = example.student, example.teacher, example.criterion
@@ -181,6 +174,23 @@ def _ds(variant: str):
         return supervision + 0.7 * sem + 0.3 * dcm
 
     return make, oracle
+
+
+def _srm(smoothing: float):
+    def make(seed: int, batch: int) -> Example:
+        rng = generator(seed)
+        classes = pick(rng, 1, 5)
+        target = torch.randint(0, classes, (batch,), generator=rng)
+        target[1::2] = -100
+        student = Features(logits=2 * normal(rng, batch, classes))
+        return Example(
+            SupervisionLoss(label_smoothing=smoothing).double(), student, Features(), target
+        )
+
+    def oracle(example: Example) -> Tensor:
+        return dskd.supervision(example.student.logits, example.target, smoothing)
+
+    return make, ("logits",), oracle
 
 
 def _mlp(seed: int, batch: int) -> Example:
@@ -212,6 +222,8 @@ _CORAL_HALF = (1e-4, 1e-2, 1.0, 10.0)
 _MEDIAN_HALF = (1e-2, 1.0, 1e2, 1e4)
 
 CASES = [
+    Case("srm", *_srm(0.0), reads_teacher=False),
+    Case("srm-smoothed", *_srm(0.2), reads_teacher=False),
     *(
         Case(
             f"sem-{form}-{'centred' if center else 'raw'}",

@@ -176,7 +176,7 @@ def test_bad_input_is_named() -> None:
     criterion = AdversarialLogitsLoss(3)
     with pytest.raises(ValueError, match="AdversarialLogitsLoss needs target"):
         criterion(logits, logits)
-    with pytest.raises(ValueError, match=r"target must lie in 0\.\.2"):
+    with pytest.raises(ValueError, match=r"target must lie in 0\.\.2 \(or be -100"):
         criterion(logits, logits, torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="logits must have one width, got 3 and 4"):
         criterion(logits, torch.zeros(2, 4), torch.tensor([0, 1]))
@@ -210,3 +210,29 @@ def test_bad_input_is_named() -> None:
 def test_bad_arguments_are_named(make, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("labelled", [[0, 2, 3], []], ids=len)
+def test_only_the_parts_that_read_labels_leave_rows_out(labelled: list[int]) -> None:
+    torch.manual_seed(0)
+    criterion = AdversarialLogitsLoss(3)
+    student, teacher = torch.randn(2, 5, 3)
+    student.requires_grad_()
+    target = torch.tensor([0, 1, 2, 0, 1])
+    some = torch.full((5,), -100)
+    some[labelled] = target[labelled]
+    full, got = (criterion.terms(student, teacher, labels) for labels in (target, some))
+    for name in ("ALKD-l1", "ALKD-adversarial"):
+        torch.testing.assert_close(got[name], full[name])
+    own = criterion.discriminator
+    told = nn.functional.softplus(-own(teacher)[:, 0]) + nn.functional.softplus(own(student)[:, 0])
+    want, cross_entropy = told.mean(), nn.functional.cross_entropy
+    if labelled:
+        for logits in (student, teacher):
+            want = want + cross_entropy(own(logits[labelled])[:, 1:], target[labelled])
+        label = cross_entropy(own(student[labelled])[:, 1:], target[labelled])
+    else:
+        label = torch.zeros(())
+    torch.testing.assert_close(got["ALKD-discriminator"], want)
+    torch.testing.assert_close(got["ALKD-label"], label)
+    assert torch.autograd.grad(sum(got.values()), student)[0].isfinite().all()

@@ -64,13 +64,13 @@ def test_what_does_not_fit_is_named() -> None:
         criterion(student, student)
     with pytest.raises(ValueError, match=r"expected student_channels=\(2, 3\).*from_features"):
         criterion(teacher, teacher)
-    with pytest.raises(ValueError, match=r"student.intermediate must be 4-D .* reshape tokens"):
-        criterion([torch.randn(8, 4, 2), torch.randn(8, 4, 3)], teacher)
+    with pytest.raises(ValueError, match=r"whose 5 tokens form no square"):
+        criterion([torch.randn(8, 5, 2), torch.randn(8, 5, 3)], teacher)
     with pytest.raises(ValueError, match="batch_size must be at least 2, got 1"):
         SemanticCalibrationLoss([2], [3], batch_size=1)
     with pytest.raises(TypeError, match="student_channels must be a list"):
         SemanticCalibrationLoss([], [3], batch_size=4)
     with pytest.raises(ValueError, match=r"teacher_channels\[1\] must be at least 1, got 0"):
         SemanticCalibrationLoss([2], [3, 0], batch_size=4)
-    with pytest.raises(ValueError, match="from_features needs intermediate maps"):
+    with pytest.raises(ValueError, match=r"needs teacher.intermediate: name a layer"):
         SemanticCalibrationLoss.from_features(student, Features(embedding=torch.zeros(8, 3)))

@@ -15,13 +15,19 @@ from torch import Tensor
 
 import structkd
 import tests.cases
-from structkd import Criterion, Features
+from structkd import Criterion, CriterionSum, Features
 from tests.cases.case import Case, Example
 
 CASES: list[Case] = [
     case
     for module in pkgutil.iter_modules(tests.cases.__path__)
     for case in getattr(importlib.import_module(f"tests.cases.{module.name}"), "CASES", [])
+]
+PUBLIC: list[type[Criterion]] = [
+    kind
+    for kind in (getattr(structkd, name) for name in structkd.__all__)
+    if inspect.isclass(kind) and issubclass(kind, Criterion)
+    if kind not in (Criterion, CriterionSum)
 ]
 IDS = [case.name for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -58,6 +64,10 @@ def _make(case: Case, seed: int = 0, batch: int = 5) -> Example:
 
 def _run(example: Example) -> Tensor:
     return example.criterion(example.student, example.teacher, example.target)
+
+
+def _given(example: Example) -> tuple[Features, Features, Tensor | None]:
+    return example.student, example.teacher, example.target
 
 
 def _fresh(case: Case, example: Example) -> Criterion:
@@ -255,6 +265,8 @@ def test_zero_at_the_optimum(case: Case) -> None:
 
 @every_case
 def test_batches_that_differ_are_named(case: Case) -> None:
+    if not case.reads_teacher:
+        pytest.skip("does not read the teacher")
     example = _make(case)
     shorter = _change(example.teacher, lambda v: torch.cat([v, v]))
     with pytest.raises(ValueError, match=r"same samples.*batch size"):
@@ -305,12 +317,55 @@ def test_too_small_a_batch_is_named(case: Case) -> None:
 
 
 @every_case
-def test_half_precision_parameters_are_named(case: Case) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_loops_leave_the_criterion_exact(case: Case, dtype: torch.dtype) -> None:
+    """Loops that call ``.half()`` on all of a model must not round what a criterion holds."""
+    plain, moved = _make(case), _make(case)
+    plain.criterion.float()
+    torch.nn.ModuleList([moved.criterion.float()]).to(dtype)
+    for name, value in moved.criterion.state_dict().items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, plain.criterion.state_dict()[name], rtol=0, atol=0)
+    student, teacher = (
+        _change(feats, lambda v: v.detach().to(dtype)) for feats in (plain.student, plain.teacher)
+    )
+    wanted = plain.criterion(student, teacher, plain.target)
+    value = moved.criterion(student, teacher, moved.target)
+    torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+    assert value.dtype == torch.float32
+
+
+@every_case
+def test_division_is_multiplication_by_the_inverse(case: Case) -> None:
+    half = (_make(case).criterion / 2)(*_given(_make(case)))
+    torch.testing.assert_close(half, _run(_make(case)) / 2)
+    with pytest.raises(ZeroDivisionError, match="divided by 0"):
+        _make(case).criterion / 0
+
+
+@every_case
+def test_gather_is_accepted_and_changes_nothing_in_one_process(case: Case) -> None:
+    assert "gather" in inspect.signature(type(_make(case).criterion)).parameters
+    wanted, example = _run(_make(case)), _make(case)
+    for module in example.criterion.modules():
+        if isinstance(module, Criterion):
+            module.gather = True
+    torch.testing.assert_close(_run(example), wanted, rtol=1e-12, atol=1e-14)
+
+
+@every_case
+def test_weights_change_without_a_recompile(case: Case) -> None:
+    if not case.compiles:
+        pytest.skip("does not compile; its case says why")
+    torch._dynamo.reset()
     example = _make(case)
-    if not list(example.criterion.parameters()):
-        pytest.skip("has no parameters")
-    with pytest.raises(TypeError, match="keep the criterion in float32"):
-        _run(replace(example, criterion=example.criterion.half()))
+    both = CriterionSum({"it": example.criterion})
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    value = compiled(*_given(example))
+    both.set_weight("it", 0.25)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        quarter = compiled(*_given(example))
+    torch.testing.assert_close(quarter, value / 4)
 
 
 @every_case
@@ -332,14 +387,8 @@ def test_docstring_says_what_a_user_needs(case: Case) -> None:
 
 
 def test_every_public_criterion_has_a_case() -> None:
-    public = {
-        name
-        for name in structkd.__all__
-        if inspect.isclass(getattr(structkd, name))
-        and issubclass(getattr(structkd, name), Criterion)
-    }
     covered = {type(case.make(0, 5).criterion).__name__ for case in CASES}
-    assert public - covered == {"Criterion"}
+    assert {kind.__name__ for kind in PUBLIC} == covered
 
 
 def test_case_names_are_unique() -> None:

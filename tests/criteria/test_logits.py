@@ -187,3 +187,23 @@ def test_kd_equals_torchdistill() -> None:
     torch.testing.assert_close(0.5 * F.cross_entropy(student, target) + 0.5 * ours, peer(0.5))
     # Without hard labels it drops tau^2 too; Hinton et al. want it wherever tau is not 1.
     torch.testing.assert_close(ours, 16 * peer(0.0))
+
+
+@pytest.mark.parametrize("labelled", [[0, 2, 3], [5], []], ids=len)
+def test_rows_without_a_label_count_in_nothing_that_reads_it(labelled: list[int]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 4, generator=rng)
+    student.requires_grad_()
+    target = torch.full((6,), -100)
+    target[labelled] = torch.tensor(labelled, dtype=torch.int64) % 4
+    terms = DKDLoss().terms(student, teacher, target)
+    if labelled:
+        kept = (student[labelled], teacher[labelled], target[labelled])
+        for name, value in DKDLoss().terms(*kept).items():
+            torch.testing.assert_close(terms[name], value)
+    (gradient,) = torch.autograd.grad(sum(terms.values()), student)
+    without = [row for row in range(6) if row not in labelled]
+    assert (gradient[without] == 0).all()
+    assert gradient.isfinite().all()
+    if not labelled:
+        assert all(float(value.detach()) == 0 for value in terms.values())

@@ -94,9 +94,7 @@ def test_regression_names_what_does_not_fit(build) -> None:
         criterion(_maps((2, 4, 2, 2)), _maps((2, 5, 2, 2)))
     with pytest.raises(ValueError, match=r"teacher_channels=5; build .*from_features"):
         criterion(_maps((2, 3, 2, 2)), _maps((2, 6, 2, 2)))
-    with pytest.raises(ValueError, match="of one kind, got float32"):
-        criterion(_maps((2, 3, 2, 2)), _maps((2, 4, 5)))
-    with pytest.raises(ValueError, match="as many tokens"):
+    with pytest.raises(ValueError, match="whose 7 tokens form no square"):
         criterion(_maps((2, 7, 3)), _maps((2, 4, 5)))
     with pytest.raises(ValueError, match=r"layer=2, but student.intermediate holds 1 map"):
         build(3, 5, layer=2)(_maps((2, 3, 2, 2)), _maps((2, 5, 2, 2)))
@@ -109,12 +107,36 @@ def test_pairing_names_what_does_not_fit(criterion: Criterion) -> None:
     one, two = _maps((2, 3, 2, 2)), _maps((2, 3, 2, 2), (2, 4, 2, 2))
     with pytest.raises(ValueError, match=r"pairs the maps .* got 1 and 2 map\(s\); capture"):
         criterion(one, two)
-    with pytest.raises(ValueError, match="of one kind"):
-        criterion(one, _maps((2, 4, 3)))
-    with pytest.raises(ValueError, match="as many tokens"):
+    with pytest.raises(ValueError, match="whose 5 tokens form no square"):
         criterion(_maps((2, 5, 3)), _maps((2, 4, 3)))
-    with pytest.raises(ValueError, match="must be 4-D"):
-        criterion(_maps((2, 3)), _maps((2, 3)))
+    for small in (_maps((2, 3)), _maps((2, 3, 1, 1)), _maps((2, 1, 3))):
+        with pytest.raises(ValueError, match=r"share one only.*: capture an earlier layer"):
+            criterion(small, one)
+
+
+@pytest.mark.parametrize("kind", [AttentionTransferLoss, NeuronSelectivityLoss])
+def test_layer_picks_the_pairs(kind: type[Criterion]) -> None:
+    maps_s = _maps((2, 3, 2, 2), (2, 4, 4, 4), (2, 5))
+    maps_t = _maps((2, 3, 4, 4), (2, 4, 2, 2), (2, 5), seed=1)
+    one = lambda k: kind()(  # noqa: E731
+        maps_s.intermediate[k], maps_t.intermediate[k]
+    )
+    torch.testing.assert_close(kind(layer=1)(maps_s, maps_t), one(1))
+    torch.testing.assert_close(kind(layer=[-2, 0])(maps_s, maps_t), one(0) + one(1))
+    with pytest.raises(ValueError, match=r"layer=3, but student\.intermediate holds 3"):
+        kind(layer=3)(maps_s, maps_t)
+    with pytest.raises(TypeError, match="layer must be a whole number, got str"):
+        kind(layer="layer2")
+
+
+@pytest.mark.parametrize("kind", [AttentionTransferLoss, NeuronSelectivityLoss])
+def test_tokens_of_a_grid_are_the_map_itself(kind: type[Criterion]) -> None:
+    student, teacher = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 2, 2)
+    tokens = student.flatten(2).transpose(1, 2)
+    flat = teacher.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(kind()(student, flat), kind()(student, teacher))
+    same = torch.randn(2, 5, 2, 4)
+    torch.testing.assert_close(kind()(tokens, same), kind()(student, same))
 
 
 def test_attention_names_a_bad_power() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import weakref
 
@@ -19,6 +20,8 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from tests.reference import relations
+
+GEOMETRY = importlib.import_module("structkd.criteria._geometry")
 
 
 class _Memory(TorchDispatchMode):
@@ -68,7 +71,7 @@ def test_memory_grows_with_the_square_of_the_batch(criterion: Criterion) -> None
 
 
 def test_chunks_beyond_the_budget_grow_with_the_square(monkeypatch) -> None:
-    monkeypatch.setattr("structkd.criteria._geometry._BUDGET", 1)
+    monkeypatch.setattr(GEOMETRY, "_BUDGET", 1)
     for batch in (48, 96):
         memory = _measure(RelationalLoss(), batch, 16)
         assert memory.largest <= 8 * batch**2
@@ -78,7 +81,7 @@ def test_chunks_beyond_the_budget_grow_with_the_square(monkeypatch) -> None:
 def test_chunks_change_nothing(monkeypatch) -> None:
     results = []
     for budget in (2**20, 1):
-        monkeypatch.setattr("structkd.criteria._geometry._BUDGET", budget)
+        monkeypatch.setattr(GEOMETRY, "_BUDGET", budget)
         torch.manual_seed(0)
         student = torch.randn(21, 3, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(21, 5, dtype=torch.float64)

@@ -117,7 +117,7 @@ def test_from_features() -> None:
     criterion = CurriculumTemperatureLoss.from_features(feats, feats, low=2.0, ramp_epochs=3)
     assert criterion.low == 2.0
     assert criterion.ramp_epochs == 3
-    with pytest.raises(ValueError, match="logits is missing"):
+    with pytest.raises(ValueError, match=r"needs teacher\.logits"):
         CurriculumTemperatureLoss.from_features(feats, Features())
 
 

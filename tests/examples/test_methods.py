@@ -49,7 +49,7 @@ def test_a_sum_takes_each_criterion_at_its_own_weight() -> None:
     torch.manual_seed(0)
     criterion = plan.build(student, teacher, SETUP)
     torch.manual_seed(0)
-    ds = DSLoss.from_features(student, teacher, srm=False)
+    ds = DSLoss.from_features(student, teacher)
     expected = 0.9 * KDLoss(temperature=4.0)(student, teacher) + ds(student, teacher)
     torch.testing.assert_close(criterion(student, teacher), expected)
 
@@ -64,7 +64,7 @@ def test_options_override_the_criterion_and_its_weight() -> None:
     criterion = plan.build(student, teacher, SETUP)
     expected = 0.5 * KDLoss(temperature=2.0)(student, teacher)
     torch.testing.assert_close(criterion(student, teacher), expected)
-    ds = resolve("ds", {"ds": {"dcm_1": False, "dcm_2": False}}).build(student, teacher, SETUP)
+    ds = resolve("ds", {"ds": {"terms": ["SEM-1", "SEM-2"]}}).build(student, teacher, SETUP)
     assert set(ds.terms(student, teacher)) == {"SEM-1", "SEM-2"}
 
 
@@ -175,7 +175,7 @@ def test_a_description_changes_with_every_option() -> None:
         description("ds", gamma=1.0),
         description("ds", reduction="sum"),  # no part of DSLoss's repr
         description("ds", lambd=0.1),
-        description("ds", sem_2=False),
+        description("ds", terms=["SEM-1", "DCM-1", "DCM-2"]),
         description("fitnets"),
         description("fitnets", kernel_size=3),
     ]

@@ -97,3 +97,15 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         peak = row.max()
         total = total - (row[label] - peak - torch.log(torch.exp(row - peak).sum()))
     return total / len(logits)
+
+
+def supervision(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with smoothed labels, the mean over rows that have one."""
+    costs = []
+    for row, label in zip(logits, target.tolist(), strict=True):
+        if label == -100:
+            continue
+        logs = [value - torch.log(sum(torch.exp(v) for v in row)) for value in row]
+        even = sum(logs) / len(logs)
+        costs.append(-(1 - smoothing) * logs[label] - smoothing * even)
+    return sum(costs) / len(costs)

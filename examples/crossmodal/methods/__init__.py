@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -93,6 +94,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+SWEEPS: dict[str, dict[str, str]] = tomllib.loads(
+    Path(__file__).with_name("sweeps.toml").read_text()
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A resolved method: what to build, and the weight of the cross-entropy.
@@ -142,7 +148,7 @@ class Plan:
 
 
 def resolve(name: str, options: Options | None = None) -> Plan:
-    """Look up a method or a sum of methods, ``kd``, ``kd+ds``, ``ds:dcm_1=false,gamma=2+kd``.
+    """Look up a method or a sum of methods, ``kd``, ``kd+ds``, ``ds:terms=[SEM-1,SEM-2],gamma=2+kd``.
 
     A sum takes every criterion at its own weight and the cross-entropy at weight 1. Options follow
     a part's name and are keywords of its criterion, or ``weight``; they are part of the name.
@@ -181,7 +187,7 @@ def resolve(name: str, options: Options | None = None) -> Plan:
     title = "+".join(
         part
         + (
-            ":" + ",".join(f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in own.items())
+            ":" + ",".join(f"{k}={written(v)}" for k, v in own.items())
             if own
             else ""
         )
@@ -191,20 +197,12 @@ def resolve(name: str, options: Options | None = None) -> Plan:
 
 
 def _options(method: str, listed: str) -> dict[str, Any]:
-    """``temperature=2,dcm_1=false`` as keywords; commas inside brackets belong to the value."""
+    """``temperature=2,terms=[SEM-1,SEM-2]`` as keywords."""
     found: dict[str, Any] = {}
-    depth, items = 0, [""]
-    for letter in listed:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and not depth:
-            items.append("")
-        else:
-            items[-1] += letter
-    entry = METHODS[method]
     known = ["weight"]
-    if entry.criterion:
-        known += list(inspect.signature(getattr(structkd, entry.criterion)).parameters)
-    for item in filter(None, items):
+    if METHODS[method].criterion:
+        known += list(inspect.signature(getattr(structkd, METHODS[method].criterion)).parameters)
+    for item in _split(listed):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
             raise ValueError(
@@ -215,16 +213,30 @@ def _options(method: str, listed: str) -> dict[str, Any]:
     return found
 
 
+def _split(listed: str) -> list[str]:
+    """The parts between commas; commas inside brackets belong to their part."""
+    return [part for part in re.split(r",(?![^\[(]*[\])])", listed) if part.strip()]
+
+
 def value(text: str) -> Any:
     """A value from the command line: true, false, none, a number, [a, b], or the text itself."""
-    lowered = text.strip().lower()
-    if lowered in ("none", "null"):
-        return None
-    try:
-        found = json.loads(lowered.replace("(", "[").replace(")", "]"))
-    except ValueError:
-        return text.strip()
-    return tuple(found) if isinstance(found, list) else found
+    text = text.strip()
+    if text[:1] in ("[", "("):
+        return tuple(value(part) for part in _split(text[1:-1]))
+    plain = {"none": None, "true": True, "false": False}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def written(option: object) -> str:
+    """The text that ``value`` reads back."""
+    if isinstance(option, list | tuple):
+        return f"[{','.join(written(part) for part in option)}]"
+    return str(option).lower() if option is None or isinstance(option, bool) else str(option)
 
 
 def described(criterion: Criterion) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Supervision by labels (SRM): the task's own loss, as a criterion."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structkd._checks import NO_LABEL, labels, number
+from structkd.criteria._rows import labelled_mean
+from structkd.criteria.base import Criterion, missing
+from structkd.features import Features
+
+
+class SupervisionLoss(Criterion):
+    r"""Cross-entropy of the student's logits with the labels, over the rows that have one.
+
+    With :math:`\mathcal{Y}` the rows whose target is not -100,
+
+    .. math::
+        L = -\frac{1}{|\mathcal{Y}|} \sum_{b \in \mathcal{Y}} \log \mathrm{softmax}(s_b)_{y_b}
+
+    It is what ``torch.nn.functional.cross_entropy`` computes, as a criterion that can stand in a
+    sum. A batch without a label costs exactly 0, with a gradient of 0, where torch's mean is NaN.
+    It reads the student only: the teacher's features may be empty. Term: ``SRM``.
+
+    Args:
+        label_smoothing: Share of a label's mass, in [0, 1], that is spread over all classes.
+        gather: Take the mean over the labelled rows of all processes. Value and gradient under
+            ``DistributedDataParallel`` then equal the single-process run, whatever number of labels
+            a rank holds, none included. Without it every rank takes the mean of its own, which is
+            the same where all rows have labels. It is off by default, like every criterion's,
+            because a call is then a collective one: a validation on rank 0 alone would wait for
+            the others for ever.
+
+    Shape:
+        the student's logits ``(B, K)``, any float dtype; target ``(B,)`` int64 in ``[0, K)`` or
+        -100, or probabilities ``(B, K)``, where every row is labelled; output a scalar in float32
+        (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the target is missing, out of range or of another shape, or
+            ``label_smoothing`` is out of range.
+        TypeError: If the target is neither whole numbers nor probabilities.
+
+    References:
+        Si et al., *A Dimensional Structure based Knowledge Distillation Method for Cross-Modal
+        Learning*, Eq. 1-2.
+
+    Example:
+        >>> student = Features(logits=torch.zeros(3, 2))
+        >>> target = torch.tensor([0, -100, 1])  # the second row has no label
+        >>> SupervisionLoss()(student, Features(), target)
+        tensor(0.6931)
+    """
+
+    reads = ("logits",)
+    reads_teacher: ClassVar[bool] = False
+
+    def __init__(self, *, label_smoothing: float = 0.0, gather: bool = False) -> None:
+        super().__init__(gather=gather)
+        self.label_smoothing = number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        logits = student.logits
+        if logits is None:
+            raise ValueError(missing("SupervisionLoss", "student.logits", student, "logits"))
+        batch, classes = logits.shape
+        if target is None:
+            raise ValueError(
+                "SupervisionLoss needs target, class indices (B,) with "
+                f"{NO_LABEL} where a row has no label, or probabilities (B, K): pass it as 3rd "
+                "argument"
+            )
+        if target.is_floating_point():
+            if target.shape != logits.shape:
+                raise ValueError(
+                    f"target probabilities must have shape {tuple(logits.shape)}, "
+                    f"got {tuple(target.shape)}"
+                )
+            wanted = target.to(logits.dtype)
+            labelled = torch.ones(batch, dtype=torch.bool, device=logits.device)
+        else:
+            wanted, labelled = labels(target, batch, classes, reader="SupervisionLoss")
+        costs = F.cross_entropy(
+            logits, wanted, reduction="none", label_smoothing=self.label_smoothing
+        )
+        return {"SRM": labelled_mean(costs, labelled, gather=self.gather)}
+
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing}"

@@ -1,0 +1,124 @@
+"""Every public criterion is built from example features of every kind, and says what it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import structkd
+from structkd import Criterion, CriterionSum, Features
+from tests.criteria.test_contract import PUBLIC
+
+BATCH, CLASSES = 6, 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ContrastiveRepresentationLoss": {"dataset_size": 20, "negatives": 4},
+    "AdversarialFeatureLoss": {"source": "intermediate"},
+    "SemanticAlignmentLoss": {"heads": 2},
+    "DSLoss": {"srm": True},
+}
+SHAPES = {
+    "maps": lambda width: ((width, 4, 4), (2 * width, 2, 2)),
+    "tokens": lambda width: ((16, width), (9, 2 * width)),
+    "rows": lambda width: ((width,), (2 * width,)),
+}
+# On one position attention and selectivity are 0 whatever the maps hold.
+NEED_POSITIONS = ("AttentionTransferLoss", "NeuronSelectivityLoss")
+every_public = pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.__name__)
+
+
+def _network(layout: str, width: int, dtype: torch.dtype = torch.float32) -> Features:
+    rng = torch.Generator().manual_seed(width)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape, generator=rng, dtype=dtype).requires_grad_()
+
+    return Features(
+        logits=randn(CLASSES),
+        embedding=randn(width),
+        intermediate=tuple(randn(*shape) for shape in SHAPES[layout](width)),
+        index=torch.arange(BATCH),
+    )
+
+
+def _build(kind: type[Criterion], student: Features, teacher: Features) -> Criterion:
+    torch.manual_seed(0)
+    return kind.from_features(student, teacher, **OPTIONS.get(kind.__name__, {}))
+
+
+@every_public
+@pytest.mark.parametrize("layout_t", list(SHAPES))
+@pytest.mark.parametrize("layout_s", list(SHAPES))
+def test_any_student_meets_any_teacher(kind, layout_s: str, layout_t: str) -> None:
+    student, teacher = _network(layout_s, 6), _network(layout_t, 8)
+    criterion = _build(kind, student, teacher)
+    target = torch.arange(BATCH) % CLASSES
+    if kind.__name__ in NEED_POSITIONS and "rows" in (layout_s, layout_t):
+        with pytest.raises(ValueError, match=r"share one only.*capture an earlier layer"):
+            criterion(student, teacher, target)
+        return
+    value = criterion(student, teacher, target)
+    assert value.isfinite()
+    value.backward()
+    reached = [student.logits.grad, student.embedding.grad]
+    reached += [value.grad for value in student.intermediate]
+    assert any(grad is not None and grad.abs().max() > 0 for grad in reached)
+
+
+@every_public
+def test_the_criterion_has_the_precision_of_the_features(kind) -> None:
+    student, teacher = (_network("maps", width, torch.float64) for width in (6, 8))
+    criterion = _build(kind, student, teacher)
+    assert all(p.dtype == torch.float64 for p in criterion.parameters())
+    assert criterion(student, teacher, torch.arange(BATCH) % CLASSES).dtype == torch.float64
+
+
+@every_public
+def test_an_option_that_does_not_exist_is_named_with_its_like(kind) -> None:
+    student, teacher = _network("maps", 6), _network("maps", 8)
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no option 'gathr'; near.*gather"):
+        kind.from_features(student, teacher, gathr=True)
+
+
+@every_public
+def test_gather_is_an_option_of_each(kind) -> None:
+    student, teacher = _network("maps", 6), _network("maps", 8)
+    options = OPTIONS.get(kind.__name__, {})
+    assert kind.from_features(student, teacher, gather=True, **options).gather
+    assert not kind.from_features(student, teacher, **options).gather
+
+
+def test_what_the_caller_gives_goes_first() -> None:
+    student, teacher = _network("maps", 6), _network("maps", 8)
+    own = torch.nn.Linear(6, 8)
+    for kind in (structkd.CORALLoss, structkd.CrossCorrelationLoss):
+        assert kind.from_features(student, teacher, student_projector=own).student_projector is own
+    adapter = structkd.ConvAdapter(12, 16, kernel_size=3)
+    built = structkd.UniformityCalibrationLoss.from_features(student, teacher, adapter=adapter)
+    assert built.adapter is adapter
+    first = structkd.UniformityCalibrationLoss.from_features(student, teacher, layer=0)
+    assert (first.adapter.in_channels, first.adapter.out_channels) == (6, 8)
+
+
+def test_members_of_a_sum_load_whatever_their_order() -> None:
+    student, teacher = _network("maps", 6), _network("maps", 8)
+    make = lambda: (  # noqa: E731
+        structkd.FitNetLoss.from_features(student, teacher),
+        structkd.CorrelationCongruenceLoss.from_features(student, teacher),
+    )
+    (fit, cc), (other_fit, other_cc) = make(), make()
+    saved, other = fit + 0.5 * cc, 0.5 * other_cc + other_fit
+    other.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(other(student, teacher), saved(student, teacher))
+    named = CriterionSum({"hint": fit, "kernel": cc}, {"kernel": 0.5})
+    torch.testing.assert_close(named(student, teacher), saved(student, teacher))
+    assert {name.split(".")[1] for name in named.state_dict()} == {"hint", "kernel"}
+
+
+def test_epochs_count_inside_sums_and_once() -> None:
+    ctkd = structkd.CurriculumTemperatureLoss()
+    whole = 0.5 * (structkd.KDLoss() + 2 * ctkd) + structkd.LogitMSELoss()
+    whole.step_epoch()
+    assert int(ctkd.epoch) == 2
