@@ -228,7 +228,8 @@ def data_sets(more: Path | None = None) -> dict[str, DataSet]:
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"recipes {path} cannot be read: {error}") from error
         for name, entry in content.items():
-            found[name] = checked(DataSet, {"name": name, **entry}, f"{path.name} [{name}]")
+            whole = {**content.get(entry.pop("like", ""), {}), **entry, "name": name}
+            found[name] = checked(DataSet, whole, f"{path.name} [{name}]")
     halved = {
         PREFIX + name: replace(entry, name=PREFIX + name, unpaired=True)
         for name, entry in found.items()

@@ -21,6 +21,21 @@ from tests.examples.test_engine import Quiet
 from tests.examples.tiny import opened, recipe
 
 ROOT = Path(__file__).parents[2]
+RUN = """
+import sys
+from pathlib import Path
+from crossmodal import recipes
+from crossmodal.data import sources
+from tests.examples.test_processes import five_steps
+from tests.examples.tiny import CLASSES, ENTRY, half
+
+method, rank, world, path = sys.argv[1:]
+sources.open_tiny = lambda folder, download: sources.Source(CLASSES, half(80, 1), half(40, 2))
+file = Path(path).with_suffix(f".{rank}.toml")
+file.write_text(recipes.FILE.read_text() + ENTRY)
+recipes.FILE = file
+five_steps(method, int(rank), int(world), Path(path))
+"""
 
 
 class Plain(nn.Module):
@@ -70,13 +85,6 @@ def test_two_processes_equal_one_after_five_steps(method: str, tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    run = "import sys; from pathlib import Path; from tests.examples import conftest, test_processes as t; "
-    run += "from crossmodal.data import sources; from crossmodal import recipes; "
-    run += "from tests.examples.tiny import CLASSES, ENTRY, half; "
-    run += "sources.open_tiny = lambda f, d: sources.Source(CLASSES, half(80, 1), half(40, 2)); "
-    run += "file = Path(sys.argv[4]).with_suffix(f'.{sys.argv[2]}.toml'); "
-    run += "file.write_text(recipes.FILE.read_text() + ENTRY); recipes.FILE = file; "
-    run += "t.five_steps(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))"
     found = []
     for world in (1, 2):
         path, processes = tmp_path / f"{world}.pt", []
@@ -86,7 +94,7 @@ def test_two_processes_equal_one_after_five_steps(method: str, tmp_path: Path) -
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                                 "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-            arguments = [sys.executable, "-c", run, method, str(rank), str(world), str(path)]
+            arguments = [sys.executable, "-c", RUN, method, str(rank), str(world), str(path)]
             processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment))
         assert [process.wait(timeout=120) for process in processes] == [0] * world
         found.append(torch.load(path, weights_only=True))

@@ -6,7 +6,6 @@ sets of different samples, told only by class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
