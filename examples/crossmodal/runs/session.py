@@ -267,7 +267,9 @@ class Session:
             return Supervised(self._new(0), "rich"), batches.take(torch.arange(size), epoch=0)
 
         name = f"{self._device.type}, {job.models['teacher']}, batch {student.batch_size}"
-        settled, line = preflight.chosen_precision(student, job.out, name, make, job.device)
+        settled, line = preflight.chosen_precision(
+            student, job.out, name, make, job.device, self._agreed
+        )
         if line and not self.helper:
             self.say(line)
         found = {}
