@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from crossmodal import models
+from crossmodal.data import Batches
 from crossmodal.recipes import data_sets
+from crossmodal.runs.epochs import Epochs
 from crossmodal.runs.progress import Show
 from crossmodal.runs.store import Checkpoint, Results, digest, key, write_atomically
 from crossmodal.training.engine import Training, accelerator_for, fit
@@ -129,7 +131,8 @@ def test_two_processes_in_one_folder_keep_every_result(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy-2.png").exists()
 
 
-def test_several_jobs_share_the_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_several_jobs_share_the_students(tmp_path: Path) -> None:
     command = [sys.executable, "examples/train.py", "mnist", "--limit", "100", "--epochs", "2",
                "--seeds", "3", "--method", "alone", "--device", "cpu", "--precision", "fp32",
                "--jobs", "2", "--out", str(tmp_path)]  # fmt: skip
@@ -167,10 +170,8 @@ def damage(place: Path, kind: str) -> None:
 def test_a_damaged_epoch_is_named_and_the_one_before_it_is_used(
     kind: str, file: str, tmp_path: Path
 ) -> None:
-    from crossmodal.runs.epochs import Epochs
-
     views, made = opened(), recipe(epochs=4)
-    batches = __import__("crossmodal.data", fromlist=["Batches"]).Batches(made, poor=views.poor)
+    batches = Batches(made, poor=views.poor)
     told: list[str] = []
 
     class Cut(Quiet):

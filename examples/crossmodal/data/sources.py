@@ -139,22 +139,26 @@ def _in_memory(images: NDArray[np.uint8], labels: Rows) -> Images:
 
 def open_image_folder(root: Path, *, size: tuple[int, int]) -> Source:
     """``train/<class>/*`` and ``test/<class>/*``, every image RGB of ``size`` (height, width)."""
-    classes = {half: _subfolders(root / half) for half in ("train", "test")}
-    if classes["train"] != classes["test"]:
-        only = sorted(set(classes["train"]) ^ set(classes["test"]))
+    classes = common_classes(root / "train", root / "test")
+    halves = [_folder_images(root / half, classes, size) for half in ("train", "test")]
+    return Source(classes, *halves)
+
+
+def common_classes(first: Path, second: Path) -> list[str]:
+    """The class folders of two folders, which must be the same."""
+    found = [{child.name for child in f.iterdir() if child.is_dir()} for f in (first, second)]
+    if found[0] != found[1]:
+        only = ", ".join(sorted(found[0] ^ found[1]))
         raise ValueError(
-            f"class folders of {root / 'train'} and {root / 'test'} differ: {', '.join(only)} "
-            "in one alone; fix: give both the same class folders"
+            f"class folders of {first} and {second} differ: {only} in one alone; "
+            "fix: give both the same class folders"
         )
-    halves = [_folder_images(root / half, classes["train"], size) for half in ("train", "test")]
-    return Source(classes["train"], *halves)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
-    if not names:
-        raise ValueError(f"{folder} has no class folders; fix: lay images out as <class>/<image>")
-    return names
+    if len(found[0]) < 2:
+        raise ValueError(
+            f"{first} has {len(found[0]) or 'no'} class folders, at least 2 are needed; fix: lay "
+            "images out as <class>/<image>"
+        )
+    return sorted(found[0])
 
 
 def _folder_images(folder: Path, classes: list[str], size: tuple[int, int]) -> Images:
