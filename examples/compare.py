@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from crossmodal.cli import compare
+from crossmodal.cli import main
 
 if __name__ == "__main__":
-    sys.exit(compare())
+    sys.exit(main(kind="compare"))

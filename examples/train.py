@@ -1,4 +1,4 @@
-"""Distil a clean modality into a noisy one: ``python examples/train.py mnist``."""
+"""Distil a rich modality into a poor one: ``python examples/train.py mnist``."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import sys
 from crossmodal.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(kind="train"))

@@ -1,67 +1,65 @@
-"""A tiny data set in memory: four classes of 12x12 images, told apart by where they are bright."""
+"""Registers the tiny data set, and runs the scripts on it."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
+from torch import nn
 
-from crossmodal import data, engine, figures, outputs
-from crossmodal.data import DataSet, ImagePairs, Recipe
-from crossmodal.sources import Images, Source
-
-CLASSES = ["north", "east", "south", "west"]
-
-
-def _images(count: int, seed: int) -> Images:
-    random = np.random.default_rng(seed)
-    labels = np.arange(count) % 4
-    images = random.integers(0, 80, (count, 1, 12, 12), dtype=np.uint8)
-    halves = (np.s_[:6, :], np.s_[:, 6:], np.s_[6:, :], np.s_[:, :6])
-    for image, label in zip(images, labels, strict=True):
-        image[0][halves[label]] += 150
-    return Images(labels.astype(np.int64), lambda rows: images[rows])
+from crossmodal import cli, models, recipes
+from crossmodal.data import Views, sources
+from crossmodal.runs import session
+from crossmodal.tables import figures, write
+from crossmodal.training.engine import Outcome, Training
+from tests.examples.tiny import CLASSES, ENTRY, half, opened
 
 
 @pytest.fixture(autouse=True)
-def tiny_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_set(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Registers the data set ``tiny`` and keeps the figures small."""
-    source = Source(CLASSES, _images(80, seed=1), _images(40, seed=2))
-    recipe = Recipe(
-        "resnet8", "resnet8x0_5", 0.2, epochs=2, teacher_epochs=3, lr=0.05, batch_size=16, pad=1
-    )
-    monkeypatch.setitem(data.DATA_SETS, "tiny", DataSet(lambda folder, download: source, recipe))
-    monkeypatch.setattr(outputs, "_FIGURE_IMAGES", 24)
+    file = tmp_path_factory.mktemp("recipes") / "recipes.toml"
+    file.write_text(recipes.FILE.read_text() + ENTRY)
+    monkeypatch.setattr(recipes, "FILE", file)
+    source = sources.Source(CLASSES, half(80, seed=1), half(40, seed=2))
+    monkeypatch.setattr(sources, "open_tiny", lambda folder, download: source, raising=False)
+    monkeypatch.setattr(write, "_FIGURE_IMAGES", 24)
 
 
 @pytest.fixture
-def pairs() -> ImagePairs:
-    """The training images of ``tiny``."""
-    return data.load("tiny", split="train", amount=0.2)
+def views() -> Views:
+    return opened()
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    torch.manual_seed(7)
+    return models.create("resnet8", num_classes=4, in_chans=1)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., int]:
+    """Runs ``train.py`` (or another script) on ``tiny``, on the CPU."""
+
+    def run(*more: str, name: str = "tiny", kind: str = "train", out: Path = tmp_path) -> int:
+        return cli.main([name, "--out", str(out), "--device", "cpu", *more], kind=kind)
+
+    return run
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records which networks are trained, and leaves out the figures that take the most time."""
-    for slow in ("draw_tsne", "draw_self_similarity"):
+    for slow in ("draw_tsne", "draw_self_similarity", "draw_curves", "draw_accuracy"):
         monkeypatch.setattr(figures, slow, lambda *a, **k: None)
-    names: list[str] = []
-    teach, distil = engine.train_teacher, engine.distil
+    labels: list[str] = []
+    original = session.fit
 
-    def teach_recorded(name: str, *rest: object, **options: object) -> engine.Outcome:
-        names.append("teacher")
-        return teach(name, *rest, **options)
+    def recorded(training: Training, *rest: object) -> Outcome:
+        labels.append(training.label)
+        return original(training, *rest)
 
-    def distil_recorded(
-        method: str,
-        student: str,
-        teacher: object,
-        pairs: object,
-        config: engine.Config,
-        **o: object,
-    ) -> engine.Outcome:
-        names.append(f"{method} {config.seed}")
-        return distil(method, student, teacher, pairs, config, **o)
-
-    monkeypatch.setattr(engine, "train_teacher", teach_recorded)
-    monkeypatch.setattr(engine, "distil", distil_recorded)
-    return names
+    monkeypatch.setattr(session, "fit", recorded)
+    return labels

@@ -1,102 +1,174 @@
-"""Batches: pairs stay pairs under augmentation, and an epoch visits each image once."""
+"""Batches: pairs stay pairs under augmentation, and nothing but seed and epoch decides them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from crossmodal.batches import Batches
-from crossmodal.data import ImagePairs, Statistics
+from crossmodal.data import Batches, Wanted, open_views
+from crossmodal.data.batches import padded_crops, resized_crops
+from crossmodal.data.draws import permutation, uniform
+from crossmodal.data.poverty import Noise
+from crossmodal.recipes import data_sets
+from tests.examples.tiny import opened, pixels, recipe
 
-RAW = Statistics(torch.zeros(1), torch.ones(1))
-
-
-def coordinates(count: int = 32) -> ImagePairs:
-    """Every pixel of an image has another value, and the poor image is the clean one plus 100."""
-    clean = torch.arange(1, 65, dtype=torch.uint8).reshape(1, 1, 8, 8).repeat(count, 1, 1, 1)
-    labels, index = torch.arange(count) % 4, torch.arange(count) + 1000
-    return ImagePairs(clean, clean + 100, labels, index, list("abcd"), "coordinates", 0.5)
+MASK = (1 << 64) - 1
 
 
-def test_both_modalities_get_the_same_crop_and_flip() -> None:
-    (batch,) = Batches(coordinates(), 32, statistics=RAW, shuffle=True, pad=2, flip=True)
-    inside = batch.clean > 0
-    assert torch.equal(inside, batch.poor > 0)
-    assert torch.equal(batch.clean[inside] + 100, batch.poor[inside])
+def splitmix(state: int, count: int) -> list[int]:
+    """Steele et al. (2014), in Python's whole numbers."""
+    found = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def test_draws_are_splitmix64_and_named_by_key_and_index() -> None:
+    from crossmodal.data import draws
+
+    start = draws._mixed(draws._mixed(5) ^ draws.stream(1, 2))
+    expected = [(bits >> 40) / 2**24 for bits in splitmix(start, 6)]
+    assert uniform((1, 2), torch.tensor([9, 5]), 6)[1].tolist() == expected
+    # A reference value of SplitMix64 itself: state 0 gives this first number.
+    assert splitmix(0, 1) == [0xE220A8397B1DCDAF]
+    many = uniform((3,), torch.arange(200), 500)
+    assert many.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert many.var().item() == pytest.approx(1 / 12, abs=0.002)
+    assert not torch.equal(uniform((0, 1), torch.arange(3), 4), uniform((1, 0), torch.arange(3), 4))
+
+
+def test_both_modalities_of_a_scene_get_the_same_crop_and_flip() -> None:
+    rich = pixels(torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(32, 1, 1, 1))
+    made = recipe(batch_size=32, pad=2, flip=True)
+    together = next(Batches(made, poor=rich, rich=rich).epoch(0))
+    assert torch.equal(together.poor, together.rich)
+    apart = next(Batches(made, poor=rich, rich=rich, together=False).epoch(0))
+    assert not torch.equal(apart.poor, apart.rich)
+    assert torch.equal(apart.poor, together.poor)
 
 
 def test_every_image_is_a_window_of_the_padded_one_perhaps_mirrored() -> None:
-    padded = torch.nn.functional.pad(coordinates(1).clean[0, 0], (2, 2, 2, 2)).float()
+    image = torch.arange(1.0, 65).view(1, 1, 8, 8)
+    padded = torch.nn.functional.pad(image[0, 0], (2, 2, 2, 2))
     windows = [padded[y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
     windows += [window.flip(1) for window in windows]
-    (batch,) = Batches(coordinates(), 32, statistics=RAW, pad=2, flip=True)
-    seen = [
-        next(n for n, window in enumerate(windows) if torch.equal(image[0], window))
-        for image in batch.clean
-    ]
-    assert len(set(seen)) > 10
-    assert min(seen) < 25 <= max(seen)  # some straight, some mirrored
+    draws = uniform((0,), torch.arange(200), 5)
+    crops = padded_crops(image.repeat(200, 1, 1, 1), draws, pad=2, flip=True)
+    seen = {
+        next(n for n, window in enumerate(windows) if torch.equal(crop[0], window))
+        for crop in crops
+    }
+    assert len(seen) > 40
 
 
-def test_no_flip_unless_asked() -> None:
-    (batch,) = Batches(coordinates(), 32, statistics=RAW)
-    assert torch.equal(batch.clean, coordinates().clean.float())
+def test_resized_crops_lie_inside_and_keep_the_size() -> None:
+    ramp = torch.arange(20.0).view(1, 1, 1, 20).expand(64, 1, 16, 20).contiguous()
+    crops = resized_crops(ramp, uniform((4,), torch.arange(64), 5), flip=False)
+    assert crops.shape == (64, 1, 16, 20)
+    spans = crops[:, 0, 8].amax(1) - crops[:, 0, 8].amin(1)
+    assert crops.min() >= 0
+    assert crops.max() <= 19
+    assert spans.min() < 10 < spans.max()
 
 
-def test_an_epoch_visits_each_image_once_in_a_new_order() -> None:
-    pairs = coordinates()
-    batches = Batches(pairs, 8, statistics=RAW, shuffle=True)
-    first, second = (torch.cat([batch.index for batch in batches]) for _ in range(2))
-    assert first.sort().values.tolist() == list(range(32))
+def test_an_epoch_visits_each_image_once_in_an_order_of_its_own() -> None:
+    batches = Batches(recipe(batch_size=8), poor=opened().poor)
+    first, second = (torch.cat([b.index for b in batches.epoch(n)]) for n in (0, 1))
+    assert first.sort().values.tolist() == list(range(80))
     assert not torch.equal(first, second)
-    again = torch.cat([b.index for b in Batches(pairs, 8, statistics=RAW, shuffle=True)])
-    assert torch.equal(first, again)
-
-
-def test_labels_follow_their_images() -> None:
-    pairs = coordinates()
-    for batch in Batches(pairs, 8, statistics=RAW, shuffle=True):
-        assert torch.equal(batch.target, pairs.labels[batch.index])
+    assert torch.equal(first, permutation((0, 21, 0), 80))
 
 
 def test_an_incomplete_last_batch_is_left_out_of_training_only() -> None:
-    assert [len(b.target) for b in Batches(coordinates(10), 4, statistics=RAW)] == [4, 4, 2]
-    shuffled = Batches(coordinates(10), 4, statistics=RAW, shuffle=True)
-    assert [len(b.target) for b in shuffled] == [4, 4]
-    assert len(shuffled) == 2
-    small = Batches(coordinates(3), 4, statistics=RAW, shuffle=True)
-    assert [len(b.target) for b in small] == [3]
+    poor = opened().poor.chosen(torch.arange(10))
+    batches = Batches(recipe(batch_size=4), poor=poor)
+    assert [len(b.target) for b in batches.epoch(0)] == [4, 4]
+    assert [len(b.target) for b in batches.still(4)] == [4, 4, 2]
+    assert [len(b.target) for b in Batches(recipe(batch_size=40), poor=poor).epoch(0)] == [10]
 
 
-def test_images_are_normalised_and_contiguous_on_the_cpu() -> None:
-    pairs = coordinates()
-    (batch,) = Batches(pairs, 32, statistics=pairs.statistics)
-    assert batch.clean.mean().item() == pytest.approx(0, abs=1e-5)
-    assert batch.clean.std().item() == pytest.approx(1, abs=1e-5)
-    # The poor image takes the clean one's statistics.
-    shift = (batch.poor - batch.clean) * pairs.statistics.std
-    assert torch.allclose(shift, torch.full_like(shift, 100), atol=1e-3)
-    assert batch.poor.is_contiguous()
+def test_the_border_is_the_mean_and_a_constant_band_is_nothing() -> None:
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    images[:, 1] = 77  # a dead detector
+    poor = pixels(images)
+    assert poor.statistics.constant == [1]
+    for batch in Batches(recipe(pad=4), poor=poor).epoch(0):
+        assert not batch.poor[:, 1].any()
+        assert batch.poor.abs().max() < 3  # no border far from the mean
+    noisy = poor.made(Noise(0.5)).loaded()
+    assert noisy.statistics.constant == []  # noise is drawn over all channels
 
 
-def test_fresh_noise_changes_every_epoch_and_spares_the_border() -> None:
-    batches = Batches(coordinates(), 32, statistics=RAW, pad=2, fresh_noise=True)
-    (first,), (second,) = list(batches), list(batches)
-    border = first.clean == 0
-    assert (first.poor[border] == 0).all()
-    changed = (first.poor != first.clean)[~border]
-    assert set(first.poor[~border][changed].unique().tolist()) == {0.0, 255.0}
-    assert changed.float().mean().item() == pytest.approx(0.5, abs=0.06)
-    assert not torch.equal(first.poor, second.poor)
+def test_fresh_noise_changes_every_epoch_and_fixed_noise_does_not() -> None:
+    rich = pixels(torch.full((32, 1, 8, 8), 100, dtype=torch.uint8).random_(90, 110))
+    poor = replace(rich.made(Noise(0.5)), like=rich)
+    fresh = Batches(recipe(batch_size=32, fresh_noise=True), poor=poor, rich=rich)
+
+    def by_row(batch: object) -> torch.Tensor:
+        return batch.poor[batch.index.argsort()]
+
+    assert not torch.equal(*(by_row(next(fresh.epoch(n))) for n in (0, 1)))
+    still = Batches(recipe(batch_size=32), poor=poor.loaded(), rich=rich)
+    assert torch.equal(*(by_row(next(still.epoch(n))) for n in (0, 1)))
+    with pytest.raises(ValueError, match="fresh_noise needs noise to draw"):
+        Batches(recipe(fresh_noise=True), poor=rich)
 
 
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        Batches(coordinates(), 0, statistics=RAW)
-    with pytest.raises(ValueError, match="pad must be at least 0"):
-        Batches(coordinates(), 4, statistics=RAW, pad=-1)
-    sensor = replace(coordinates(), amount=None)
-    with pytest.raises(ValueError, match="fresh_noise"):
-        Batches(sensor, 4, statistics=RAW, fresh_noise=True)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        for part, count in (("train", 15), ("test", 2)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for n in range(count):
+                image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(image.numpy()).save(tmp_path / part / name / f"{n}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("fields", [{"flip": True}, {"fresh_noise": True}, {"crop": "resized"}])
+def test_streamed_rows_are_the_same_for_any_number_of_workers_and_processes(
+    folder: Path, fields: dict[str, object]
+) -> None:
+    lazy = open_views(data_sets()["cifar10"], Wanted(data_dir=folder))
+    assert lazy.poor.pixels is None
+    made = recipe(batch_size=10, pad=2, **fields)
+    whole = list(Batches(made, poor=lazy.poor, rich=lazy.rich).epoch(3))
+    assert len(whole) == 3
+    others = [
+        list(Batches(made, poor=lazy.poor, rich=lazy.rich, workers=n).epoch(3)) for n in (1, 3)
+    ]
+    loaded = lazy.loaded(made=not made.spoils_late)
+    assert lazy.rich.fingerprint == loaded.rich.fingerprint
+    others.append(list(Batches(made, poor=loaded.poor, rich=loaded.rich).epoch(3)))
+    parts = [
+        list(Batches(made, poor=lazy.poor, rich=lazy.rich, share=(rank, 2)).epoch(3))
+        for rank in (0, 1)
+    ]
+    joined = [
+        replace(a, rich=torch.cat([a.rich, b.rich]), poor=torch.cat([a.poor, b.poor]),
+                index=torch.cat([a.index, b.index]), target=torch.cat([a.target, b.target]))
+        for a, b in zip(*parts, strict=True)
+    ]  # fmt: skip
+    for other in [*others, joined]:
+        for one, two in zip(whole, other, strict=True):
+            for name in ("rich", "poor", "target", "index"):
+                assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_fields_that_do_not_fit() -> None:
+    poor = opened().poor
+    with pytest.raises(ValueError, match="multiple of the 3 processes, got 16"):
+        Batches(recipe(), poor=poor, share=(0, 3))
+    with pytest.raises(ValueError, match="accumulate=6 needs as many batches"):
+        Batches(recipe(accumulate=6), poor=poor)
+    with pytest.raises(ValueError, match="poor images, rich ones or both"):
+        Batches(recipe())

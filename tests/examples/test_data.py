@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,18 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from crossmodal.data import SPLITS, ImagePairs, load
-from crossmodal.sources import stratified
+from crossmodal.data import NO_LABEL, Views, Wanted, open_views
+from crossmodal.data.sources import stratified
+from crossmodal.data.views import halves
+from crossmodal.recipes import data_sets
+from tests.examples.tiny import opened
 
 NAMES = ["airplane", "bird", "cat"]
 
 
-@pytest.fixture(scope="module")
-def mnist() -> dict[str, ImagePairs]:
-    return {split: load("mnist", split=split, amount=0.5) for split in SPLITS}
+def cifar(root: Path | None, **wanted: object) -> Views:
+    """All images of a folder, read."""
+    return open_views(data_sets()["cifar10"], Wanted(data_dir=root, **wanted)).loaded()
 
 
 @pytest.fixture
@@ -67,49 +71,66 @@ def batches(tmp_path: Path, photos: dict, monkeypatch: pytest.MonkeyPatch) -> Pa
     return root
 
 
-def test_mnist_splits_are_disjoint_and_complete(mnist: dict[str, ImagePairs]) -> None:
-    places = {split: set(pairs.index.tolist()) for split, pairs in mnist.items()}
-    sizes = {split: len(found) for split, found in places.items()}
-    assert sizes == {"train": 4000, "val": 400, "fit": 3600, "test": 1000}
-    assert places["fit"] | places["val"] == places["train"]
-    assert not places["fit"] & places["val"]
-    assert not places["train"] & places["test"]
-
-
-def test_no_test_image_is_a_training_image(mnist: dict[str, ImagePairs]) -> None:
-    train = {image.numpy().tobytes() for image in mnist["train"].clean}
-    assert not any(image.numpy().tobytes() in train for image in mnist["test"].clean)
-
-
-def test_mnist_splits_are_stratified(mnist: dict[str, ImagePairs]) -> None:
-    for pairs in mnist.values():
-        assert pairs.labels.bincount().tolist() == [len(pairs) // 10] * 10
-
-
-def test_the_poor_modality_is_the_clean_one_with_half_its_pixels_replaced(
-    mnist: dict[str, ImagePairs],
-) -> None:
-    pairs = mnist["test"]
-    kept = pairs.poor == pairs.clean
-    assert set(pairs.poor[~kept].unique().tolist()) == {0, 255}
-    assert (pairs.poor == 255).float().mean().item() == pytest.approx(0.25, abs=0.02)
+def test_splits_of_the_digits_are_disjoint_and_complete() -> None:
+    test, val = (open_views(data_sets()["mnist"], Wanted(evaluate=e)) for e in ("test", "val"))
+    places = [set(images.index.tolist()) for images in
+              (test.rich, test.held_out_rich, val.rich, val.held_out_rich)]  # fmt: skip
+    assert [len(found) for found in places] == [4000, 1000, 3600, 400]
+    assert places[2] | places[3] == places[0]
+    assert not places[2] & places[3]
+    assert not places[0] & places[1]
+    train, held_out = (i.loaded().pixels for i in (test.rich, test.held_out_rich))
+    known = {image.numpy().tobytes() for image in train}
+    assert not any(image.numpy().tobytes() in known for image in held_out)
 
 
 def test_a_limit_takes_a_stratified_part_of_train_and_keeps_each_samples_noise() -> None:
-    whole = load("tiny", split="train", amount=0.5)
-    part = load("tiny", split="train", amount=0.5, limit=20)
-    assert part.labels.bincount().tolist() == [5] * 4
-    rows = torch.tensor([whole.index.tolist().index(i) for i in part.index.tolist()])
-    assert torch.equal(part.poor, whole.poor[rows])
-    assert torch.equal(part.clean, whole.clean[rows])
-    assert len(load("tiny", split="test", amount=0.5, limit=20)) == 40
-    assert len(load("tiny", split="val", amount=0.5, limit=20)) == 8
+    whole, part = opened(amount=0.5), opened(amount=0.5, limit=20)
+    assert part.rich.labels.bincount().tolist() == [5] * 4
+    rows = torch.tensor([whole.rich.index.tolist().index(i) for i in part.rich.index.tolist()])
+    assert torch.equal(part.poor.pixels, whole.poor.pixels[rows])
+    assert len(part.held_out_poor) == 40
 
 
-def test_another_noise_seed_is_another_noisy_set() -> None:
-    first, second = (load("tiny", split="train", amount=0.5, seed=seed) for seed in (0, 1))
-    assert torch.equal(first.clean, second.clean)
-    assert not torch.equal(first.poor, second.poor)
+def test_a_larger_choice_of_labels_holds_a_smaller_and_the_teacher_knows_no_more() -> None:
+    few, many = (opened(labels=count) for count in (8, 40))
+    known = [set((v.poor.known() != NO_LABEL).nonzero()[:, 0].tolist()) for v in (few, many)]
+    assert [len(found) for found in known] == [8, 40]
+    assert known[0] < known[1]
+    assert torch.equal(few.rich.known(), few.poor.known())
+    assert few.poor.fingerprint != many.poor.fingerprint
+    assert "8 of the poor training images have labels" in few.summary()
+    with pytest.raises(ValueError, match="--labels must lie between 4"):
+        opened(labels=3)
+    with pytest.raises(ValueError, match="--labels needs pairs"):
+        opened("unpaired-tiny", labels=8)
+
+
+def test_halves_share_no_image_and_keep_their_classes() -> None:
+    labels = torch.tensor(np.random.default_rng(0).integers(0, 5, 501))
+    first, second = halves(labels)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(501))
+    views, paired = opened("unpaired-tiny"), opened()
+    assert not set(views.rich.index.tolist()) & set(views.poor.index.tolist())
+    assert torch.equal(views.pseudo.index, views.rich.index)
+    assert torch.equal(views.originals.index, views.poor.index)
+    rows = {index: row for row, index in enumerate(paired.rich.index.tolist())}
+    for images, of in ((views.rich, paired.rich), (views.poor, paired.poor)):
+        for index, image in zip(images.index.tolist(), images.pixels, strict=True):
+            assert torch.equal(image, of.pixels[rows[index]])
+
+
+def test_the_summary_counts_and_warns() -> None:
+    views = opened()
+    assert "rich: 80 training and 40 held-out images, 1x12x12, 4 classes of 20 to 20" in (
+        views.summary()
+    )
+    one = replace(views, held_out_poor=views.held_out_poor.chosen(torch.arange(37)[3:]))
+    labels = one.held_out_poor.labels.clone()
+    labels[labels == 3] = 0
+    labels[0] = 3
+    one = replace(one, held_out_poor=replace(one.held_out_poor, labels=labels))
+    assert any("class 'west' has 1 held-out poor image(s)" in line for line in one.summary())
 
 
 def test_a_larger_stratified_choice_holds_a_smaller() -> None:
@@ -120,70 +141,60 @@ def test_a_larger_stratified_choice_holds_a_smaller() -> None:
     assert set(small) < set(large)
 
 
-def test_statistics_are_the_clean_images_own(pairs: ImagePairs) -> None:
-    pixels = pairs.clean.double()
-    assert pairs.statistics.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
-    assert pairs.statistics.std.item() == pytest.approx(pixels.std().item(), rel=1e-6)
+def test_statistics_are_the_images_own() -> None:
+    rich = opened().rich
+    pixels = rich.pixels.double()
+    assert rich.statistics.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+    assert rich.statistics.std.item() == pytest.approx(pixels.std().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_both_cifar10_layouts_read_the_same(
-    folder: Path, batches: Path, photos: dict, split: str
-) -> None:
-    images, labels = photos[split]
-    for root in (folder, batches):
-        pairs = load("cifar10", data_dir=root, split=split, amount=0.3)
-        assert pairs.classes == NAMES
-        assert np.array_equal(pairs.clean.numpy(), images.transpose(0, 3, 1, 2))
-        assert np.array_equal(pairs.labels.numpy(), labels)
-    both = [load("cifar10", data_dir=root, split=split, amount=0.3) for root in (folder, batches)]
-    assert torch.equal(both[0].poor, both[1].poor)
-    assert both[0].fingerprint == both[1].fingerprint
-
-
-def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match=r"unknown data set 'cifar'; known: .*cifar10, mnist"):
-        load("cifar", split="train", amount=0.1)
-    with pytest.raises(ValueError, match="split must be one of train, val, fit, test, got 'dev'"):
-        load("tiny", split="dev", amount=0.1)
+def test_both_cifar10_layouts_read_the_same(folder: Path, batches: Path, photos: dict) -> None:
+    found = [cifar(root, amount=0.3) for root in (folder, batches)]
+    for views in found:
+        assert views.rich.classes == NAMES
+        for images, half in ((views.rich, "train"), (views.held_out_rich, "test")):
+            assert np.array_equal(images.pixels.numpy(), photos[half][0].transpose(0, 3, 1, 2))
+            assert np.array_equal(images.labels.numpy(), photos[half][1])
+    assert torch.equal(found[0].poor.pixels, found[1].poor.pixels)
+    assert found[0].rich.fingerprint == found[1].rich.fingerprint
 
 
 @pytest.mark.parametrize("limit", [0, 3, 81])
 def test_a_limit_out_of_range(limit: int) -> None:
     with pytest.raises(ValueError, match=r"limit must lie between 4 .* and 80"):
-        load("tiny", split="train", amount=0.1, limit=limit)
+        opened(limit=limit)
 
 
 def test_no_data_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'cifar10' needs a data directory; fix: add --data"):
-        load("cifar10", split="train", amount=0.1)
+        cifar(None)
     with pytest.raises(ValueError, match=r"nowhere does not exist; fix: .*--download"):
-        load("cifar10", data_dir=tmp_path / "nowhere", split="train", amount=0.1)
+        cifar(tmp_path / "nowhere")
     archive = tmp_path / "images.tar"
     archive.touch()
     with pytest.raises(ValueError, match=r"images\.tar is a file; fix: unpack it"):
-        load("cifar10", data_dir=archive, split="train", amount=0.1)
+        cifar(archive)
     with pytest.raises(ValueError, match="has neither train/<class>"):
-        load("cifar10", data_dir=tmp_path, split="train", amount=0.1)
+        cifar(tmp_path)
 
 
 def test_class_folders_that_differ(folder: Path) -> None:
     (folder / "test" / "cat").rename(folder / "test" / "cow")
     with pytest.raises(ValueError, match="differ: cat, cow in one alone"):
-        load("cifar10", data_dir=folder, split="train", amount=0.1)
+        cifar(folder)
 
 
 def test_folders_without_content(folder: Path) -> None:
     (folder / "test" / "cat" / "0002.png").unlink()
     with pytest.raises(ValueError, match=r"class folder .*cat holds no image"):
-        load("cifar10", data_dir=folder, split="train", amount=0.1)
+        cifar(folder)
 
 
 def test_no_class_folders(tmp_path: Path) -> None:
     for half in ("train", "test"):
         (tmp_path / half).mkdir()
     with pytest.raises(ValueError, match="has no class folders"):
-        load("cifar10", data_dir=tmp_path, split="train", amount=0.1)
+        cifar(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "junk"])
@@ -191,24 +202,24 @@ def test_a_damaged_image_is_named(folder: Path, damage: str) -> None:
     image = folder / "train" / "bird" / "0005.png"
     image.write_bytes(image.read_bytes()[:600] if damage == "truncated" else b"no image")
     with pytest.raises(ValueError, match=r"image .*0005\.png cannot be read .*; fix:"):
-        load("cifar10", data_dir=folder, split="train", amount=0.1)
+        cifar(folder)
 
 
 def test_an_image_of_another_size_is_named(folder: Path) -> None:
     Image.new("RGB", (16, 24)).save(folder / "train" / "bird" / "0005.png")
     with pytest.raises(ValueError, match=r"0005\.png is 24x16, expected 32x32"):
-        load("cifar10", data_dir=folder, split="train", amount=0.1)
+        cifar(folder)
 
 
 def test_damaged_batches_are_named(batches: Path) -> None:
     damaged = batches / CIFAR10.base_folder / "test"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"damaged or incomplete \(test\); fix: .*--download"):
-        load("cifar10", data_dir=batches, split="train", amount=0.1)
+        cifar(batches)
 
 
 def test_batches_that_are_no_pickle(batches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (batches / CIFAR10.base_folder / "test").write_bytes(b"junk")
     monkeypatch.setattr(CIFAR10, "test_list", [["test", hashlib.md5(b"junk").hexdigest()]])
     with pytest.raises(ValueError, match="damaged or incomplete"):
-        load("cifar10", data_dir=batches, split="test", amount=0.1)
+        cifar(batches)

@@ -9,189 +9,260 @@ import pytest
 import torch
 from torch import nn
 
-from crossmodal import engine, models
-from crossmodal.config import Config
-from crossmodal.data import ImagePairs, load
-from crossmodal.engine import distil, train_teacher
-from crossmodal.evaluation import capture_features, evaluate
-from crossmodal.registry import METHODS
+from crossmodal import models
+from crossmodal.data import NO_LABEL, Batch, Batches, Views
+from crossmodal.methods import METHODS, Plan, Setup, resolve
+from crossmodal.recipes import Recipe
+from crossmodal.training.engine import Outcome, Training, accelerator_for, fit
+from crossmodal.training.evaluation import accuracy, features
+from crossmodal.training.steps import Distilled, Step, Supervised, cross_entropy, fresh
+from tests.examples.tiny import opened, recipe
 
-CONFIG = Config(epochs=1, batch_size=16, pad=0, flip=False)
+
+class Quiet:
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def begin(self, *anything: object) -> None: ...
+    def step(self, *anything: object) -> None: ...
+    def epoch(self, *anything: object) -> None: ...
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
 
 
-@pytest.fixture
-def teacher() -> nn.Module:
-    torch.manual_seed(7)
-    return models.create("resnet8", num_classes=4, in_chans=1)
+def run(step: Step, batches: Batches, recipe: Recipe, quiet: Quiet | None = None) -> Outcome:
+    training = Training("a run", step, batches, recipe)
+    return fit(training, accelerator_for(recipe, "cpu"), quiet or Quiet())
+
+
+def distil(
+    method: str, teacher: nn.Module, views: Views, recipe: Recipe, plan: Plan | None = None
+) -> tuple[Outcome, Distilled]:
+    batches = Batches(recipe, poor=views.poor, rich=views.rich)
+    setup = Setup(len(views.poor), recipe.batch_size)
+    student = fresh("resnet8x0_5", views.poor, recipe.seed)
+    example = batches.take(torch.arange(2))
+    step = Distilled(student, teacher, plan or resolve(method), example, setup, recipe.seed)
+    outcome = run(step, batches, recipe)
+    step.distiller.detach()
+    return outcome, step
+
+
+def alone(views: Views, recipe: Recipe, quiet: Quiet | None = None) -> Outcome:
+    step = Supervised(fresh("resnet8x0_5", views.poor, recipe.seed), "poor")
+    return run(step, Batches(recipe, poor=views.poor), recipe, quiet)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_a_teacher_learns_the_clean_images_and_does_worse_on_poor_ones() -> None:
-    train = load("tiny", split="train", amount=0.6)
-    test = load("tiny", split="test", amount=0.6)
-    outcome = train_teacher("resnet8", train, replace(CONFIG, epochs=6))
+def test_a_teacher_learns_the_rich_images_and_does_worse_on_poor_ones() -> None:
+    views, made = opened(amount=0.6), recipe(epochs=6)
+    step = Supervised(fresh("resnet8", views.rich, 0), "rich")
+    outcome = run(step, Batches(made, rich=views.rich), made)
     assert outcome.train_accuracy > 90
-    clean = evaluate(outcome.model, test, modality="clean", statistics=train.statistics)
-    poor = evaluate(outcome.model, test, modality="poor", statistics=train.statistics)
-    assert clean > 90
-    assert poor < clean
+    accelerator = accelerator_for(made, "cpu")
+    rich, poor = (
+        accuracy(outcome.network, images, views.rich, accelerator)
+        for images in (views.held_out_rich, views.held_out_poor)
+    )
+    assert rich > 90
+    assert poor < rich
 
 
-def test_the_student_sees_poor_images_only_and_the_teacher_clean_ones(
-    pairs: ImagePairs, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+def test_the_student_sees_poor_images_only_and_the_teacher_rich_ones(
+    views: Views, teacher: nn.Module
 ) -> None:
-    dark = torch.zeros_like(pairs.clean)
-    pairs = replace(pairs, clean=dark, poor=dark + 200)  # normalised: 0 and 200
+    rich = replace(views.rich, pixels=torch.zeros_like(views.rich.pixels))
+    rich.pixels[0] = 100
+    dark = replace(views, rich=rich, poor=replace(views.poor, pixels=rich.pixels + 50, like=rich))
     seen: dict[str, set[float]] = {"student": set(), "teacher": set()}
 
-    def watch(name: str, model: nn.Module) -> nn.Module:
-        model.register_forward_pre_hook(lambda _, x: seen[name].update(x[0].unique().tolist()))
-        return model
+    def watch(name: str, model: nn.Module) -> None:
+        model.register_forward_pre_hook(
+            lambda _, x: seen[name].update(x[0].detach().unique().tolist())
+        )
 
-    original = models.create
-    monkeypatch.setattr(models, "create", lambda *a, **k: watch("student", original(*a, **k)))
-    distil("kd+ds", "resnet8x0_5", watch("teacher", teacher), pairs, CONFIG)
-    assert seen == {"student": {200.0}, "teacher": {0.0}}
+    made = recipe(batch_size=80)
+    batches = Batches(made, poor=dark.poor, rich=dark.rich)
+    student = fresh("resnet8x0_5", dark.poor, 0)
+    step = Distilled(
+        student, teacher, resolve("kd"), batches.take(torch.arange(2)), Setup(80, 80), 0
+    )
+    watch("student", student), watch("teacher", teacher)
+    run(step, batches, made)
+    mean, std = (float(part) for part in rich.statistics)
+    assert sorted(seen["teacher"]) == pytest.approx([(v - mean) / std for v in (0, 100)], rel=1e-4)
+    assert sorted(seen["student"]) == pytest.approx([(v - mean) / std for v in (50, 150)], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["kd", "ds"])
-def test_the_teacher_stays_as_it_is(pairs: ImagePairs, teacher: nn.Module, method: str) -> None:
+def test_the_teacher_stays_as_it_is_and_the_heads_move(
+    views: Views, teacher: nn.Module, method: str
+) -> None:
     before = state(teacher)
-    distil(method, "resnet8x0_5", teacher, pairs, CONFIG)
+    _, step = distil(method, teacher, views, recipe())
     for name, value in state(teacher).items():
         assert torch.equal(value, before[name]), name
+    assert not [name for name in step.state_dict() if "teacher" in name]
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_seed_decides_everything(pairs: ImagePairs, teacher: nn.Module) -> None:
-    config = replace(CONFIG, pad=1, flip=True, fresh_noise=True)
-    first = distil("ds", "resnet8x0_5", teacher, pairs, config)
-    torch.rand(5)
-    second = distil("ds", "resnet8x0_5", teacher, pairs, config)
-    third = distil("ds", "resnet8x0_5", teacher, pairs, replace(config, seed=1))
-    assert first.loss == second.loss
-    assert first.loss != third.loss
+def test_a_seed_decides_everything(views: Views, teacher: nn.Module) -> None:
+    made = recipe(pad=1, flip=True)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.rand(5)
+        losses.append(distil("ds", teacher, views, replace(made, seed=seed))[0].loss)
+    assert losses[0] == losses[1] != losses[2]
 
 
-def test_all_methods_start_from_the_same_student(pairs: ImagePairs, teacher: nn.Module) -> None:
-    still = replace(CONFIG, lr=1e-12, final_lr=0.0)
-    students = [
-        distil(method, "resnet8x0_5", teacher, pairs, still).model
-        for method in ("alone", "kd", "ds")
-    ]
+def test_all_methods_start_from_the_same_student(views: Views, teacher: nn.Module) -> None:
+    still = recipe(lr=1e-12, final_lr=0.0)
+    students = [distil(method, teacher, views, still)[0].network for method in ("kd", "ds")]
+    students.append(alone(views, still).network)
     for name, value in students[0].named_parameters():
         for other in students[1:]:
             torch.testing.assert_close(other.get_parameter(name), value, rtol=0, atol=1e-6)
 
 
 def test_the_loss_is_weighted_cross_entropy_plus_the_criterion(
-    pairs: ImagePairs, teacher: nn.Module
+    views: Views, teacher: nn.Module
 ) -> None:
-    outcome = distil("kd+ds", "resnet8x0_5", teacher, pairs, CONFIG)
+    outcome, _ = distil("kd+ds", teacher, views, recipe())
     assert list(outcome.terms) == ["CE", "KD", "SEM-1", "SEM-2", "DCM-1", "DCM-2"]
     assert outcome.loss == pytest.approx(sum(outcome.terms.values()), rel=1e-5)
-    still = replace(CONFIG, lr=1e-12, final_lr=0.0)
-    alone = distil("alone", "resnet8x0_5", None, pairs, still).terms["CE"]
-    kd = distil("kd", "resnet8x0_5", teacher, pairs, still).terms["CE"]
-    assert kd == pytest.approx(0.1 * alone, rel=1e-4)
+    still = recipe(lr=1e-12, final_lr=0.0)
+    kd, _ = distil("kd", teacher, views, still)
+    assert kd.terms["CE"] == pytest.approx(0.1 * alone(views, still).terms["CE"], rel=1e-4)
 
 
-def test_the_criterions_heads_are_trained(
-    pairs: ImagePairs, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = []
-    original = engine._criterion
-
-    def keep(*arguments: object) -> object:
-        criterion = original(*arguments)
-        built.append((criterion, state(criterion)))
-        return criterion
-
-    monkeypatch.setattr(engine, "_criterion", keep)
-    distil("ds", "resnet8x0_5", teacher, pairs, CONFIG)
-    ((criterion, before),) = built
-    assert before
-    assert all(not torch.equal(v, before[name]) for name, v in criterion.named_parameters())
-
-
-# Sums that mix criteria of one stage with criteria of all.
-@pytest.mark.parametrize("method", [*METHODS, "nst+ds", "fitnets+kd", "at+crd", "kd+ds+rkd"])
-def test_every_method_trains(pairs: ImagePairs, teacher: nn.Module, method: str) -> None:
-    config = replace(CONFIG, lr=0.01)
-    outcome = distil(method, "resnet8x0_5", teacher, pairs, config)
-    assert len(outcome.terms) > method.count("+") + (method != "alone")
+@pytest.mark.parametrize(
+    "method", [*(m for m in METHODS if m != "alone"), "nst+ds", "fitnets+kd", "at+crd", "kd+ds+rkd"]
+)
+def test_every_method_trains(views: Views, teacher: nn.Module, method: str) -> None:
+    outcome, _ = distil(method, teacher, views, recipe(lr=0.01))
+    assert len(outcome.terms) > method.count("+") + 1
     values = torch.tensor([outcome.loss, *outcome.terms.values()])
     assert values.isfinite().all(), outcome.terms
     assert outcome.loss == pytest.approx(sum(outcome.terms.values()), rel=1e-4)
-    for name, value in outcome.model.state_dict().items():
-        assert value.isfinite().all(), name
 
 
-def test_semckd_trains_where_the_only_batch_is_incomplete(
-    pairs: ImagePairs, teacher: nn.Module
-) -> None:
-    outcome = distil("semckd", "resnet8x0_5", teacher, pairs, replace(CONFIG, batch_size=200))
-    assert outcome.loss < float("inf")
-
-
-def test_criteria_that_count_epochs_are_told(
-    pairs: ImagePairs, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = []
-    original = engine._criterion
-    monkeypatch.setattr(engine, "_criterion", lambda *a: built.append(original(*a)) or built[-1])
-    distil("ctkd+at", "resnet8x0_5", teacher, pairs, replace(CONFIG, epochs=3))
-    (epoch,) = (buffer for name, buffer in built[0].named_buffers() if name.endswith("epoch"))
+def test_criteria_that_count_epochs_are_told(views: Views, teacher: nn.Module) -> None:
+    _, step = distil("ctkd+at", teacher, views, recipe(epochs=3))
+    (epoch,) = (b for name, b in step.criterion.named_buffers() if name.endswith("epoch"))
     assert epoch == 4
 
 
-def test_no_hooks_are_left_on_the_student(pairs: ImagePairs, teacher: nn.Module) -> None:
-    model = distil("ds", "resnet8x0_5", teacher, pairs, CONFIG).model
-    assert not any(module._forward_hooks for module in [*model.modules(), *teacher.modules()])
+def test_no_hooks_are_left(views: Views, teacher: nn.Module) -> None:
+    outcome, _ = distil("ds", teacher, views, recipe())
+    modules = [*outcome.network.modules(), *teacher.modules()]
+    assert not any(module._forward_hooks for module in modules)
 
 
-def test_bf16_autocast_trains(pairs: ImagePairs, teacher: nn.Module) -> None:
-    outcome = distil("kd+ds", "resnet8x0_5", teacher, pairs, replace(CONFIG, precision="bf16"))
-    full = distil("kd+ds", "resnet8x0_5", teacher, pairs, CONFIG)
-    assert outcome.loss != full.loss
-    assert outcome.loss == pytest.approx(full.loss, rel=0.1)
+def test_bf16_channels_last_trains(views: Views, teacher: nn.Module) -> None:
+    half, _ = distil("kd+ds", teacher, views, recipe(precision="bf16", channels_last=True))
+    full, _ = distil("kd+ds", teacher, views, recipe())
+    assert half.loss != full.loss
+    assert half.loss == pytest.approx(full.loss, rel=0.1)
 
 
-def test_a_loss_that_is_not_finite_names_the_epoch_and_the_terms(pairs: ImagePairs) -> None:
-    with pytest.raises(FloatingPointError, match=r"alone seed 0: the loss of epoch \d .*CE nan"):
-        distil("alone", "resnet8x0_5", None, pairs, replace(CONFIG, epochs=3, lr=1e30))
+def test_a_loss_that_is_not_finite_names_the_epoch_and_the_terms(views: Views) -> None:
+    with pytest.raises(FloatingPointError, match=r"a run: the loss of epoch \d .*CE nan"):
+        alone(views, recipe(epochs=3, lr=1e30))
 
 
-def test_pooled_features_come_in_the_order_of_the_images(
-    pairs: ImagePairs, teacher: nn.Module
-) -> None:
-    statistics = pairs.statistics
-    embedding, pooled = capture_features(teacher, pairs, modality="clean", statistics=statistics)
-    assert embedding.shape == (80, 64)
-    assert pooled.shape == (80, 32)
-    one = replace(pairs, clean=pairs.clean[5:6], poor=pairs.poor[5:6], labels=pairs.labels[5:6])
-    single, _ = capture_features(teacher, one, modality="clean", statistics=statistics)
-    torch.testing.assert_close(single[0], embedding[5])
+def test_one_class_for_everything_is_told(views: Views) -> None:
+    quiet = Quiet()
+    step = Supervised(fresh("resnet8x0_5", views.poor, 0), "poor")
+    with torch.no_grad():
+        step.network.fc.bias.copy_(torch.tensor([0.0, 1e4, 0, 0]))
+    made = recipe(lr=1e-6)
+    run(step, Batches(made, poor=views.poor), made, quiet)
+    assert quiet.warned == [
+        "a run, epoch 1: 100 % of the images are called class 1, which 25 % of them are: "
+        "the training may be lost"
+    ]
+    silent = Quiet()
+    alone(views, recipe(epochs=3), silent)
+    assert silent.warned == []
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
 def test_the_learning_rate_rises_then_falls_along_a_cosine(warmup: float) -> None:
-    config = replace(CONFIG, lr=0.4, final_lr=0.0, warmup=warmup)
-    weight = nn.Parameter(torch.zeros(()))
-    optimizer = config.optimizer([weight])
-    scheduler = config.scheduler(optimizer, 12)
+    made = recipe(lr=0.4, final_lr=0.0, warmup=warmup)
+    optimizer = made.optimized([nn.Parameter(torch.zeros(()))])
+    schedule = made.scheduled(optimizer, 12)
     rates = []
-    for _ in range(12):
+    for step in range(12):
+        schedule.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
     rising = round(12 * warmup)
     linear = [0.4 * (step + 1) / (rising + 1) for step in range(rising)]
     cosine = [0.2 * (1 + math.cos(math.pi * step / (12 - rising))) for step in range(12 - rising)]
     assert rates == pytest.approx(linear + cosine)
+
+
+def test_falling_weights_reach_nothing_at_the_end(views: Views, teacher: nn.Module) -> None:
+    still = recipe(lr=1e-12, final_lr=0.0, epochs=40, batch_size=80)
+    constant, _ = distil("kd", teacher, views, still)
+    falling, _ = distil("kd", teacher, views, replace(still, falling=True))
+    shares = [a["KD"] / b["KD"] for a, b in zip(falling.history, constant.history, strict=True)]
+    expected = [0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(40)]
+    assert shares == pytest.approx(expected, abs=1e-3)
+    assert falling.history[-1]["CE"] == pytest.approx(constant.history[-1]["CE"], rel=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch() -> None:
+    views = opened()
+    step = {}
+    for size, many in ((40, 1), (10, 4)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(144, 4))
+        made = recipe(batch_size=size, accumulate=many, epochs=2)
+        step[size] = run(Supervised(network, "poor"), Batches(made, poor=views.poor), made).network
+    torch.testing.assert_close(step[40][1].weight, step[10][1].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_each_filter_and_the_average_follows(views: Views) -> None:
+    sizes = {}
+    for clip in ("none", "agc:0.01"):
+        made = recipe(lr=1.0, momentum=0.0, weight_decay=0.0, clip=clip, batch_size=80)
+        before = fresh("resnet8x0_5", views.poor, 0).conv1.weight
+        after = alone(views, made).network.conv1.weight
+        moved = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        sizes[clip] = float(moved.detach().max())
+    assert sizes["agc:0.01"] <= 0.0101 < sizes["none"]
+    mean = alone(views, recipe(ema=0.5, epochs=2)).network
+    assert not torch.equal(mean.fc.weight, alone(views, recipe(epochs=2)).network.fc.weight)
+
+
+def test_rows_without_a_label_are_distilled_and_not_supervised(teacher: nn.Module) -> None:
+    views = opened(labels=8)
+    assert int((views.poor.known() != NO_LABEL).sum()) == 8
+    assert torch.equal(views.poor.known(), views.rich.known())
+    outcome, _ = distil("kd", teacher, views, recipe())
+    assert outcome.terms["KD"] > 0
+    logits, target = torch.randn(4, 3), torch.tensor([1, NO_LABEL, 2, NO_LABEL])
+    expected = nn.functional.cross_entropy(logits[::2], target[::2])
+    torch.testing.assert_close(cross_entropy(logits, target), expected)
+    assert cross_entropy(logits, torch.full((4,), NO_LABEL)) == 0
+
+
+def test_pooled_features_come_in_the_order_of_the_images(views: Views, teacher: nn.Module) -> None:
+    embedding, pooled = features(teacher, views.rich, views.rich)
+    assert embedding.shape == (80, 64)
+    assert pooled.shape == (80, 32)
+    single, _ = features(teacher, views.rich.chosen(torch.tensor([5])), views.rich)
+    torch.testing.assert_close(single[0], embedding[5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_goes_to_its_layout() -> None:
+    batch = Batch(None, torch.randn(2, 3, 4, 4), torch.zeros(2), torch.zeros(2))
+    moved = batch.to(torch.device("cpu"), True)
+    assert moved.rich is None
+    assert moved.poor.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -199,15 +270,24 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine(warmup: float) -> Non
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"precision": "fp16"}, "precision must be fp32 or bf16"),
-        ({"warmup": 1.0}, "warmup must be a share in \\[0, 1\\), got 1.0"),
+        ({"precision": "fp64"}, "precision must be one of auto, fp32, bf16, fp16"),
+        ({"warmup": 0.999}, r"warmup must be a share in \[0, 0.95\], got 0.999"),
+        ({"clip": "agc"}, "clip must be none, agc:0.1"),
+        ({"clip": "agc:x"}, "clip must be none, agc:0.1"),
+        ({"ema": 1.0}, "ema must be a decay"),
     ],
 )
 def test_settings_that_cannot_work(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **wrong)
+        recipe(**wrong)
 
 
-def test_a_method_that_needs_a_teacher_says_so(pairs: ImagePairs) -> None:
-    with pytest.raises(ValueError, match="method 'kd' needs a teacher, got None"):
-        distil("kd", "resnet8x0_5", None, pairs, CONFIG)
+def test_settings_are_what_differs_from_the_defaults() -> None:
+    assert Recipe().settings == {}
+    assert Recipe(lr=0.2, seed=3).settings == {"lr": 0.2, "seed": 3}
+
+
+def test_the_model_names_are_timms() -> None:
+    assert models.create("resnet10t", num_classes=5, in_chans=1)(
+        torch.randn(2, 1, 32, 32)
+    ).shape == (2, 5)

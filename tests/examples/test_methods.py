@@ -5,31 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossmodal.methods import described, resolve
-from crossmodal.registry import METHODS, Method, Setup
-from crossmodal.stages import AdaptedStages, stages
-from structkd import DSLoss, Features, FlowMatrixLoss, KDLoss
-from structkd.criteria.base import Criterion
+from crossmodal.methods import METHODS, Setup, described, resolve, value
+from structkd import DSLoss, Features, KDLoss
 
-SETUP = Setup(classes=5, samples=80, batch_size=6)
-
-
-class StageCount(Criterion):
-    """Gives the number of maps it was handed."""
-
-    reads = ("intermediate",)
-
-    def compute(
-        self, student: Features, teacher: Features, target: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        return {"stages": student.intermediate[0].new_tensor(len(student.intermediate))}
-
-
-@pytest.fixture(autouse=True)
-def counting_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layers in ("one", "all"):
-        entry = Method("Count", "features", lambda s, t, setup: StageCount(), layers=layers)
-        monkeypatch.setitem(METHODS, f"count-{layers}", entry)
+SETUP = Setup(samples=80, batch_size=6)
 
 
 def features(widths: tuple[int, ...] = (8, 16, 32)) -> Features:
@@ -44,7 +23,7 @@ def features(widths: tuple[int, ...] = (8, 16, 32)) -> Features:
 
 def test_weights_of_the_single_methods() -> None:
     assert resolve("alone").supervision == 1.0
-    assert resolve("alone").build(features(), features(), SETUP) is None
+    assert resolve("alone").parts == ()
     assert resolve("kd").supervision == 0.1
     assert resolve("ds").supervision == 1.0
 
@@ -89,23 +68,31 @@ def test_options_override_the_criterion_and_its_weight() -> None:
     assert set(ds.terms(student, teacher)) == {"SEM-1", "SEM-2"}
 
 
-def test_each_part_of_a_sum_gets_its_own_layers() -> None:
-    assert resolve("count-one").layers == "one"
-    plan = resolve("count-one+count-all")
-    assert plan.layers == "all"
-    criterion = plan.build(features(), features(), SETUP)
-    terms = criterion.terms(features(), features())
-    assert sorted(value.item() for value in terms.values()) == [1, 3]
-
-
-def test_one_stage_is_the_last_but_one() -> None:
-    plan = resolve("ds+count-all")
+def test_a_sum_captures_all_stages_and_one_stage_methods_read_the_last_but_one() -> None:
+    plan = resolve("ds+nst")
     criterion = plan.build(features(), features((16, 64, 128)), SETUP)
     shapes = {tuple(parameter.shape[:2]) for parameter in criterion.parameters()}
     assert (64, 16) in shapes  # the adapter, from the student's second stage to the teacher's
-    assert stages(["a", "b", "c"], "one") == ["b"]
-    assert stages(["a"], "one") == ["a"]
-    assert stages(["a", "b", "c"], "all") == ["a", "b", "c"]
+    assert plan.stages(["a", "b", "c"]) == ["a", "b", "c"]
+    assert resolve("ds").stages(["a", "b", "c"]) == ["b"]
+    assert resolve("ds").stages(["a"]) == ["a"]
+
+
+def test_options_are_written_after_the_name_and_are_part_of_it() -> None:
+    plan = resolve("kd:temperature=2,weight=0.5+ds:terms=[SEM-1,SEM-2],gamma=(5, 0.02)")
+    assert plan.options == {
+        "kd": {"temperature": 2, "weight": 0.5},
+        "ds": {"terms": ("SEM-1", "SEM-2"), "gamma": (5, 0.02)},
+    }
+    assert plan.name == "kd:temperature=2,weight=0.5+ds:terms=[SEM-1,SEM-2],gamma=[5,0.02]"
+    assert resolve(plan.name).options == plan.options
+    assert [value(text) for text in ("none", "1e-3", "mlp", "true")] == [None, 1e-3, "mlp", True]
+    with pytest.raises(
+        ValueError, match="method 'ds' has no option 'gama=3'; did you mean 'gamma'"
+    ):
+        resolve("ds:gama=3")
+    with pytest.raises(ValueError, match="method 'alone' has no option 'x=1'"):
+        resolve("alone:x=1")
 
 
 @pytest.mark.parametrize(
@@ -129,27 +116,29 @@ def test_options_for_a_part_that_is_not_there() -> None:
 
 def test_every_registered_method_reads_what_it_is_handed() -> None:
     target = torch.arange(6) % 5
-    for name in (name for name in METHODS if not name.startswith("count")):
+    for name in METHODS:
         plan = resolve(name)
-        one = plan.layers == "one"
+        if not plan.parts:
+            assert name == "alone"
+            continue
+        whole = len(plan.stages(["a", "b", "c"])) == 3
         student, teacher = (
             f.replace(
-                intermediate=f.intermediate[1:2] if one else f.intermediate, index=torch.arange(6)
+                intermediate=f.intermediate if whole else f.intermediate[1:2],
+                index=torch.arange(6),
             )
             for f in (features(), features((16, 32, 64)))
         )
         criterion = plan.build(student, teacher, SETUP)
-        if criterion is None:
-            assert name == "alone"
-            continue
         leaf = student.logits.clone().requires_grad_()
         maps = [value.clone().requires_grad_() for value in student.intermediate]
         rows = student.embedding.clone().requires_grad_()
         student = student.replace(logits=leaf, embedding=rows, intermediate=maps)
-        criterion(student, teacher, target).backward()
+        loss = criterion(student, teacher, target)
+        loss.backward()
         read = [value for value in (leaf, rows, *maps) if value.grad is not None]
         assert read, name
-        if not one:  # asking for all stages means using all of them
+        if whole and name != "ska":  # asking for all stages means using all of them
             assert all(value.grad is not None and value.grad.any() for value in maps), name
 
 
@@ -163,29 +152,12 @@ def test_weights_are_those_of_the_registrys_sources() -> None:
     assert found == weights
 
 
-def test_unequal_channels_are_adapted_for_fsp_and_equal_ones_left_alone() -> None:
-    student, teacher = features((8, 16, 32)), features((8, 16, 64))
-    criterion = AdaptedStages(FlowMatrixLoss(flows="chain"), student, teacher)
-    shapes = [tuple(p.shape) for p in criterion.parameters()]
-    assert shapes == [(64, 32, 1, 1), (64,), (64,), (64,)]  # convolution, batch norm
-    same = AdaptedStages(FlowMatrixLoss(flows="chain"), teacher, teacher)
-    assert not list(same.parameters())
-    assert same(teacher, teacher) == 0
-    short = teacher.replace(intermediate=teacher.intermediate[:2])
-    uneven = AdaptedStages(FlowMatrixLoss(flows="chain"), student, short)
-    with pytest.raises(ValueError, match="as many flows, got 2 and 1"):
-        uneven(student, short)
-
-
-def test_adapted_tokens_are_treated_as_maps() -> None:
-    maps_s, maps_t = features((3, 4)), features((5, 6))
-    torch.manual_seed(0)
-    criterion = AdaptedStages(FlowMatrixLoss(flows="chain"), maps_s, maps_t)
-    tokens_s, tokens_t = (
-        f.replace(intermediate=[m.flatten(2).transpose(1, 2) for m in f.intermediate])
-        for f in (maps_s, maps_t)
+def test_fitnets_has_the_benchmarks_regressor() -> None:
+    criterion = resolve("fitnets").build(features((8,)), features((16,)), SETUP)
+    kinds = [type(module).__name__ for module in criterion.modules()]
+    assert kinds[-4:] == ["Sequential", "ConvAdapter", "BatchNorm2d", "ReLU"] or (
+        "BatchNorm2d" in kinds
     )
-    torch.testing.assert_close(criterion(tokens_s, tokens_t), criterion(maps_s, maps_t))
 
 
 def test_a_description_changes_with_every_option() -> None:

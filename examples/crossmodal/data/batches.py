@@ -1,0 +1,232 @@
+"""Batches of one modality or of both, from memory or streamed: the same bits either way.
+
+Whatever is drawn for a sample (its crop, its flip, its noise) depends on the seed, the epoch and
+the sample alone, and the order of an epoch on seed and epoch: neither the number of workers nor
+that of processes changes a batch, and an epoch can be made again without those before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+
+from crossmodal.data.draws import permutation, uniform
+from crossmodal.data.images import Images
+from crossmodal.data.poverty import Noise
+from crossmodal.recipes import Recipe
+
+_ORDER, _CROPS, _OTHER_CROPS = 21, 22, 23
+_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop, as torchvision's
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Normalised float32 images (B, C, H, W) of either modality, targets and rows, each (B,) int64.
+
+    A target of -100 says that the image has no label. A modality that is not asked for is None.
+    """
+
+    rich: Tensor | None
+    poor: Tensor | None
+    target: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device, channels_last: bool) -> Batch:
+        """The batch on a device."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        rich, poor = (
+            None if images is None else images.to(device, memory_format=layout, non_blocking=True)
+            for images in (self.rich, self.poor)
+        )
+        return Batch(rich, poor, self.target.to(device), self.index.to(device))
+
+
+class Batches:
+    """Epochs over the rows of one modality, with the images of another beside them.
+
+    Args:
+        recipe: batch size, crops, flips and seed.
+        poor: what the student sees; its rows make the epoch where it is given.
+        rich: what the teacher sees: row i of both is one sample, unless ``epoch`` is told which.
+        together: crop both alike, as one scene seen twice; else apart, as two scenes.
+        device: where the batches go.
+        share: this process and their number; each takes its part of every batch.
+        workers: processes that read what is not in memory.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        poor: Images | None = None,
+        rich: Images | None = None,
+        together: bool = True,
+        device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
+        workers: int = 0,
+    ) -> None:
+        led = poor or rich
+        if led is None:
+            raise ValueError("batches need poor images, rich ones or both")
+        self.recipe, self.poor, self.rich, self.together = recipe, poor, rich, together
+        self.device, self.share, self.workers = torch.device(device), share, workers
+        self._led = led
+        if recipe.fresh_noise and poor is not None and not isinstance(poor.poverty, Noise):
+            raise ValueError(
+                f"fresh_noise needs noise to draw, but the poor images of {led.name} are "
+                f"{poor.poverty or 'a sensor of their own'}"
+            )
+        if len(led) // recipe.batch_size < recipe.accumulate > 1:
+            raise ValueError(
+                f"accumulate={recipe.accumulate} needs as many batches of {recipe.batch_size} in "
+                f"an epoch, but there are {len(led)} images"
+            )
+        if recipe.batch_size % share[1]:
+            raise ValueError(
+                f"batch_size must be a multiple of the {share[1]} processes, got "
+                f"{recipe.batch_size}"
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch; an incomplete last one is left out, unless it is the only one."""
+        whole = max(len(self._led) // self.recipe.batch_size, 1)
+        return max(whole - whole % self.recipe.accumulate, 1)
+
+    def epoch(self, number: int, ids: Tensor | None = None) -> Iterator[Batch]:
+        """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
+        order = permutation((self.recipe.seed, _ORDER, number), len(self._led))
+        rank, count = self.share
+        size = self.recipe.batch_size
+        steps = [
+            order[start : start + size].tensor_split(count)[rank]
+            for start in range(0, len(self) * size, size)
+        ]
+        yield from self._made(_Epoch(self, number, ids), steps)
+
+    def still(self, size: int = 256) -> Iterator[Batch]:
+        """This process's share of all images in their order, neither cropped nor flipped."""
+        rank, count = self.share
+        rows = torch.arange(len(self._led))[rank::count]
+        yield from self._made(_Epoch(self, None, None), list(rows.split(size)))
+
+    def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
+        """One batch of these rows."""
+        made = _Epoch(self, epoch, ids).__getitems__(rows.tolist())
+        return made.to(self.device, self.recipe.channels_last)
+
+    def _made(self, epoch: _Epoch, steps: list[Tensor]) -> Iterator[Batch]:
+        in_memory = all(i is None or i.pixels is not None for i in (self.poor, self.rich))
+        loader = DataLoader(
+            epoch,
+            batch_sampler=[rows.tolist() for rows in steps],
+            collate_fn=_as_it_is,
+            num_workers=0 if in_memory else self.workers,
+            pin_memory=False,
+            # It draws a seed for its workers, which must not move the training's own.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            yield batch.to(self.device, self.recipe.channels_last)
+
+
+@dataclass(frozen=True)
+class _Epoch(Dataset[Batch]):
+    """Makes batches of rows; ``number`` None leaves the images as they are."""
+
+    of: Batches
+    number: int | None
+    ids: Tensor | None
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        of, index = self.of, torch.tensor(rows)
+        recipe, poor, rich = of.recipe, of.poor, of.rich
+        images_p = images_t = raw = None
+        if poor is not None:
+            if recipe.fresh_noise and self.number is not None and isinstance(poor.poverty, Noise):
+                fresh = replace(poor.poverty, seed=recipe.seed, epoch=self.number)
+                poor = replace(poor, poverty=fresh)
+            raw = poor.raw(index)
+            images_p = self._image(raw, poor, index, _CROPS)
+        if rich is not None:
+            rows_t = index if self.ids is None else self.ids[index]
+            # Poor images are often made from these very ones: read once.
+            shared = (
+                raw is not None and poor is not None and poor.base is rich and poor.pixels is None
+            )
+            raw_t = raw if shared and self.ids is None else rich.raw(rows_t)
+            key = _CROPS if of.together else _OTHER_CROPS
+            # Drawn by the student's row: a teacher image that serves many is not one crop.
+            images_t = self._image(raw_t, rich, rows_t, key, drawn_by=index)
+        return Batch(images_t, images_p, of._led.known()[index], index)
+
+    def _image(
+        self, raw: Tensor, images: Images, rows: Tensor, key: int, drawn_by: Tensor | None = None
+    ) -> Tensor:
+        recipe, places = self.of.recipe, images.index[rows]
+        draws = None
+        if self.number is not None:
+            by = self.of._led.index[rows if drawn_by is None else drawn_by]
+            draws = uniform((recipe.seed, key, self.number), by, 5)
+            if recipe.crop == "resized":
+                raw = resized_crops(raw, draws, flip=recipe.flip)
+        made = raw if images.poverty is None else images.poverty(raw, places)
+        normal = images.statistics.normalise(made)
+        if draws is None or recipe.crop == "resized":
+            return normal
+        return padded_crops(normal, draws, pad=recipe.pad, flip=recipe.flip)
+
+
+def padded_crops(images: Tensor, draws: Tensor, *, pad: int, flip: bool) -> Tensor:
+    """Crops of the images' own size from a border of zeros, the mean where it is normalised.
+
+    Args:
+        images: (n, C, H, W), normalised.
+        draws: (n, at least 3) in [0, 1): down, across, mirrored.
+        pad: the border.
+        flip: mirror those whose third number is below a half.
+    """
+    count, channels, height, width = images.shape
+    if not pad and not flip:
+        return images
+    offsets = (draws[:, :2] * (2 * pad + 1)).long().clamp(max=2 * pad)
+    ys = offsets[:, :1] + torch.arange(height)
+    across = torch.arange(width).expand(count, -1)
+    if flip:
+        across = torch.where(draws[:, 2:3] < 0.5, across.flip(1), across)
+    xs = offsets[:, 1:2] + across
+    flat = (ys[:, :, None] * (width + 2 * pad) + xs[:, None, :]).view(count, 1, -1)
+    padded = F.pad(images, (pad,) * 4).flatten(2)
+    return padded.gather(2, flat.expand(-1, channels, -1)).view_as(images)
+
+
+def resized_crops(images: Tensor, draws: Tensor, *, flip: bool) -> Tensor:
+    """Crops of 8 to 100 % of the area, brought to the images' own size, as RandomResizedCrop's.
+
+    A crop that would stick out is cut to the image, where torchvision draws again.
+    """
+    count, _, height, width = images.shape
+    low, high = _SCALE
+    area = (low + draws[:, 0] * (high - low)) * height * width
+    log_low, log_high = (math.log(value) for value in _RATIO)
+    ratio = torch.exp(log_low + draws[:, 1] * (log_high - log_low))
+    down = (area / ratio).sqrt().round().clamp(1, height).long()
+    across = (area * ratio).sqrt().round().clamp(1, width).long()
+    top = (draws[:, 3] * (height - down + 1)).long()
+    left = (draws[:, 4] * (width - across + 1)).long()
+    crops = []
+    for n in range(count):
+        box = (int(top[n]), int(left[n]), int(down[n]), int(across[n]))
+        crop = vision.resized_crop(images[n], *box, [height, width], antialias=True)
+        crops.append(crop.flip(-1) if flip and draws[n, 2] < 0.5 else crop)
+    return torch.stack(crops)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,279 @@
+"""What a job trains on: the rich images of its teacher, the poor ones of its students.
+
+Two providers give them: :func:`paired`, every sample in both modalities, and :func:`unpaired`, two
+sets of different samples, told only by class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crossmodal.data import sources
+from crossmodal.data.images import NO_LABEL, Images, counts
+from crossmodal.data.poverty import Bands, Noise, Poverty, poverty
+from crossmodal.data.scenes import open_scenes
+from crossmodal.data.sources import Rows, stratified
+from crossmodal.recipes import DataSet
+
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+# Fixed draws, apart from every training seed: the same images are held out for everybody.
+_VAL, _LIMIT, _HALVES, _TEST, _SCENES_VAL, _SCENES_LIMIT, _LABELS = 2, 3, 4, 6, 7, 8, 10
+
+
+@dataclass(frozen=True)
+class Views:
+    """The images of a job.
+
+    Attributes:
+        rich: what the teacher learns from.
+        poor: what the students learn from.
+        held_out_rich, held_out_poor: what each is evaluated on.
+        paired: whether row i of ``poor`` is the sample of row i of ``rich``.
+        pseudo: the samples of ``rich`` made poor, in the same order: the matcher's free pairs.
+        originals: ``poor`` in the rich modality, in the same order, where the poor images were made
+            from them. Without pairs only the reference may see it: the setting has no such thing.
+        poverty: what makes the poor modality poor, for the record.
+    """
+
+    rich: Images
+    poor: Images
+    held_out_rich: Images
+    held_out_poor: Images
+    paired: bool
+    poverty: str
+    pseudo: Images | None = None
+    originals: Images | None = None
+
+    def loaded(self, *, made: bool = True) -> Views:
+        """All of it in memory, made poor once and for all or anew at every pass."""
+        done: dict[int, Images] = {}
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self,
+            **{k: v.loaded(done, made=made) for k, v in found.items() if isinstance(v, Images)},
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        found = [getattr(self, field.name) for field in fields(self)]
+        different = {id(images): images for images in found if isinstance(images, Images)}
+        return sum(images.size for images in different.values())
+
+    def summary(self) -> list[str]:
+        """What there is, and what is odd about it, one line each."""
+        lines = []
+        for name, images in (("rich", self.rich), ("poor", self.poor)):
+            channels, height, width = images.shape
+            held_out = self.held_out_rich if name == "rich" else self.held_out_poor
+            found = counts(images)
+            lines.append(
+                f"{name}: {len(images)} training and {len(held_out)} held-out images, "
+                f"{channels}x{height}x{width}, {len(images.classes)} classes of "
+                f"{found.min()} to {found.max()}"
+            )
+            if constant := images.statistics.constant:
+                lines.append(
+                    f"warning: {name} band(s) {', '.join(map(str, constant))} (counted from 0) "
+                    "never change in the training images and are given as 0"
+                )
+            for kind, some in (("training", images), ("held-out", held_out)):
+                few = counts(some)
+                for label in np.flatnonzero(few < max(2, np.median(few) / 10)):
+                    lines.append(
+                        f"warning: class {images.classes[label]!r} has {few[label]} {kind} {name} "
+                        f"image(s), others about {int(np.median(few))}"
+                    )
+        unlabelled = int((self.poor.known() == NO_LABEL).sum())
+        if unlabelled:
+            lines.append(f"{len(self.poor) - unlabelled} of the poor training images have labels")
+        return lines
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which images, from the command line.
+
+    Attributes:
+        data_dir, download: where they lie, and whether to fetch them there.
+        limit: training images a modality, all classes in proportion; held-out ones stay whole.
+        labels: how many training images have labels, all classes in proportion.
+        evaluate: ``test``, or ``val``, a fixed stratified tenth of the training images.
+        poor: what makes them poor, see ``poverty``; empty for the recipe's.
+        amount: of the noise.
+        rgb: positions of red, green and blue among the bands.
+    """
+
+    data_dir: Path | None = None
+    download: bool = False
+    limit: int | None = None
+    labels: int | None = None
+    evaluate: str = "test"
+    poor: str = ""
+    amount: float | None = None
+    rgb: tuple[int, ...] | None = None
+
+
+def open_views(entry: DataSet, wanted: Wanted) -> Views:
+    """The images of a data set or job, read when they are asked for.
+
+    Raises:
+        ValueError: an option does not fit, or the data are missing or damaged.
+    """
+    if entry.scenes:
+        views = _scenes(entry, wanted)
+    else:
+        if wanted.rgb:
+            raise ValueError(f"--rgb-bands is for folders of many bands, not for {entry.name}")
+        amount = entry.amount if wanted.amount is None else wanted.amount
+        made_poor = poverty(wanted.poor or "noise", amount)
+        views = _paired(entry, wanted, made_poor)
+        if entry.unpaired:
+            views = _halved(views, entry.name, made_poor)
+    return views if wanted.labels is None else _labelled(views, wanted.labels)
+
+
+def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
+    open_source = getattr(sources, f"open_{entry.reader}")
+    folder = None if wanted.data_dir is None else wanted.data_dir.expanduser()
+    source = open_source(folder, wanted.download)
+    offsets = {"train": 0, "test": len(source.train.labels)}
+
+    def pick(half: str, rows: Rows) -> tuple[Images, Images]:
+        images = getattr(source, half)
+        index = torch.from_numpy(rows + offsets[half])
+        labels = torch.from_numpy(images.labels[rows])
+        rich = Images(images.read, rows, labels, index, source.classes, entry.name)
+        if images.read_poor is None:
+            return rich, rich.made(made_poor)
+        return rich, replace(rich, read=images.read_poor)
+
+    train, held_out = _split(source.train.labels, wanted, _VAL, _LIMIT, len(source.classes))
+    rich, poor = pick("train", train)
+    half = "train" if wanted.evaluate == "val" else "test"
+    other = held_out if wanted.evaluate == "val" else np.arange(len(source.test.labels))
+    held_out_rich, held_out_poor = pick(half, other)
+    own = source.train.read_poor is not None
+    return Views(
+        rich=rich,
+        # Noise leaves a pixel's scale as it is; other poor images have one of their own.
+        poor=replace(poor, like=rich) if not own and isinstance(made_poor, Noise) else poor,
+        held_out_rich=held_out_rich,
+        held_out_poor=held_out_poor,
+        paired=True,
+        poverty="its own sensor" if own else str(made_poor),
+        originals=rich,
+    )
+
+
+def _halved(views: Views, name: str, made_poor: Poverty) -> Views:
+    """A paired set made unpaired: the teacher gets one half rich, the student the other poor."""
+    rich, originals = (views.rich.chosen(rows) for rows in halves(views.rich.labels))
+    for half in (rich, originals):
+        if counts(half).min() < 1:
+            raise ValueError(
+                f"{len(views.rich)} images leave a class of {name} without an image in one of the "
+                "halves; fix: a larger --limit"
+            )
+    return replace(
+        views,
+        rich=rich,
+        poor=originals.made(made_poor),
+        paired=False,
+        pseudo=rich.made(made_poor),
+        originals=replace(originals, like=rich),
+    )
+
+
+def _scenes(entry: DataSet, wanted: Wanted) -> Views:
+    """The benchmark's own split is not published with its description.
+
+    Here a fixed stratified fifth of each modality is for testing; ``val`` takes a tenth of the rest
+    instead.
+    """
+    if wanted.amount is not None or wanted.poor or wanted.download:
+        raise ValueError(
+            f"--amount, --poor and --download are for data sets of one modality: {entry.name} has "
+            "a poor modality of its own"
+        )
+    rgb = wanted.rgb or entry.rgb
+    if not all(0 <= band < entry.bands for band in rgb):
+        raise ValueError(
+            f"--rgb-bands must lie in 0..{entry.bands - 1}, got {' '.join(map(str, rgb))}"
+        )
+    classes, ms, photos = open_scenes(entry.name, wanted.data_dir, bands=entry.bands)
+    sets = []
+    for side, offset in ((ms, 0), (photos, len(ms.labels))):
+        everything = np.arange(len(side.labels))
+        train, test = _held_out(everything, side.labels, TEST_FRACTION, _TEST)
+        if wanted.evaluate == "val":
+            train, test = _held_out(train, side.labels, VAL_FRACTION, _SCENES_VAL)
+        train = _limited(train, side.labels, wanted.limit, _SCENES_LIMIT, len(classes))
+        for rows in (train, test):
+            labels, index = (torch.from_numpy(part) for part in (side.labels[rows], rows + offset))
+            sets.append(Images(side.read, rows, labels, index, classes, entry.name))
+    rich, held_out_rich, poor, held_out_poor = sets
+    pseudo = rich.made(Bands(tuple(rgb)))
+    return Views(rich, poor, held_out_rich, held_out_poor, False, "RGB", pseudo)
+
+
+def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two disjoint halves of all rows, ascending, every class in proportion; a fixed draw."""
+    first = torch.from_numpy(stratified(labels.numpy(), len(labels) // 2, draw=_HALVES))
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[first] = False
+    return first, rest.nonzero()[:, 0]
+
+
+def _split(labels: Rows, wanted: Wanted, val: int, limit: int, classes: int) -> tuple[Rows, Rows]:
+    train = np.arange(len(labels), dtype=np.int64)
+    held_out = stratified(labels, round(VAL_FRACTION * len(labels)), draw=val)
+    if wanted.evaluate == "val":
+        train = np.setdiff1d(train, held_out)
+    return _limited(train, labels, wanted.limit, limit, classes), held_out
+
+
+def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:
+    if limit is None:
+        return rows
+    if not classes <= limit <= len(rows):
+        raise ValueError(
+            f"limit must lie between {classes} (one image a class) and {len(rows)} (the training "
+            f"images), got {limit}"
+        )
+    return rows[stratified(labels[rows], limit, draw=draw)]
+
+
+def _held_out(rows: Rows, labels: Rows, fraction: float, draw: int) -> tuple[Rows, Rows]:
+    """The rest and the held-out rows; at least one image a class in the latter."""
+    count = max(round(fraction * len(rows)), len(np.unique(labels[rows])))
+    held_out = rows[stratified(labels[rows], count, draw=draw)]
+    return np.setdiff1d(rows, held_out), held_out
+
+
+def _labelled(views: Views, count: int) -> Views:
+    """The same, with labels for ``count`` training images of each side and -100 for the rest.
+
+    Pairs keep their labels together. Students are distilled from the images without a label all the
+    same; a teacher trains on those that have one.
+    """
+    if not views.paired:
+        raise ValueError("--labels needs pairs: what is not paired is matched by its label")
+    labels = views.rich.labels
+    if not len(views.rich.classes) <= count <= len(labels):
+        raise ValueError(
+            f"--labels must lie between {len(views.rich.classes)} (one a class) and {len(labels)} "
+            f"(the training images), got {count}"
+        )
+    known = torch.from_numpy(stratified(labels.numpy(), count, draw=_LABELS))
+    targets = torch.full_like(labels, NO_LABEL)
+    targets[known] = labels[known]
+    rich = replace(views.rich, targets=targets)
+    like = None if views.poor.like is None else rich
+    base = None if views.poor.base is None else rich
+    poor = replace(views.poor, targets=targets, base=base, like=like)
+    return replace(views, rich=rich, poor=poor, originals=rich)

@@ -1,0 +1,99 @@
+"""Which teacher image a student image gets, and what is minimised: an unpaired table's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
+from crossmodal.near import did_you_mean
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        title: its name in the table; ``{}`` is the criterion.
+        first: the first matching. ``none`` trains without a teacher, ``each epoch`` draws in the
+            class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and
+            ``itself`` the student's own image in the rich modality, which without pairs only a
+            reference has.
+        dynamic: whether the student chooses again while it learns (DynM).
+        aligned: whether SKA is added.
+        planned: whether matches come from a transport plan that limits a teacher image's share.
+    """
+
+    title: str
+    first: str = "semantic"
+    dynamic: bool = False
+    aligned: bool = False
+    planned: bool = False
+
+    @property
+    def matched(self) -> bool:
+        """Whether galleries are searched at all."""
+        return self.first == "semantic" or self.dynamic
+
+
+# "full without SKA" is the row ssm+dynm.
+VARIANTS: Mapping[str, Variant] = {
+    "alone": Variant(ALONE, "none"),
+    "random": Variant("{} random", "each epoch"),
+    "ssm": Variant("{} matching (SSM)"),
+    "ssm+dynm": Variant("{} matching + DynM (full without SKA)", dynamic=True),
+    "full": Variant("{} full SemBridge", dynamic=True, aligned=True),
+    "full-ssm": Variant("{} full without SSM", "random", dynamic=True, aligned=True),
+    "full-dynm": Variant("{} full without DynM", aligned=True),
+    "planned": Variant("{} full, planned matching", dynamic=True, aligned=True, planned=True),
+    "paired": Variant("{} paired (reference)", "itself"),
+}
+PAIRS = Variant("{}", "itself")  # what every method of a paired job is
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of cross-entropy, criterion and alignment; the published ones by default."""
+
+    task: float = 0.3
+    kd: float = 0.4
+    ska: float = 0.3 * 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"weight {name} must be at least 0, got {value}")
+
+
+def variant(name: str) -> Variant:
+    """The variant of that name; ValueError with the known names where there is none."""
+    if name not in VARIANTS:
+        hint = did_you_mean(name, VARIANTS)
+        raise ValueError(f"unknown variant {name!r}; {hint}known: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def plan(
+    variant: Variant, criterion: str, weights: Weights, options: Options | None = None
+) -> Plan:
+    """What a variant minimises: task * CE + kd * criterion + ska * (L_ot1 + L_ot2).
+
+    The criterion keeps its own weight from the registry inside ``kd``. Where that and the weight
+    of the cross-entropy there sum to 1 (``kd``: 0.9 and 0.1), it is a share, which ``weights``
+    take the place of. An alignment of weight 0 is left out.
+    """
+    if variant.first == "none":
+        return replace(resolve(ALONE), name=variant.title)
+    chosen = resolve(criterion, options)
+    if not chosen.parts:
+        raise ValueError(f"--criterion must name a criterion, got {criterion!r}")
+    found = {}
+    for name, method in chosen.parts:
+        is_share = method.supervision < 1 and abs(method.weight + method.supervision - 1) < 1e-9
+        found[name] = weights.kd * (1.0 if is_share else method.weight)
+    parts = chosen.parts
+    if variant.aligned and weights.ska:
+        parts += (("ska", METHODS["ska"]),)
+        found["ska"] = weights.ska
+    title = variant.title.format(chosen.name)
+    return Plan(title, parts, weights.task, chosen.options, found)

@@ -1,0 +1,123 @@
+"""What a run shows while it trains: a bar, or plain lines where output is piped; its history."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from crossmodal.runs.store import write_atomically
+from crossmodal.training.engine import shown
+
+_QUIET = 10.0  # seconds between two lines of one training, where output is piped
+
+
+class Show:
+    """Progress of one training after another; each epoch into a CSV, and TensorBoard if asked for.
+
+    Attributes:
+        run, runs: which of the job's trainings this is, and their number.
+        quiet: show nothing (the other processes of one training).
+    """
+
+    def __init__(self, console: Console, out: Path, *, board: bool = False) -> None:
+        self.console, self.out, self.board = console, out, board
+        self.run, self.runs, self.quiet = 0, 0, False
+        self._warned: set[str] = set()
+        self._bar: Progress | None = None
+        self._history: Path | None = None
+        self._board = None
+
+    def begin(self, label: str, epochs: int, steps: int, done: int) -> None:
+        """A training starts, or goes on after ``done`` epochs."""
+        self.label, self._epochs, self._steps, self._done = label, epochs, steps, done
+        self._started, self._spoke = time.perf_counter(), 0.0
+        if self.quiet:
+            return
+        if done:
+            self.say(f"{label}: goes on after epoch {done} of {epochs}")
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=epochs * steps, text="")
+
+    def keep(self, history: Path | None, board: str = "") -> None:
+        """Where the epochs of the next training go."""
+        self._history, self._warned, self._board = history, set(), None
+        if self.board and board and not self.quiet:
+            from accelerate.tracking import TensorBoardTracker
+
+            self._board = TensorBoardTracker(board, self.out / "tensorboard")
+            self._board.start()
+
+    def step(self, number: int, means: Callable[[], dict[str, float]]) -> None:
+        """Some steps of an epoch are done."""
+        if self._bar is not None:
+            done = self._done * self._steps + number
+            text = f"epoch {self._done + 1}/{self._epochs}  {shown(means())}"
+            self._bar.update(self._task, completed=done, text=text)
+
+    def epoch(self, history: list[dict[str, float]]) -> None:
+        """An epoch is over; ``history`` has a row for each so far."""
+        self._done = len(history)
+        row, now = history[-1], time.perf_counter()
+        if self.quiet:
+            return
+        if self._history is not None:
+            text = io.StringIO()
+            names = list(dict.fromkeys(name for r in history for name in r))
+            writer = csv.DictWriter(text, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+            try:
+                write_atomically(self._history, lambda path: path.write_text(text.getvalue()))
+            except OSError as error:
+                self.warn(f"{self._history} could not be written: {error}")
+        if self._board is not None:
+            self._board.log({k: v for k, v in row.items() if k != "epoch"}, step=self._done)
+        if self._bar is None and (now - self._spoke > _QUIET or self._done == self._epochs):
+            self._spoke = now
+            per_epoch = sum(r["seconds"] for r in history) / len(history)
+            left = time.strftime("%H:%M:%S", time.gmtime(per_epoch * (self._epochs - self._done)))
+            values = {
+                k: v for k, v in row.items() if k not in ("epoch", "seconds", "images_per_second")
+            }
+            self.say(
+                f"{self._name}  epoch {self._done}/{self._epochs}  {shown(values)}  "
+                f"{row['images_per_second']:.0f} images/s  {left} left"
+            )
+
+    def warn(self, text: str) -> None:
+        """Something is odd; each training says a thing once."""
+        kind = text.partition(":")[2]
+        if not self.quiet and kind not in self._warned:
+            self._warned.add(kind)
+            self.say(f"warning: {text}")
+
+    def say(self, text: str) -> None:
+        """A line, however long."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """The training is over, one way or another."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.finish()
+        self._bar = self._board = None
+
+    @property
+    def _name(self) -> str:
+        return f"[{self.run} of {self.runs}] {self.label}" if self.runs else self.label

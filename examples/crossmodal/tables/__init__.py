@@ -1,0 +1,1 @@
+"""What a job leaves for its reader: tables, figures, the published numbers beside ours."""

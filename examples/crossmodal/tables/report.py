@@ -1,0 +1,90 @@
+"""Results as rows of a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crossmodal.methods import ALONE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over its seeds; accuracies in percent, gain in points over the lone student.
+
+    ``failures`` holds the errors of the seeds that have no accuracy; the rest speaks of the others.
+    """
+
+    method: str
+    accuracies: tuple[float, ...]
+    gain: float | None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; NaN where all of them failed."""
+        return statistics.fmean(self.accuracies) if self.accuracies else math.nan
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds (n - 1); None for a single seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def accuracy(self) -> str:
+        """``mean ± std``, or the mean of a single seed; failed seeds are told."""
+        if not self.accuracies:
+            return f"failed: {self.failure}"
+        shown = f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+        total = len(self.accuracies) + len(self.failures)
+        return shown + (f" ({len(self.failures)} of {total} failed)" if self.failures else "")
+
+    @property
+    def failure(self) -> str:
+        """What went wrong with the first seed that failed, without its numbers and the fix."""
+        first = self.failures[0] if self.failures else ""
+        return first.partition(": ")[2].partition(" (")[0] or first
+
+    @property
+    def gained(self) -> str:
+        """The gain with its sign; empty for the lone student and where that was not run."""
+        return "" if self.gain is None else f"{self.gain:+.2f}"
+
+
+def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row a method, in the order of the runs; a run with ``failed`` has no accuracy."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    accuracies = {
+        method: tuple(run["accuracy"] for run in found if "failed" not in run)
+        for method, found in by_method.items()
+    }
+    base = accuracies.get(ALONE)
+    return [
+        Row(
+            method,
+            accuracies[method],
+            statistics.fmean(accuracies[method]) - statistics.fmean(base)
+            if base and accuracies[method] and method != ALONE
+            else None,
+            tuple(run["failed"] for run in found if "failed" in run),
+        )
+        for method, found in by_method.items()
+    ]
+
+
+def markdown(methods: Sequence[Row], *, title: str, more: Sequence[tuple[str, float]] = ()) -> str:
+    """The result in Markdown; ``more`` are rows of one number below, the teacher's."""
+    lines = [
+        f"{title}:",
+        "",
+        "| method | accuracy % | gain | seeds |",
+        "|---|---:|---:|---:|",
+        *(f"| {r.method} | {r.accuracy} | {r.gained} | {len(r.accuracies)} |" for r in methods),
+        *(f"| *{name}* | *{accuracy:.2f}* | | 1 |" for name, accuracy in more),
+    ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,1 @@
+"""Training: one loop for teachers, matchers and students, on Accelerate."""

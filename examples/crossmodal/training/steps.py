@@ -1,0 +1,159 @@
+"""What is minimised at a step, as modules: a batch goes in, logits and named terms come out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structkd
+from crossmodal import models
+from crossmodal.data import NO_LABEL, Batch, Images
+from crossmodal.methods import Plan, Setup
+from structkd import Criterion, Features
+from structkd.criteria.base import same_buffers
+from structkd.matching.semantic import SemanticMatcher
+
+Terms = dict[str, Tensor]
+_CRITERION_SEED = 1_000_000  # apart from the students', so that these start alike in all methods
+
+
+class Step(nn.Module):
+    """One network's training step.
+
+    Attributes:
+        network: what is trained, evaluated and stored.
+        reads: the modalities of a batch that it needs.
+        criterion: what is trained beside the network, and has epochs to count.
+        left: the share of the criterion's weight that is left, where it falls.
+    """
+
+    network: nn.Module
+    reads: tuple[str, ...] = ("rich",)
+    criterion: Criterion | None = None
+    left: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("left", torch.ones(()), persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor | None, Terms]:
+        """Logits, where there are any, and the terms whose sum is minimised."""
+        raise NotImplementedError
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return same_buffers(self)
+
+    def fall(self, progress: float) -> None:
+        """Sets the criterion's share for the part of the training that is done, in [0, 1]."""
+        self.left.fill_(0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Supervised(Step):
+    """A network on one modality and its labels, with weight 1."""
+
+    def __init__(self, network: nn.Module, modality: str) -> None:
+        super().__init__()
+        self.network, self.reads = network, (modality,)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
+        """Cross-entropy alone."""
+        logits = self.network(getattr(batch, self.reads[0]))
+        return logits, {"CE": cross_entropy(logits, batch.target)}
+
+
+class Distilled(Step):
+    """A student on poor images, its frozen teacher on the rich ones.
+
+    loss = supervision * CE(student, labels) + criterion(student's features, teacher's features)
+    """
+
+    reads = ("rich", "poor")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        plan: Plan,
+        example: Batch,
+        setup: Setup,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.supervision = plan.supervision
+
+        def build(feats_s: Features, feats_t: Features) -> Criterion:
+            torch.manual_seed(_CRITERION_SEED + seed)
+            return plan.build(feats_s, feats_t, setup)
+
+        student_stages, teacher_stages = (
+            plan.stages(models.stage_names(network)) for network in (student, teacher)
+        )
+        self.distiller = structkd.Distiller(
+            student,
+            teacher,
+            build,
+            example=(example.poor, example.rich),
+            layers={"intermediate": student_stages},
+            teacher_layers={"intermediate": teacher_stages},
+        )
+
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The student."""
+        return self.distiller.student
+
+    @property
+    def criterion(self) -> Criterion:  # type: ignore[override]
+        """The plan's."""
+        return self.distiller.criterion
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
+        """Weighted cross-entropy and the criterion's terms."""
+        logits, terms = self.distiller(
+            batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
+        )
+        supervised = {"CE": self.supervision * cross_entropy(logits, batch.target)}
+        return logits, supervised | {name: self.left * term for name, term in terms.items()}
+
+
+class Matching(Step):
+    """The matcher, on rich images and the poor ones made from them."""
+
+    reads = ("rich", "poor")
+
+    def __init__(self, matcher: SemanticMatcher) -> None:
+        super().__init__()
+        self.network = matcher
+
+    def forward(self, batch: Batch) -> tuple[None, Terms]:
+        """The self-supervised loss."""
+        return None, {"SSM": self.network(batch.rich, batch.poor)}
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over all rows with a label, of all processes; 0 where no row has one.
+
+    Every process gives its share of that mean times their number, as gradients are averaged.
+    """
+    count = (target != NO_LABEL).sum()
+    world = 1
+    if dist.is_available() and dist.is_initialized():
+        world = dist.get_world_size()
+        dist.all_reduce(count)
+    total = F.cross_entropy(_wide(logits), target, ignore_index=NO_LABEL, reduction="sum")
+    return total * world / count.clamp_min(1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def fresh(name: str, images: Images, seed: int) -> nn.Module:
+    """A network of that name for these images, its weights drawn by the seed."""
+    torch.manual_seed(seed)
+    return models.create(name, num_classes=len(images.classes), in_chans=images.shape[0])

@@ -1,0 +1,232 @@
+"""The benchmark's folders: what is read, how it is split, what is refused, one epoch of it all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from crossmodal import cli, models
+from crossmodal.data import Views, Wanted, open_views
+from crossmodal.data.scenes import read_multispectral
+from crossmodal.data.sources import read_rgb
+from crossmodal.methods import Setup, variants
+from crossmodal.recipes import data_sets
+from structkd import FeatureCapture
+
+tifffile = pytest.importorskip("tifffile")
+
+CLASSES = ("Forest", "River", "Town")
+BANDS, SIZE = 10, 12
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten MS images a class, .tif in both axis orders and .mat; eight photographs, larger."""
+    root = tmp_path_factory.mktemp("scenes")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        for kind in ("MS", "RGB"):
+            (root / kind / name).mkdir(parents=True)
+        for number in range(10):
+            image = random.integers(0, 900, (SIZE, SIZE, BANDS)).astype(np.uint16)
+            image[..., label] += 3000
+            file = root / "MS" / name / f"{number}"
+            if number == 0:
+                savemat(f"{file}.mat", {"msi": image, "label": np.eye(3)[label]})
+            elif number == 1:
+                bands_first = image.transpose(2, 0, 1)
+                tifffile.imwrite(f"{file}.tif", bands_first, photometric="minisblack")
+            else:
+                tifffile.imwrite(f"{file}.tif", image, photometric="minisblack")
+        for number in range(8):
+            pixels = random.integers(0, 90, (20, 16, 3)).astype(np.uint8)
+            pixels[..., label] += 120
+            Image.fromarray(pixels).save(root / "RGB" / name / f"photo{number}.jpg")
+    return root
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(original, tmp_path / "scenes"))
+
+
+def opened(root: Path | None, **wanted: object) -> Views:
+    return open_views(data_sets()["s2s_eu"], Wanted(data_dir=root, **wanted)).loaded()
+
+
+def test_both_modalities_are_read_and_split(original: Path) -> None:
+    views = opened(original)
+    assert views.rich.classes == list(CLASSES)
+    assert views.rich.pixels.shape == (24, BANDS, SIZE, SIZE)
+    assert views.poor.pixels.shape == (19, 3, SIZE, SIZE)
+    assert views.poor.pixels.dtype == torch.uint8
+    assert (len(views.held_out_rich), len(views.held_out_poor)) == (6, 5)
+    assert views.originals is None
+    for train, test, total in (
+        (views.rich, views.held_out_rich, 30),
+        (views.poor, views.held_out_poor, 24),
+    ):
+        assert len({*train.index.tolist(), *test.index.tolist()}) == total
+        assert set(test.labels.tolist()) == {0, 1, 2}
+    assert torch.equal(opened(original).rich.index, views.rich.index)
+    # The bright band tells the class: labels and files stand together.
+    for pairs in (views.rich, views.held_out_rich, views.poor, views.held_out_poor):
+        brightest = pairs.pixels.float().mean((2, 3))[:, :3].argmax(1)
+        assert torch.equal(brightest, pairs.labels)
+
+
+def test_pseudo_rgb_is_three_of_the_bands(original: Path) -> None:
+    views = opened(original)
+    assert torch.equal(views.pseudo.pixels, views.rich.pixels[:, [2, 1, 0]])
+    assert torch.equal(views.pseudo.labels, views.rich.labels)
+
+
+def test_validation_leaves_the_test_images_alone(original: Path) -> None:
+    test = set(opened(original).held_out_poor.index.tolist())
+    views = opened(original, evaluate="val")
+    seen = {*views.poor.index.tolist(), *views.held_out_poor.index.tolist()}
+    assert not seen & test
+    assert set(views.held_out_poor.labels.tolist()) == {0, 1, 2}
+
+
+def test_axis_orders_and_formats_give_the_same_image(tmp_path: Path) -> None:
+    image = np.arange(4 * 5 * BANDS, dtype=np.uint16).reshape(4, 5, BANDS)
+    expected = image.transpose(2, 0, 1).astype(np.float32)
+    tifffile.imwrite(tmp_path / "last.tif", image, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "first.tif", expected, photometric="minisblack")
+    savemat(tmp_path / "last.mat", {"msi": image})
+    for name in ("last.tif", "first.tif", "last.mat"):
+        assert np.array_equal(read_multispectral(tmp_path / name, BANDS), expected), name
+
+
+def test_photographs_are_brought_to_the_common_size(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20), (10, 20, 30)).save(tmp_path / "a.png")
+    pixels = read_rgb(tmp_path / "a.png", (4, 5), resize=True)
+    assert pixels.shape == (3, 4, 5)
+    assert (pixels == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
+
+
+def test_a_job_end_to_end(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks = ["--teacher", "resnet8", "--student", "resnet8x0_5", "--matcher", "resnet8x0_5"]
+    arguments = ["--epochs", "2", "--seeds", "1", "--variant", "alone", "full", "--device", "cpu"]
+    command = ["s2s_eu", "--data", str(original), "--out", str(tmp_path), *networks, *arguments]
+    assert cli.main(command) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["alone", "kd full SemBridge"]
+    assert runs[1]["config"]["training"]["optimizer"] == "adam"
+    assert list(runs[1]["trace"]["rematching"]) == ["1"]
+    assert (tmp_path / "transport.png").exists()
+    printed = "alone 91.7, kd full SemBridge 93.7, kd full without SSM 92.5."
+    assert printed in (tmp_path / "results.md").read_text()
+    capsys.readouterr()
+    assert cli.main([*command, "--variant", "paired"]) == 2
+    assert "does not have; leave it out" in capsys.readouterr().err
+
+
+BACKBONES = ("resnet34", "mobilenetv2_100", "shufflenet_v2_x0_5")
+
+
+@pytest.fixture(scope="module")
+def captures() -> dict[str, tuple[FeatureCapture, FeatureCapture]]:
+    """Every published backbone as teacher of 10 bands and as student of 3."""
+    made = {}
+    for name in BACKBONES:
+        pair = [models.create(name, num_classes=4, in_chans=chans).eval() for chans in (10, 3)]
+        captures = (FeatureCapture(net, intermediate=models.stage_names(net)) for net in pair)
+        made[name] = tuple(captures)
+    return made
+
+
+@pytest.mark.parametrize("student", BACKBONES)
+@pytest.mark.parametrize("teacher", BACKBONES)
+def test_every_published_pair_of_backbones_is_aligned(
+    teacher: str, student: str, captures: dict[str, tuple[FeatureCapture, FeatureCapture]]
+) -> None:
+    feats_s = captures[student][1](torch.randn(2, 3, 64, 64))
+    with torch.no_grad():
+        feats_t = captures[teacher][0](torch.randn(2, 10, 64, 64))
+    plan = variants.plan(variants.VARIANTS["full"], "kd", variants.Weights())
+    criterion = plan.build(feats_s, feats_t, Setup(100, 2))
+    terms = criterion.terms(feats_s, feats_t, torch.tensor([0, 1]))
+    assert set(terms) == {"KD", "SKA-tokens", "SKA-embeddings"}
+    sum(terms.values()).backward()
+    stem = next(captures[student][1].module.parameters())
+    assert stem.grad.isfinite().all()
+    assert stem.grad.abs().sum() > 0
+    captures[student][1].module.zero_grad()
+
+
+def _without(*parts: str):
+    return lambda root: shutil.rmtree(root.joinpath(*parts))
+
+
+def _written(name: str, content: bytes):
+    return lambda root: (root / name).write_bytes(content)
+
+
+def _image(name: str, shape: tuple[int, ...], value: float = 1.0):
+    def write(root: Path) -> None:
+        savemat(root / name, {"msi": np.full(shape, value, np.float32)})
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without("MS"), r"MS does not exist; fix: --data must name the folder"),
+        (_without("RGB"), r"RGB does not exist"),
+        (_without("RGB", "River"), r"class folders of .* differ: River in one alone"),
+        (lambda root: (root / "MS" / "Sea").mkdir(), r"differ: Sea in one alone"),
+        (_written("MS/Town/2.tif", b"II*\x00 no image"), r"2\.tif cannot be read"),
+        (_written("MS/Town/0.mat", b"no matlab"), r"0\.mat cannot be read"),
+        (_written("RGB/Town/photo1.jpg", b"\xff\xd8 cut"), r"photo1\.jpg cannot be read"),
+        (_image("MS/Town/0.mat", (SIZE, SIZE, 14)), r"\(12, 12, 14\), expected 10 bands"),
+        (_image("MS/Town/0.mat", (SIZE, SIZE)), r"expected 10 bands"),
+        (_image("MS/Town/0.mat", (8, 8, BANDS)), r"0\.mat is 8x8, others are 12x12"),
+        (_image("MS/Town/0.mat", (SIZE, SIZE, BANDS), np.nan), r"holds NaN or infinity"),
+        (lambda root: savemat(root / "MS/Town/0.mat", {"x": 1}), r"no key 'msi', only: x"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, damage, message: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        opened(folder)
+
+
+def test_an_empty_class_folder_is_named(folder: Path) -> None:
+    for file in (folder / "RGB" / "Town").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"Town holds no image\(s\)"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"limit": 2}, "limit must lie between 3"), ({"limit": 99}, "between 3 .* and 24")],
+)
+def test_limits_are_checked(original: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(original, **options)
+
+
+def test_bad_arguments_are_named(original: Path) -> None:
+    with pytest.raises(ValueError, match="needs a data directory"):
+        opened(None)
+    with pytest.raises(ValueError, match=r"--rgb-bands must lie in 0\.\.9"):
+        opened(original, rgb=(10, 1, 0))
+
+
+def test_embedded_options_are_refused(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["s2s_eu", "--data", str(original), "--poor", "grey"]) == 2
+    assert "has a poor modality of its own" in capsys.readouterr().err
