@@ -43,7 +43,7 @@ class Hook:
         capture = self.capture()
         if capture is None or self.layer() is not module:
             return
-        if torch.compiler.is_exporting() or _is_traced():
+        if _is_exported():
             return
         value = rest[-1]
         if self.kind in ("input", "start"):
@@ -66,9 +66,12 @@ class Hook:
         return layer.register_forward_hook(self, with_kwargs=True)
 
 
-def _is_traced() -> bool:
-    """Tells whether ``torch.jit.trace`` (and an exporter that uses it) is at work."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+def _is_exported() -> bool:
+    """Tells whether ``torch.export`` or ``torch.jit.trace`` runs the network by itself."""
+    # Dynamo drops what hooks do where it exports, and up to torch 2.10 it calls all it does export.
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
 def drop_spent_hooks(module: nn.Module) -> None:
