@@ -9,6 +9,7 @@ from structkd.criteria.calibration import SemanticCalibrationLoss
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss
 from structkd.criteria.coral import CORALLoss
 from structkd.criteria.correlation import CrossCorrelationLoss
+from structkd.criteria.dense import DenseStructureLoss
 from structkd.criteria.flow import FlowMatrixLoss
 from structkd.criteria.logits import DKDLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
@@ -49,6 +50,7 @@ __all__ = [
     "CurriculumTemperatureLoss",
     "DKDLoss",
     "DSLoss",
+    "DenseStructureLoss",
     "DistilVPRLoss",
     "Distiller",
     "FeatureCapture",
