@@ -20,7 +20,7 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
-from structkd.criteria.sums import CriterionSum
+from structkd.criteria.sums import CriterionSum, falling
 from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
@@ -78,4 +78,5 @@ __all__ = [
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",
     "diagnostics",
+    "falling",
 ]

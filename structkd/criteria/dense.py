@@ -115,6 +115,8 @@ class DenseStructureLoss(Criterion):
     """
 
     reads = ("intermediate",)
+    couples = True
+    sums_over_ranks = True
 
     def __init__(
         self,
