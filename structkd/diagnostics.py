@@ -265,7 +265,7 @@ def filter_collapse(module: nn.Module) -> dict[str, FilterDirections]:
     The rank is :func:`effective_rank` of the filters scaled to unit length, one a row. A
     convolution counts if the next module that its parent registers is a batch norm of as many
     channels, or if its parent has such a norm under its own name with ``bn`` or ``norm`` for
-    ``conv``.
+    ``conv``; so does the last one of an ``nn.Sequential`` in its place.
 
     Args:
         module: A network, or anything that holds one.
@@ -298,13 +298,16 @@ def _normalised_filters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, parent in module.named_modules():
         children = list(parent.named_children())
         for position, (name, child) in enumerate(children):
-            following = children[position + 1][1] if position + 1 < len(children) else None
+            norms = [getattr(parent, name.replace("conv", norm), None) for norm in ("bn", "norm")]
+            norms += [after for _, after in children[position + 1 : position + 2]]
+            while isinstance(child, nn.Sequential) and len(child):  # a deep stem
+                last, child = list(child.named_children())[-1]
+                name = f"{name}.{last}"
             if not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_lazy(child.weight):
                 continue
-            named = [getattr(parent, name.replace("conv", norm), None) for norm in ("bn", "norm")]
             if any(
                 isinstance(norm, _BatchNorm) and norm.num_features == child.out_channels
-                for norm in (following, *named)
+                for norm in norms
             ):
                 yield (f"{path}.{name}" if path else name), child.weight
 
