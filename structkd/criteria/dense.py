@@ -43,7 +43,8 @@ class DenseStructureLoss(Criterion):
       the constant, which stands for what cannot be known, twice the negative mutual information of
       two Gaussian variables. Its pull is strongest on channels that are nearly predicted and fades
       on those that the student's modality does not show. It lies in [log 0.01, log 1.01], so its
-      weight does not depend on the scale of features or teacher.
+      weight does not depend on the scale of features or teacher. A channel whose C_ii is not
+      positive has no pull of its own until the rest of the training moves it;
     * ``squared`` is :math:`(1 - C_{ii})^2`, Eq. 7 of the paper on positions. It pulls hardest on
       channels that cannot be predicted; take it to compare with the paper.
 
@@ -67,7 +68,8 @@ class DenseStructureLoss(Criterion):
     has no more channels than the teacher, the convolution is applied to the sums and never to a
     map. With ``gather`` the sums are all-reduced, and no position is gathered: two all-reduces
     forward and one backward, whatever the number of stages. The first one has the means, which are
-    taken off before the second moments, so that these do not cancel in float32.
+    taken off before the second moments, so that these do not cancel in float32. The closed form
+    exchanges the numbers of samples beside them.
 
     Args:
         student_channels: Channels of the student's maps, one number a stage, or one number. The

@@ -192,6 +192,11 @@ class DSLoss(Criterion):
                     feats_s, feats_t, terms=chosen, **{**preset, **given}
                 )
                 taken.update(takes if part == "dense" else ())
+            elif aligned and given:
+                raise ValueError(
+                    f"{', '.join(given)} belong to the {kind.__name__}, which aligned=True leaves "
+                    f"out: name some of {', '.join(own)} in terms, or leave them out too"
+                )
         gamma = variant["gamma"]
         if isinstance(gamma, tuple) and options.get("dense", found.get("dense")) is None:
             gamma = gamma[:2]
@@ -240,6 +245,7 @@ def _check_alignment(
     others = {name for kind in _PARTS[:2] for name in kind.options()}
     asked = [name for name in DenseStructureLoss.options() if name in options]
     asked = [name for name in asked if name not in others]
+    asked += ["adapter"] if isinstance(options.get("adapter"), str) else []  # DCM's is a module
     asked += [term for term in terms if term in DENSE_TERMS]
     if asked:
         raise ValueError(

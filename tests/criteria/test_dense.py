@@ -245,6 +245,15 @@ def test_float32_keeps_its_digits_beside_the_optimum(options, level: float) -> N
     )
 
 
+@every_form
+@pytest.mark.parametrize("widths", [(2, 3), (3, 2)])
+def test_the_gradient_is_differentiable_itself(options, widths) -> None:
+    student = randn(0, 3, widths[0], 2, 2).double().requires_grad_()
+    teacher = randn(1, 3, widths[1], 2, 2).double()
+    criterion = build(*widths, **options).double()
+    assert torch.autograd.gradgradcheck(lambda value: criterion(value, teacher), student)
+
+
 def test_channels_last_changes_nothing() -> None:
     student, teacher = randn(0, 4, 3, 5, 5), randn(1, 4, 6, 5, 5)
     last = [value.to(memory_format=torch.channels_last) for value in (student, teacher)]
@@ -359,6 +368,16 @@ EMBEDDED = tuple(Features(embedding=value.mean((2, 3)), intermediate=value) for 
             ValueError,
             "names none of Dense-1, Dense-2",
         ),
+        (
+            lambda: DSLoss.from_features(*EMBEDDED, adapter="closed_form"),
+            ValueError,
+            "adapter belong to the dense part",
+        ),
+        (
+            lambda: DSLoss.from_features(*EMBEDDED, aligned=True, sigma=1.0),
+            ValueError,
+            "sigma belong to the UniformityCalibrationLoss, which aligned=True leaves out",
+        ),
         (lambda: DSLoss.from_features(*EMBEDDED, aligned="yes"), TypeError, "aligned must be True"),
         (
             lambda: DSLoss.from_features(*EMBEDDED, aligned=True, gamma=(1, 2)),
@@ -418,5 +437,6 @@ def test_pairs_that_are_not_aligned_stay_as_they_were() -> None:
     torch.manual_seed(0)
     unsaid = DSLoss.from_features(*EMBEDDED)
     assert said.dense is None
+    assert list(DSLoss.from_features(*EMBEDDED, terms="SEM-1").terms(*EMBEDDED)) == ["SEM-1"]
     assert said.gamma == (5.0, 0.02)
     torch.testing.assert_close(said(*EMBEDDED), unsaid(*EMBEDDED))
