@@ -9,6 +9,7 @@ from structkd.criteria.calibration import SemanticCalibrationLoss
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss
 from structkd.criteria.coral import CORALLoss
 from structkd.criteria.correlation import CrossCorrelationLoss
+from structkd.criteria.dense import DenseStructureLoss
 from structkd.criteria.flow import FlowMatrixLoss
 from structkd.criteria.logits import DKDLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
@@ -19,7 +20,7 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
-from structkd.criteria.sums import CriterionSum
+from structkd.criteria.sums import CriterionSum, falling
 from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
@@ -49,6 +50,7 @@ __all__ = [
     "CurriculumTemperatureLoss",
     "DKDLoss",
     "DSLoss",
+    "DenseStructureLoss",
     "DistilVPRLoss",
     "Distiller",
     "FeatureCapture",
@@ -76,4 +78,5 @@ __all__ = [
     "UniformityCalibrationLoss",
     "VariationalInformationLoss",
     "diagnostics",
+    "falling",
 ]

@@ -7,20 +7,21 @@ from torch import Tensor
 FORMS = ("auto", "matrix", "gram")
 
 
-def takes_gram(form: str, embedding: Tensor, crossover: int) -> bool:
+def takes_gram(form: str, embedding: Tensor, crossover: int, rows: int | None = None) -> bool:
     """Tells whether one of ``FORMS`` means the Gram form for embeddings ``(B, d)``.
 
     Args:
         form: ``auto`` takes the cheaper one.
         embedding: Of the batch and the width in question.
+        rows: B, where these are a part of the batch only.
         crossover: The ``d / B`` from which the Gram form was measured to be the cheaper one, by
             benchmarks/forms.py. It is above 1 because the Gram form computes in float64.
     """
     if form != "auto":
         return form == "gram"
-    rows, width = embedding.shape
+    batch, width = embedding.shape
     # Apple's GPUs have no float64, which the Gram form needs.
-    return width > crossover * rows and embedding.device.type != "mps"
+    return width > crossover * (batch if rows is None else rows) and embedding.device.type != "mps"
 
 
 def cross_product_energy(left: Tensor, right: Tensor) -> Tensor:

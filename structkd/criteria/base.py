@@ -47,8 +47,9 @@ class Criterion(nn.Module):
     target of -100 marks a row without one.
 
     To write one, name the fields it ``reads`` and implement :meth:`compute`. Say ``couples = True``
-    if it compares the samples of a batch with each other, and override :meth:`arguments` if the
-    constructor needs widths.
+    if it compares the samples of a batch with each other: under ``gather`` it is then given the
+    rows of all processes, unless ``sums_over_ranks`` says that it needs their sums alone. Override
+    :meth:`arguments` if the constructor needs widths.
 
     Args:
         gather: Compute on the whole batch of all processes, so that value and gradient equal the
@@ -67,6 +68,8 @@ class Criterion(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()  # a bare tensor stands for the first
     reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
     couples: ClassVar[bool] = False  # whether the samples of a batch are compared with each other
+    # Whether compute adds sums up over the ranks by itself, and wants its own rows under gather.
+    sums_over_ranks: ClassVar[bool] = False
     # Options of from_features that are no keywords of the constructor; arguments() reads them.
     build_options: ClassVar[tuple[str, ...]] = ()
     min_batch: ClassVar[int] = 1
@@ -158,12 +161,13 @@ class Criterion(nn.Module):
         tensors = [*_named(student, "student"), *_named(teacher, "teacher")]
         device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
-        if self.gather and self.couples:
+        if self.gather and self.couples and not self.sums_over_ranks:
             sizes = shard_sizes(batch, device)
             batch = sum(sizes)
             student, teacher = _gathered(student, sizes), _gathered(teacher, sizes)
             target = None if target is None else gather_batch(target, sizes)
-        self._check_batch(batch)
+        if not self.sums_over_ranks:
+            self._check_batch(batch)
         student = _map(student, lambda tensor: tensor.to(dtype))
         teacher = _map(teacher, lambda tensor: _constant(tensor).to(dtype))
         with torch.autocast(device.type, enabled=False):

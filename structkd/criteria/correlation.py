@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from structkd._checks import choice, number, whole
 from structkd.criteria._gram import FORMS, cross_product_energy, off_diagonal, takes_gram
+from structkd.criteria._moments import Columns, inverse_scale, moments
 from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion, either
+from structkd.distributed import gather_batch, shard_sizes
 from structkd.features import Features
 from structkd.projectors import Projector
 
@@ -20,6 +22,11 @@ REDUCTIONS = ("mean", "sum")
 TERMS = ("SEM-1", "SEM-2")
 
 _CROSSOVER = 4
+# Modules that treat every row by itself. Batch norm does not, and of others nobody knows.
+_ROW_WISE = (
+    *(nn.Identity, nn.Linear, nn.LayerNorm, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh),
+    *(nn.Sequential, Projector),
+)
 
 
 class CrossCorrelationLoss(Criterion):
@@ -41,6 +48,10 @@ class CrossCorrelationLoss(Criterion):
     B x B only; its B x B part is accumulated in float64, because the off-diagonal sum is a
     difference of near-equal numbers near the optimum. ``auto`` takes the cheaper one.
 
+    The gradient of a column grows as one over its length, so that a channel that is nearly dead
+    has a very large one. ``floor`` :math:`\epsilon > 0` bounds it: lengths become
+    :math:`\sqrt{\|z_i\|^2 + \epsilon \, mean_j \|z_j\|^2}`, and C_ii stays a little below 1.
+
     Args:
         student_projector: Module ``(B, D_s) -> (B, d)``; none means identity.
         teacher_projector: Module ``(B, D_t) -> (B, d)``. It is frozen, as Eq. 12 minimises over the
@@ -53,16 +64,20 @@ class CrossCorrelationLoss(Criterion):
             Twins; the paper does not.
         form: ``auto``, ``matrix`` or ``gram``.
         train_teacher_projector: Leave the teacher's projector trainable.
+        floor: :math:`\epsilon >= 0`; 0 is the equation as printed.
         terms: Which of ``SEM-1`` and ``SEM-2`` to take.
-        gather: Correlate over the batch of all processes.
+        gather: Correlate over the batch of all processes. The matrix form all-reduces its sums, the
+            Gram form gathers rows; so does a projector whose rows depend on each other, as batch
+            norm makes them. The gradients of the projectors' parameters are to be averaged over
+            the processes, as ``DistributedDataParallel`` around a Distiller does.
 
     Shape:
         student ``(B, D_s)``, teacher ``(B, D_t)``, any float dtype, B >= 2; output a scalar in
         float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the projected widths differ, ``lambd`` is negative, an option is unknown, the
-            projectors share parameters of which one side would be frozen, or
+        ValueError: If the projected widths differ, ``lambd`` or ``floor`` is negative, an option is
+            unknown, the projectors share parameters of which one side would be frozen, or
             ``train_teacher_projector`` has no projector to train.
 
     References:
@@ -78,6 +93,7 @@ class CrossCorrelationLoss(Criterion):
 
     reads = ("embedding",)
     couples = True
+    sums_over_ranks = True
     min_batch = 2
     build_options = ("projector", "projector_dim")
 
@@ -90,6 +106,7 @@ class CrossCorrelationLoss(Criterion):
         lambd: float = 5e-3,
         center: bool = False,
         form: str = "auto",
+        floor: float = 0.0,
         train_teacher_projector: bool = False,
         terms: Sequence[str] = TERMS,
         gather: bool = False,
@@ -100,6 +117,7 @@ class CrossCorrelationLoss(Criterion):
         self.lambd = number("lambd", lambd, at_least=0)
         self.center = center
         self.form = choice("form", form, FORMS)
+        self.floor = number("floor", floor, at_least=0)
         _check_projectors(student_projector, teacher_projector, train_teacher_projector)
         self.student_projector = student_projector or nn.Identity()
         self.teacher_projector = teacher_projector or nn.Identity()
@@ -151,6 +169,15 @@ class CrossCorrelationLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         embedding_s, embedding_t = either(student, teacher, "embedding")
+        sizes = [len(embedding_s)]
+        if self.gather:
+            sizes = shard_sizes(sizes[0], embedding_s.device)
+        self._check_batch(sum(sizes))
+        by_row = _is_row_wise(self.student_projector) and _is_row_wise(self.teacher_projector)
+        if self.gather and not by_row:
+            embedding_s = gather_batch(embedding_s, sizes)
+            embedding_t = gather_batch(embedding_t, sizes)
+        gather = self.gather and by_row  # what is left to bring together
         projected_s = self.student_projector(embedding_s)
         projected_t = self.teacher_projector(embedding_t)
         if projected_s.shape[1] != projected_t.shape[1]:
@@ -159,12 +186,22 @@ class CrossCorrelationLoss(Criterion):
                 f"{projected_s.shape[1]} and {projected_t.shape[1]}; pass student_projector="
                 f"structkd.Projector({embedding_s.shape[1]}, {projected_t.shape[1]})"
             )
-        unit_s = _unit_columns(projected_s, self.center)
-        unit_t = _unit_columns(projected_t, self.center)
-        if takes_gram(self.form, unit_s, _CROSSOVER):
-            diagonal, off = _gram_form(unit_s, unit_t)
+        if takes_gram(self.form, projected_s, _CROSSOVER, rows=sum(sizes)):
+            if gather:
+                projected_s = gather_batch(projected_s, sizes)
+                projected_t = gather_batch(projected_t, sizes)
+            diagonal, off = _gram_form(
+                _unit_columns(projected_s, self.center, self.floor),
+                _unit_columns(projected_t, self.center, self.floor),
+            )
         else:
-            diagonal, off = _matrix_form(unit_s, unit_t)
+            columns = [Columns(projected_s.T, projected_t.T)]
+            ((found,),) = moments(columns, center=self.center, gather=gather)
+            scale_s = inverse_scale(found.spread_s, self.floor)
+            scale_t = inverse_scale(found.var_t, self.floor)
+            correlation = found.cross * scale_s[:, None] * scale_t
+            diagonal = correlation.diagonal()
+            off = off_diagonal(correlation).square().sum()
         scale = 1 / projected_s.shape[1] if self.reduction == "mean" else 1.0
         terms = {
             "SEM-1": scale * (1 - diagonal).square().sum(),
@@ -175,7 +212,7 @@ class CrossCorrelationLoss(Criterion):
     def extra_repr(self) -> str:
         return (
             f"reduction={self.reduction!r}, lambd={self.lambd}, center={self.center}, "
-            f"form={self.form!r}, terms={self.enabled}"
+            f"form={self.form!r}, floor={self.floor}, terms={self.enabled}"
         )
 
 
@@ -198,29 +235,28 @@ def _check_projectors(
         )
 
 
-def _unit_columns(projected: Tensor, center: bool) -> Tensor:
+def _is_row_wise(projector: nn.Module) -> bool:
+    # By exact type: what a subclass changes is not known.
+    return all(type(module) in _ROW_WISE for module in projector.modules())
+
+
+def _unit_columns(projected: Tensor, center: bool, floor: float) -> Tensor:
     """Scales columns to unit length; columns with nothing in them become zero, not noise."""
     length = torch.linalg.vector_norm(projected, dim=0)
-    floor = torch.zeros_like(length)
+    grain = torch.zeros_like(length)
     if center:
         # What is left of a constant column is the rounding of its mean: some 5 eps for 10,000 rows.
-        floor = 16 * torch.finfo(projected.dtype).eps * length.detach()
+        grain = 16 * torch.finfo(projected.dtype).eps * length.detach()
         projected = projected - projected.mean(dim=0)
         length = torch.linalg.vector_norm(projected, dim=0)
     # Written so that NaN stays NaN: a comparison with it is false.
-    empty = length <= floor
-    unit = projected / torch.where(empty, 1, length)
-    return torch.where(empty, 0, unit)
-
-
-def _matrix_form(unit_s: Tensor, unit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the diagonal of C and the sum of squares off it."""
-    correlation = unit_s.T @ unit_t
-    return correlation.diagonal(), off_diagonal(correlation).square().sum()
+    empty = length <= grain
+    square = torch.where(empty, 0, torch.where(empty, 1, length).square())
+    return torch.where(empty, 0, projected * inverse_scale(square, floor))
 
 
 def _gram_form(unit_s: Tensor, unit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the same two without the matrix C."""
+    """Returns the diagonal of C and the sum of squares off it, without the matrix C."""
     dtype = unit_s.dtype
     unit_s, unit_t = unit_s.double(), unit_t.double()
     diagonal = (unit_s * unit_t).sum(dim=0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from structkd._checks import describe, near, number
+from structkd._checks import describe, near, number, whole
 from structkd.criteria.base import Criterion, Input
 from structkd.features import Features
 
@@ -22,7 +23,8 @@ class CriterionSum(Criterion):
     to a name that comes twice.
 
     Weights are tensors: :meth:`set_weight` changes one from step to step, and a compiled criterion
-    is not compiled again. They are configuration and no part of ``state_dict``.
+    is not compiled again. They are configuration and no part of ``state_dict``. :func:`falling`
+    gives a schedule.
 
     Args:
         members: Criteria by name.
@@ -122,6 +124,35 @@ class CriterionSum(Criterion):
             for name, member in self.criteria.items()
             if isinstance(member, Criterion)
         ]
+
+
+def falling(step: int, total: int) -> float:
+    r"""Share of a weight that is left at a step, falling from 1 to 0 along a cosine.
+
+    :math:`\frac{1}{2} (1 + \cos(\pi \, step / total))`, and 0 from ``total`` on. A criterion whose
+    weight falls shapes the student while it still moves much, and leaves the last word to the
+    labels. It is a number for :meth:`CriterionSum.set_weight`, which compiles nothing again.
+
+    Args:
+        step: Steps done, >= 0: batches or epochs.
+        total: Steps of the whole training, >= 1.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        TypeError, ValueError: If a number is not whole or out of range.
+
+    Example:
+        >>> import structkd
+        >>> criterion = 20 * structkd.KDLoss()
+        >>> for epoch in range(10):
+        ...     criterion.set_weight("KDLoss", 20 * falling(epoch, 10))
+        >>> [round(falling(step, 4), 3) for step in range(5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    done = whole("step", step, at_least=0) / whole("total", total)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def fields_read(criterion: Criterion) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def _orthonormal(seed: int) -> Tensor:
     return torch.linalg.qr(normal(generator(seed), 12, 5))[0]
 
 
-def _sem(form: str, center: bool = False, projected: bool = False):
+def _sem(form: str, center: bool = False, projected: bool = False, floor: float = 0.0):
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         width_s, width_t = pick(rng, 1, 6), pick(rng, 1, 6)
@@ -32,7 +32,7 @@ def _sem(form: str, center: bool = False, projected: bool = False):
         project_s = nn.Linear(width_s, 4) if projected else None
         project_t = nn.Linear(width_t, 4) if projected else None
         criterion = CrossCorrelationLoss(
-            project_s, project_t, lambd=0.05, center=center, form=form
+            project_s, project_t, lambd=0.05, center=center, form=form, floor=floor
         ).double()
         return Example(
             criterion,
@@ -47,7 +47,7 @@ def _sem(form: str, center: bool = False, projected: bool = False):
             z_s = z_s + example.criterion.student_projector.bias
             z_t = z_t @ example.criterion.teacher_projector.weight.T
             z_t = z_t + example.criterion.teacher_projector.bias
-        return sum(dskd.sem_terms(z_s, z_t, lambd=0.05, center=center))
+        return sum(dskd.sem_terms(z_s, z_t, lambd=0.05, center=center, floor=floor))
 
     return make, oracle
 
@@ -236,6 +236,11 @@ CASES = [
         for _sem_args in [
             (_sem(form, center)[0], ("embedding",), _sem(form, center)[1]),
         ]
+    ),
+    *(
+        Case(f"sem-{form}-floor", make, ("embedding",), oracle, min_batch=2)
+        for form in ("matrix", "gram")
+        for make, oracle in [_sem(form, center=form == "matrix", floor=0.03)]
     ),
     Case(
         "sem-linear",

@@ -157,6 +157,21 @@ def test_the_teachers_projector_is_frozen_unless_asked() -> None:
     assert all(p.grad is not None for p in trained.teacher_projector.parameters())
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_a_trained_teachers_projector_has_one_gradient_in_both_forms(center: bool) -> None:
+    student, teacher = randn(0, 6, 4).double(), randn(1, 6, 4).double()
+    found = []
+    for form in ("matrix", "gram"):
+        torch.manual_seed(0)
+        criterion = CrossCorrelationLoss(
+            nn.Linear(4, 5), nn.Linear(4, 5), form=form, center=center, train_teacher_projector=True
+        ).double()
+        criterion(student, teacher).backward()
+        found.append([parameter.grad for parameter in criterion.parameters()])
+    for matrix, gram in zip(*found, strict=True):
+        torch.testing.assert_close(matrix, gram)
+
+
 # --- UniformityCalibrationLoss --------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -115,6 +116,32 @@ def test_members_of_a_sum_load_whatever_their_order() -> None:
     named = CriterionSum({"hint": fit, "kernel": cc}, {"kernel": 0.5})
     torch.testing.assert_close(named(student, teacher), saved(student, teacher))
     assert {name.split(".")[1] for name in named.state_dict()} == {"hint", "kernel"}
+
+
+def test_a_weight_falls_to_zero_along_a_cosine_without_a_recompile() -> None:
+    torch._dynamo.reset()
+    total = 8
+    student, teacher = torch.eye(4), torch.eye(4).flip(0)
+    whole = CriterionSum({"dense": structkd.CORALLoss(), "kd": structkd.LogitMSELoss()})
+    feats = (
+        Features(logits=student, embedding=student),
+        Features(logits=teacher, embedding=2 * teacher),
+    )
+    full = {name: float(value) for name, value in whole.terms(*feats).items()}
+    compiled = torch.compile(whole, backend="eager", fullgraph=True)
+    compiled(*feats)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(total + 2):
+            share = structkd.falling(step, total)
+            whole.set_weight("dense", 20 * share)
+            want = 20 * math.cos(math.pi * min(step, total) / total / 2) ** 2
+            value = float(compiled(*feats)) - full["Logits"]
+            assert value == pytest.approx(want * full["CORAL"], abs=1e-5)
+    assert structkd.falling(0, total) == 1
+    assert structkd.falling(total, total) == 0
+    for step, steps in ((-1, 4), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least"):
+            structkd.falling(step, steps)
 
 
 def test_epochs_count_inside_sums_and_once() -> None:

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 
-def cross_correlation(z_s: Tensor, z_t: Tensor, *, center: bool = False) -> list[list[Tensor]]:
-    """Eq. 6, entry by entry; a channel that is zero over the batch correlates with nothing."""
+def cross_correlation(
+    z_s: Tensor, z_t: Tensor, *, center: bool = False, floor: float = 0.0
+) -> list[list[Tensor]]:
+    """Eq. 6, entry by entry; a channel that is zero over the batch correlates with nothing.
+
+    The floor, which the paper does not have, is a share of the columns' mean square.
+    """
     batch, width = z_s.shape
+    extra_s, extra_t = floor * mean_square(z_s, center), floor * mean_square(z_t, center)
     matrix = []
     for i in range(width):
         row = []
@@ -18,8 +24,8 @@ def cross_correlation(z_s: Tensor, z_t: Tensor, *, center: bool = False) -> list
             mean_s = sum(z_s[b, i] for b in range(batch)) / batch if center else 0.0
             mean_t = sum(z_t[b, j] for b in range(batch)) / batch if center else 0.0
             dot = sum((z_s[b, i] - mean_s) * (z_t[b, j] - mean_t) for b in range(batch))
-            square_s = sum((z_s[b, i] - mean_s) ** 2 for b in range(batch))
-            square_t = sum((z_t[b, j] - mean_t) ** 2 for b in range(batch))
+            square_s = sum((z_s[b, i] - mean_s) ** 2 for b in range(batch)) + extra_s
+            square_t = sum((z_t[b, j] - mean_t) ** 2 for b in range(batch)) + extra_t
             if square_s.item() == 0 or square_t.item() == 0:
                 row.append(torch.zeros((), dtype=z_s.dtype))
             else:
@@ -28,11 +34,20 @@ def cross_correlation(z_s: Tensor, z_t: Tensor, *, center: bool = False) -> list
     return matrix
 
 
+def mean_square(z: Tensor, center: bool) -> Tensor:
+    """The columns' sums of squares, averaged over the columns."""
+    total = torch.zeros((), dtype=z.dtype)
+    for i in range(z.shape[1]):
+        mean = sum(value for value in z[:, i]) / len(z) if center else 0.0
+        total = total + sum((value - mean) ** 2 for value in z[:, i])
+    return total / z.shape[1]
+
+
 def sem_terms(
-    z_s: Tensor, z_t: Tensor, *, lambd: float = 5e-3, center: bool = False
+    z_s: Tensor, z_t: Tensor, *, lambd: float = 5e-3, center: bool = False, floor: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Eq. 7, its two sums apart."""
-    matrix = cross_correlation(z_s, z_t, center=center)
+    matrix = cross_correlation(z_s, z_t, center=center, floor=floor)
     width = len(matrix)
     on = sum(((1 - matrix[i][i]) ** 2 for i in range(width)), start=torch.zeros(()).double())
     off = sum(

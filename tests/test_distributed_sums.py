@@ -1,0 +1,119 @@
+"""Criteria that add sums up over the processes equal one process, whatever share each holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import structkd
+from structkd import Criterion, Features
+from structkd.distributed import average_gradients, world_size
+from tests.processes import start
+
+BATCH = 8
+SHARES = ([4, 4], [1, 7], [2, 5, 1])  # batch sizes a rank
+
+
+def _ds(**options: object) -> Criterion:
+    feats_s, feats_t = (
+        Features(embedding=torch.ones(2, width), intermediate=torch.ones(2, width, 4, 4))
+        for width in (5, 6)
+    )
+    return structkd.DSLoss.from_features(feats_s, feats_t, gather=True, **options)
+
+
+def _dense(width_s: int = 5, **options: object) -> Criterion:
+    return structkd.DenseStructureLoss(width_s, 6, gather=True, **options)
+
+
+def _sem(**options: object) -> Criterion:
+    return structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True, **options)
+
+
+CRITERIA: dict[str, Callable[[], Criterion]] = {
+    "ds-aligned": lambda: _ds(aligned=True),
+    "ds-measured": lambda: _ds(),
+    "sem": lambda: _sem(),
+    "sem-centred": lambda: _sem(center=True, floor=0.01),
+    "sem-gram": lambda: _sem(center=True, form="gram"),
+    "dense": _dense,
+    "dense-squared": lambda: _dense(diagonal="squared", floor=0.0),
+    # A student wider than the teacher: the convolution meets positions, not sums.
+    "dense-wide": lambda: _dense(7),
+    "dense-closed": lambda: _dense(adapter="closed_form", split=False),
+    "dense-split": lambda: _dense(adapter="closed_form", split=True),
+}
+
+
+def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """One rank's part of a batch of maps that are parameters, so that no network is in the way."""
+    torch.manual_seed(0)
+    criterion = CRITERIA[name]().double()
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    rng = torch.Generator().manual_seed(1)
+    widths = (7 if name == "dense-wide" else 5, 6)
+    maps = [torch.randn(BATCH, c, 3, 4, generator=rng, dtype=torch.float64) for c in widths]
+    own = maps[0][rows].clone().requires_grad_()
+    feats_s = Features(embedding=own.mean((2, 3)), intermediate=own)
+    teacher = maps[1][rows]
+    value = criterion(feats_s, Features(embedding=teacher.mean((2, 3)), intermediate=teacher))
+    value.backward()
+    average_gradients(criterion)
+    grads = {key: p.grad for key, p in criterion.named_parameters() if p.grad is not None}
+    # A loop with DDP divides by the number of processes.
+    return value.detach(), {**grads, "maps": own.grad / world_size()}
+
+
+def _worker(rank: int, sizes: list[int], out: str) -> None:
+    torch.save({name: _share(name, sizes, rank) for name in CRITERIA}, f"{out}.{rank}")
+
+
+@pytest.fixture(scope="module", params=SHARES, ids=str)
+def ranks(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    sizes = request.param
+    folder = tmp_path_factory.mktemp("shares")
+    start(_worker, folder, len(sizes), sizes, str(folder / "rank"))
+    return [torch.load(folder / f"rank.{r}", weights_only=True) for r in range(len(sizes))]
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_shares_of_any_size_change_nothing(ranks, name: str) -> None:
+    value, grads = _share(name, [BATCH], 0)
+    exact = {"rtol": 1e-10, "atol": 1e-12}
+    for rank in ranks:
+        torch.testing.assert_close(rank[name][0], value, **exact)
+        for key, want in grads.items():
+            if key != "maps":
+                torch.testing.assert_close(rank[name][1][key], want, **exact)
+    together = torch.cat([rank[name][1]["maps"] for rank in ranks])
+    torch.testing.assert_close(together, grads["maps"], **exact)
+
+
+def _count_worker(rank: int, out: str) -> None:
+    counted = {"calls": 0}
+    reduce = dist.all_reduce
+
+    def counting(*args: object, **kwargs: object) -> object:
+        counted["calls"] += 1
+        return reduce(*args, **kwargs)
+
+    dist.all_reduce = counting
+    stages = [torch.randn(2 + rank, c, 4, 4, requires_grad=True) for c in (3, 5, 6)]
+    criterion = structkd.DenseStructureLoss([3, 5, 6], [4, 4, 4], gather=True)
+    value = criterion(stages, [torch.randn(2 + rank, 4, 4, 4) for _ in stages])
+    forward = counted["calls"]
+    value.backward()
+    dist.all_reduce = reduce
+    if rank == 0:
+        Path(out).write_text(f"{forward} {counted['calls'] - forward}")
+
+
+def test_dense_structure_needs_two_reduces_forward_and_one_backward(tmp_path: Path) -> None:
+    out = tmp_path / "count"
+    start(_count_worker, tmp_path, 2, str(out))
+    assert out.read_text() == "2 1"
