@@ -82,6 +82,8 @@ def _run(
     loss = criterion(feats_s, feats_t, target[rows])
     # DDP averages only once every parameter has a gradient: the cross-entropy reaches them all.
     (loss + 0 * feats_s.logits.sum()).backward()
+    if not isinstance(criterion, DistributedDataParallel):
+        average_gradients(criterion)  # its own parameters, which nobody averages otherwise
     grads = {
         f"{part}.{key.removeprefix('module.')}": parameter.grad
         for part, module in (("student", student), ("criterion", criterion))
