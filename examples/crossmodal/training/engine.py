@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +47,6 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """What was minimised, the sum of ``terms``, in the last epoch."""
         return self.history[-1]["loss"]
 
     @property
@@ -63,7 +61,6 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all its parts where it was cut off."""
         return sum(row["seconds"] for row in self.history)
 
 
@@ -90,8 +87,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
     """
     step, recipe, batches = training.step, training.recipe, training.batches
     device = accelerator.device
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    step.to(device, memory_format=layout)
+    step.to(device, memory_format=recipe.layout)
     if accelerator.num_processes > 1 and device.type == "cuda":
         step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
     ema = ModelEmaV3(step.network, decay=recipe.ema) if recipe.ema else None
@@ -100,14 +96,9 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
     updates = len(batches) // recipe.accumulate or 1
     schedule = recipe.scheduled(optimizer, recipe.epochs * updates)
     clip = recipe.clipping()
-    history: list[dict[str, float]] = []
-    kept = None if training.keeper is None else training.keeper.resume(accelerator)
-    if kept is not None:
-        history = kept["history"]
-        if ema is not None:
-            ema.module.load_state_dict(kept["ema"])
-        if training.choose is not None:
-            training.choose.load_state_dict(kept["choose"])
+    more = [part for part in (ema, training.choose) if part is not None]
+    accelerator.register_for_checkpointing(*more)
+    history = [] if training.keeper is None else training.keeper.resume(accelerator)
     reporter.begin(training.label, recipe.epochs, len(batches), len(history))
     for epoch in range(len(history), recipe.epochs):
         started = time.perf_counter()
@@ -146,18 +137,12 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
             reporter.warn(f"{training.label}, epoch {epoch + 1}: {told}")
         if step.criterion is not None:
             step.criterion.step_epoch()
-        seconds = time.perf_counter() - started
-        images = len(batches) * recipe.batch_size
-        lr = optimizer.param_groups[0]["lr"]
-        row = {"epoch": epoch + 1, "lr": lr, **means, "seconds": seconds}
-        history.append({**row, "images_per_second": images / seconds})
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means}
+        row["seconds"] = time.perf_counter() - started
+        row["images_per_second"] = len(batches) * recipe.batch_size / row["seconds"]
+        history.append(row)
         if training.keeper is not None:
-            extra: dict[str, Any] = {"history": history}
-            if ema is not None:
-                extra["ema"] = ema.module.state_dict()
-            if training.choose is not None:
-                extra["choose"] = training.choose.state_dict()
-            training.keeper.save(accelerator, epoch + 1, extra)
+            training.keeper.save(accelerator, history)
         reporter.epoch(history)
     if device.type != "cpu":  # where no memory is held, collecting what is left takes long
         accelerator.free_memory()

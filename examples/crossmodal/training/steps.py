@@ -53,7 +53,6 @@ class Supervised(Step):
         self.network, self.modality = network, modality
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        """Cross-entropy alone."""
         logits = self.network(getattr(batch, self.modality))
         return logits, {"CE": cross_entropy(logits, batch.target)}
 
@@ -65,14 +64,9 @@ class Distilled(Step):
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        plan: Plan,
-        example: Batch,
-        setup: Setup,
+        self, student: nn.Module, teacher: nn.Module, plan: Plan, example: Batch, setup: Setup,
         seed: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.supervision = plan.supervision
 
@@ -80,30 +74,23 @@ class Distilled(Step):
             torch.manual_seed(_CRITERION_SEED + seed)
             return plan.build(feats_s, feats_t, setup)
 
-        student_stages, teacher_stages = (
-            plan.stages(models.stage_names(network)) for network in (student, teacher)
+        both = example.poor, example.rich
+        layers, teacher_layers = (
+            {"intermediate": plan.stages(models.stage_names(net))} for net in (student, teacher)
         )
         self.distiller = structkd.Distiller(
-            student,
-            teacher,
-            build,
-            example=(example.poor, example.rich),
-            layers={"intermediate": student_stages},
-            teacher_layers={"intermediate": teacher_stages},
+            student, teacher, build, example=both, layers=layers, teacher_layers=teacher_layers
         )
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
-        """The student."""
         return self.distiller.student
 
     @property
     def criterion(self) -> Criterion:  # type: ignore[override]
-        """The plan's."""
         return self.distiller.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        """Weighted cross-entropy and the criterion's terms."""
         logits, terms = self.distiller(
             batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
         )
@@ -119,7 +106,6 @@ class Matching(Step):
         self.network = matcher
 
     def forward(self, batch: Batch) -> tuple[None, Terms]:
-        """The self-supervised loss."""
         return None, {"SSM": self.network(batch.rich, batch.poor)}
 
 
