@@ -36,58 +36,32 @@ _MATCHER = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images a step, over all processes.
-        accumulate: steps whose gradients are summed up to one of the optimizer.
-        lr: the largest learning rate; it falls along a cosine to ``final_lr``, step by step.
-        final_lr: learning rate at the end.
-        warmup: share of the training, in [0, 1), over which the rate first rises to ``lr``.
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
-        momentum: of SGD.
-        weight_decay: on the network and the criterion's heads.
-        clip: of the network's gradients: ``none``, ``agc:F`` (adaptive, F of each filter's norm),
-            ``norm:N`` or ``value:V``, as timm has them.
-        falling: let the criterion's weight fall to 0 by the end of training, along a cosine.
-        ema: decay of the moving average of the weights that is evaluated; 0 for none.
-        crop: ``pad`` crops the padded image, ``resized`` is a crop of 8 to 100 % brought to size.
-        pad: border for random crops, in pixels.
-        flip: mirror half of the training images.
-        fresh_noise: draw the noise anew at every pass.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast); ``auto`` measures.
-        channels_last: the memory format; with ``auto`` part of what is measured.
-        seed: of the initial weights, the order of the batches and their crops.
-    """
-
-    epochs: int = 100
-    batch_size: int = 64
-    accumulate: int = 1
-    lr: float = 0.05
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 64  # images a step, over all processes
+    accumulate: int = 1  # steps whose gradients are summed up to one of the optimizer
+    lr: float = 0.05  # the largest rate; it falls along a cosine to final_lr, step by step
     final_lr: float = 1e-6
-    warmup: float = 0.0
+    warmup: float = 0.0  # share of the training over which the rate first rises to lr
     optimizer: str = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    clip: str = "none"
-    falling: bool = False
-    ema: float = 0.0
-    crop: str = "pad"
-    pad: int = 4
-    flip: bool = True
-    fresh_noise: bool = False
-    precision: str = "auto"
-    channels_last: bool = False
-    seed: int = 0
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # on the network and the criterion's heads
+    clip: str = "none"  # of the gradients by timm: agc:F (F of a filter's norm), norm:N, value:V
+    falling: bool = False  # let the criterion's weight fall to 0 along a cosine
+    ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0 for none
+    crop: str = "pad"  # of the padded image; "resized" is 8 to 100 % brought to size
+    pad: int = 4  # border for random crops, in pixels
+    flip: bool = True  # mirror half of the training images
+    fresh_noise: bool = False  # draw the noise anew at every pass
+    precision: str = "auto"  # measured; bf16 and fp16 are autocast
+    channels_last: bool = False  # the memory format; with auto part of what is measured
+    seed: int = 0  # of the initial weights, the order of the batches and their crops
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("pad", "weight_decay", "momentum", "final_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        least = dict.fromkeys(("epochs", "batch_size", "accumulate"), 1)
+        least |= dict.fromkeys(("pad", "weight_decay", "momentum", "final_lr"), 0)
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         # At 0.95 what is left to fall is a twentieth; above that a short run has no step left.
@@ -97,13 +71,11 @@ class Recipe:
             raise ValueError(f"ema must be a decay in [0, 1), got {self.ema}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+                got = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {got!r}")
         self.clipping()
 
     def clipping(self) -> tuple[str, float] | None:
-        """Mode and size of the clipping; None for none."""
         mode, _, size = self.clip.partition(":")
         try:
             value = float(size) if size else 0.0
@@ -114,14 +86,11 @@ class Recipe:
         return None if mode == "none" else (mode, value)
 
     def optimized(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over those parameters that are trained."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                trained, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        chosen = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return chosen(trained, lr=self.lr, weight_decay=self.weight_decay)
+        kind = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[self.optimizer]
+        more = {"momentum": self.momentum} if kind == "SGD" else {}
+        chosen: type[torch.optim.Optimizer] = getattr(torch.optim, kind)
+        return chosen(trained, lr=self.lr, weight_decay=self.weight_decay, **more)
 
     def scheduled(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         """timm's schedule of the learning rate over a training of so many steps."""
@@ -139,6 +108,10 @@ class Recipe:
         )
 
     @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
     def spoils_late(self) -> bool:
         """Whether images are made poor at every pass: the noise is new, or follows the crop."""
         return self.fresh_noise or self.crop == "resized"
@@ -149,46 +122,29 @@ class Recipe:
 
         A field that is new in a later version, at its default, leaves old results known.
         """
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        }
+        defaults = {field.name: field.default for field in fields(self)}
+        return {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """An entry of ``recipes.toml``.
-
-    Attributes:
-        name: how the command line names it.
-        reader: ``crossmodal.data.sources.open_<reader>(data_dir, download) -> Source``.
-        unpaired: whether its halves are given to teacher and students apart.
-        scenes: whether it is two folders, ``MS`` and ``RGB``, of different samples.
-        amount: the noise's.
-        teacher, student, matcher: model names; the matcher's two encoders are the teacher's network
-            unless named.
-        bands, rgb: of multispectral images, and where red, green and blue stand among them.
-        rematch: ``RematchSchedule``'s arguments, in epochs of 200.
-        train: fields of the recipe of teacher and students.
-        teacher_recipe, student_recipe, matcher_recipe: what differs for each.
-    """
+    """An entry of ``recipes.toml``."""
 
     name: str
-    teacher: str
+    teacher: str  # model names; the matcher's encoders are the teacher's network unless named
     student: str
     matcher: str = ""
-    reader: str = ""
-    unpaired: bool = False
-    scenes: bool = False
-    amount: float = 0.5
-    bands: int = 0
+    reader: str = ""  # crossmodal.data.sources.open_<reader>(data_dir, download) -> Source
+    unpaired: bool = False  # give its halves to teacher and students apart
+    scenes: bool = False  # two folders, MS and RGB, of different samples
+    amount: float = 0.5  # of the noise
+    bands: int = 0  # of multispectral images, and where red, green and blue stand among them
     rgb: tuple[int, ...] = ()
-    rematch: Mapping[str, int] = field(
+    rematch: Mapping[str, int] = field(  # RematchSchedule's arguments, in epochs of 200
         default_factory=lambda: {"start": 30, "step": 30, "growth": 5, "times": 4}
     )
-    train: Mapping[str, Any] = field(default_factory=dict)
-    teacher_recipe: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)  # Recipe's fields but the matcher's
+    teacher_recipe: Mapping[str, Any] = field(default_factory=dict)  # what differs for each
     student_recipe: Mapping[str, Any] = field(default_factory=dict)
     matcher_recipe: Mapping[str, Any] = field(default_factory=dict)
 
@@ -243,8 +199,6 @@ def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise ValueError(
-                f"{where} has an unknown field {name!r}; {did_you_mean(name, known)}"
-                f"known: {', '.join(known)}"
-            )
+            hint = did_you_mean(name, known) + f"known: {', '.join(known)}"
+            raise ValueError(f"{where} has an unknown field {name!r}; {hint}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,17 +1,7 @@
 """Images in two modalities: where they come from, what makes one poor, and batches of them."""
 
 from crossmodal.data.batches import Batch, Batches
-from crossmodal.data.images import NO_LABEL, Images, Statistics, counts
+from crossmodal.data.images import NO_LABEL, Images
 from crossmodal.data.views import Views, Wanted, open_views
 
-__all__ = [
-    "NO_LABEL",
-    "Batch",
-    "Batches",
-    "Images",
-    "Statistics",
-    "Views",
-    "Wanted",
-    "counts",
-    "open_views",
-]
+__all__ = ["NO_LABEL", "Batch", "Batches", "Images", "Views", "Wanted", "open_views"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,50 +38,34 @@ class Batch:
     target: Tensor
     index: Tensor
 
-    def to(self, device: torch.device, channels_last: bool) -> Batch:
-        """The batch on a device."""
+    def to(self, device: str | torch.device, channels_last: bool) -> Batch:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        rich, poor = (
-            None if images is None else images.to(device, memory_format=layout, non_blocking=True)
-            for images in (self.rich, self.poor)
-        )
+        both = self.rich, self.poor
+        rich, poor = (i if i is None else i.to(device, memory_format=layout) for i in both)
         return Batch(rich, poor, self.target.to(device), self.index.to(device))
 
 
+@dataclass(kw_only=True)
 class Batches:
-    """Epochs over the rows of one modality, with the images of another beside them.
+    """Epochs over the rows of one modality, with the images of another beside them."""
 
-    Args:
-        recipe: batch size, crops, flips and seed.
-        poor: what the student sees; its rows make the epoch where it is given.
-        rich: what the teacher sees: row i of both is one sample, unless ``epoch`` is told which.
-        together: crop both alike, as one scene seen twice; else apart, as two scenes.
-        device: where the batches go.
-        share: this process and their number; each takes its part of every batch.
-        workers: processes that read what is not in memory.
-    """
+    recipe: Recipe = field(kw_only=False)  # batch size, crops, flips and seed
+    poor: Images | None = None  # what the student sees; its rows make the epoch if given
+    rich: Images | None = None  # what the teacher sees: row i of both is one sample, unless told
+    together: bool = True  # crop both alike, as one scene seen twice; else apart, as two scenes
+    device: str | torch.device = "cpu"  # where the batches go
+    share: tuple[int, int] = (0, 1)  # this process and their number, which part every batch
+    workers: int = 0  # processes that read what is not in memory
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        poor: Images | None = None,
-        rich: Images | None = None,
-        together: bool = True,
-        device: str | torch.device = "cpu",
-        share: tuple[int, int] = (0, 1),
-        workers: int = 0,
-    ) -> None:
-        led = poor or rich
+    def __post_init__(self) -> None:
+        recipe, poor, share, led = self.recipe, self.poor, self.share, self.poor or self.rich
         if led is None:
             raise ValueError("batches need poor images, rich ones or both")
-        self.recipe, self.poor, self.rich, self.together = recipe, poor, rich, together
-        self.device, self.share, self.workers = torch.device(device), share, workers
         self._led = led
         if recipe.fresh_noise and poor is not None and not isinstance(poor.poverty, Noise):
+            kind = poor.poverty or "a sensor of their own"
             raise ValueError(
-                f"fresh_noise needs noise to draw, but the poor images of {led.name} are "
-                f"{poor.poverty or 'a sensor of their own'}"
+                f"fresh_noise needs noise to draw, {led.name}'s poor images are {kind}"
             )
         if len(led) // recipe.batch_size < recipe.accumulate > 1:
             raise ValueError(
@@ -89,10 +73,8 @@ class Batches:
                 f"an epoch, but there are {len(led)} images"
             )
         if recipe.batch_size % share[1]:
-            raise ValueError(
-                f"batch_size must be a multiple of the {share[1]} processes, got "
-                f"{recipe.batch_size}"
-            )
+            many = f"a multiple of the {share[1]} processes"
+            raise ValueError(f"batch_size must be {many}, got {recipe.batch_size}")
 
     def __len__(self) -> int:
         """Batches of an epoch; an incomplete last one is left out, unless it is the only one."""
@@ -104,10 +86,7 @@ class Batches:
         order = permutation((self.recipe.seed, _ORDER, number), len(self._led))
         rank, count = self.share
         size = self.recipe.batch_size
-        steps = [
-            order[start : start + size].tensor_split(count)[rank]
-            for start in range(0, len(self) * size, size)
-        ]
+        steps = [part.tensor_split(count)[rank] for part in order.split(size)[: len(self)]]
         yield from self._made(_Epoch(self, number, ids), steps)
 
     def still(self, size: int = 256) -> Iterator[Batch]:
@@ -117,18 +96,23 @@ class Batches:
         yield from self._made(_Epoch(self, None, None), list(rows.split(size)))
 
     def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
-        """One batch of these rows."""
-        made = _Epoch(self, epoch, ids).__getitems__(rows.tolist())
+        made = _Epoch(self, epoch, ids)[rows.tolist()]
         return made.to(self.device, self.recipe.channels_last)
+
+    def first(self, size: int | None = None) -> Batch:
+        """The first rows as they are, each beside some row of ``rich``; a step's where no size."""
+        if size is None:
+            size = min(self.recipe.batch_size, len(self._led)) // self.share[1]
+        ids = None if self.rich is None else torch.arange(len(self._led)) % len(self.rich)
+        return self.take(torch.arange(size), ids=ids)
 
     def _made(self, epoch: _Epoch, steps: list[Tensor]) -> Iterator[Batch]:
         in_memory = all(i is None or i.pixels is not None for i in (self.poor, self.rich))
         loader = DataLoader(
             epoch,
-            batch_sampler=[rows.tolist() for rows in steps],
-            collate_fn=_as_it_is,
+            batch_size=None,
+            sampler=[rows.tolist() for rows in steps],
             num_workers=0 if in_memory else self.workers,
-            pin_memory=False,
             # It draws a seed for its workers, which must not move the training's own.
             generator=torch.Generator(),
         )
@@ -144,7 +128,7 @@ class _Epoch(Dataset[Batch]):
     number: int | None
     ids: Tensor | None
 
-    def __getitems__(self, rows: list[int]) -> Batch:
+    def __getitem__(self, rows: list[int]) -> Batch:
         of, index = self.of, torch.tensor(rows)
         recipe, poor, rich = of.recipe, of.poor, of.rich
         images_p = images_t = raw = None
@@ -157,9 +141,7 @@ class _Epoch(Dataset[Batch]):
         if rich is not None:
             rows_t = index if self.ids is None else self.ids[index]
             # Poor images are often made from these very ones: read once.
-            shared = (
-                raw is not None and poor is not None and poor.base is rich and poor.pixels is None
-            )
+            shared = poor is not None and poor.base is rich and poor.pixels is None
             raw_t = raw if shared and self.ids is None else rich.raw(rows_t)
             key = _CROPS if of.together else _OTHER_CROPS
             # Drawn by the student's row: a teacher image that serves many is not one crop.
@@ -226,7 +208,3 @@ def resized_crops(images: Tensor, draws: Tensor, *, flip: bool) -> Tensor:
         crop = vision.resized_crop(images[n], *box, [height, width], antialias=True)
         crops.append(crop.flip(-1) if flip and draws[n, 2] < 0.5 else crop)
     return torch.stack(crops)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

@@ -35,9 +35,7 @@ def permutation(key: tuple[int, ...], count: int) -> Tensor:
 
 
 def _mixed(state: int) -> int:
-    state = (state ^ (state >> 30)) * _FIRST & _MASK
-    state = (state ^ (state >> 27)) * _SECOND & _MASK
-    return state ^ (state >> 31)
+    return int(_mixed_tensor(torch.tensor(_signed(state)))) & _MASK
 
 
 def _mixed_tensor(state: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ sets of different samples, told only by class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,54 +27,40 @@ _VAL, _LIMIT, _HALVES, _TEST, _SCENES_VAL, _SCENES_LIMIT, _LABELS = 2, 3, 4, 6, 
 
 @dataclass(frozen=True)
 class Views:
-    """The images of a job.
+    """The images of a job."""
 
-    Attributes:
-        rich: what the teacher learns from.
-        poor: what the students learn from.
-        held_out_rich, held_out_poor: what each is evaluated on.
-        paired: whether row i of ``poor`` is the sample of row i of ``rich``.
-        pseudo: the samples of ``rich`` made poor, in the same order: the matcher's free pairs.
-        originals: ``poor`` in the rich modality, in the same order, where the poor images were made
-            from them. Without pairs only the reference may see it: the setting has no such thing.
-        poverty: what makes the poor modality poor, for the record.
-    """
-
-    rich: Images
-    poor: Images
+    rich: Images  # what the teacher learns from
+    poor: Images  # what the students learn from
     held_out_rich: Images
     held_out_poor: Images
-    paired: bool
-    poverty: str
-    pseudo: Images | None = None
+    paired: bool  # row i of poor is the sample of row i of rich
+    poverty: str  # what makes the poor modality poor, for the record
+    pseudo: Images | None = None  # the samples of rich made poor: the matcher's free pairs
+    # ``poor`` in the rich modality, where it was made from that. Without pairs only the reference
+    # may see it: the setting has no such thing.
     originals: Images | None = None
 
     def loaded(self, *, made: bool = True) -> Views:
         """All of it in memory, made poor once and for all or anew at every pass."""
         done: dict[int, Images] = {}
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self,
-            **{k: v.loaded(done, made=made) for k, v in found.items() if isinstance(v, Images)},
-        )
+        return replace(self, **{k: v.loaded(done, made=made) for k, v in self._images().items()})
 
     @property
     def size(self) -> int:
-        """Bytes in memory."""
-        found = [getattr(self, field.name) for field in fields(self)]
-        different = {id(images): images for images in found if isinstance(images, Images)}
-        return sum(images.size for images in different.values())
+        return sum({id(images): images.size for images in self._images().values()}.values())
+
+    def _images(self) -> dict[str, Images]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Images)}
 
     def summary(self) -> list[str]:
         """What there is, and what is odd about it, one line each."""
         lines = []
-        for name, images in (("rich", self.rich), ("poor", self.poor)):
-            channels, height, width = images.shape
-            held_out = self.held_out_rich if name == "rich" else self.held_out_poor
+        for name in ("rich", "poor"):
+            images, held_out = getattr(self, name), getattr(self, f"held_out_{name}")
             found = counts(images)
             lines.append(
                 f"{name}: {len(images)} training and {len(held_out)} held-out images, "
-                f"{channels}x{height}x{width}, {len(images.classes)} classes of "
+                f"{'x'.join(map(str, images.shape))}, {len(images.classes)} classes of "
                 f"{found.min()} to {found.max()}"
             )
             if constant := images.statistics.constant:
@@ -96,26 +83,16 @@ class Views:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which images, from the command line.
-
-    Attributes:
-        data_dir, download: where they lie, and whether to fetch them there.
-        limit: training images a modality, all classes in proportion; held-out ones stay whole.
-        labels: how many training images have labels, all classes in proportion.
-        evaluate: ``test``, or ``val``, a fixed stratified tenth of the training images.
-        poor: what makes them poor, see ``poverty``; empty for the recipe's.
-        amount: of the noise.
-        rgb: positions of red, green and blue among the bands.
-    """
+    """Which images, from the command line."""
 
     data_dir: Path | None = None
     download: bool = False
-    limit: int | None = None
-    labels: int | None = None
-    evaluate: str = "test"
-    poor: str = ""
-    amount: float | None = None
-    rgb: tuple[int, ...] | None = None
+    limit: int | None = None  # training images a modality; held-out ones stay whole
+    labels: int | None = None  # how many training images have labels
+    evaluate: str = "test"  # or "val", a fixed stratified tenth of the training images
+    poor: str = ""  # what makes them poor, see ``poverty``; empty for the recipe's
+    amount: float | None = None  # of the noise
+    rgb: Sequence[int] | None = None  # positions of red, green and blue among the bands
 
 
 def open_views(entry: DataSet, wanted: Wanted) -> Views:
@@ -152,11 +129,13 @@ def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
             return rich, rich.made(made_poor)
         return rich, replace(rich, read=images.read_poor)
 
-    train, held_out = _split(source.train.labels, wanted, _VAL, _LIMIT, len(source.classes))
-    rich, poor = pick("train", train)
-    half = "train" if wanted.evaluate == "val" else "test"
-    other = held_out if wanted.evaluate == "val" else np.arange(len(source.test.labels))
-    held_out_rich, held_out_poor = pick(half, other)
+    labels, half = source.train.labels, "test"
+    train, held_out = np.arange(len(labels)), np.arange(len(source.test.labels))
+    if wanted.evaluate == "val":
+        half = "train"
+        train, held_out = _held_out(train, labels, VAL_FRACTION, _VAL)
+    rich, poor = pick("train", _limited(train, labels, wanted.limit, _LIMIT, len(source.classes)))
+    held_out_rich, held_out_poor = pick(half, held_out)
     own = source.train.read_poor is not None
     return Views(
         rich=rich,
@@ -175,10 +154,8 @@ def _halved(views: Views, name: str, made_poor: Poverty) -> Views:
     rich, originals = (views.rich.chosen(rows) for rows in halves(views.rich.labels))
     for half in (rich, originals):
         if counts(half).min() < 1:
-            raise ValueError(
-                f"{len(views.rich)} images leave a class of {name} without an image in one of the "
-                "halves; fix: a larger --limit"
-            )
+            few = f"{len(views.rich)} images leave a class of {name} without an image in a half"
+            raise ValueError(f"{few}; fix: a larger --limit")
     return replace(
         views,
         rich=rich,
@@ -196,15 +173,12 @@ def _scenes(entry: DataSet, wanted: Wanted) -> Views:
     instead.
     """
     if wanted.amount is not None or wanted.poor or wanted.download:
-        raise ValueError(
-            f"--amount, --poor and --download are for data sets of one modality: {entry.name} has "
-            "a poor modality of its own"
-        )
+        own = f"{entry.name} has a poor modality of its own"
+        raise ValueError(f"--amount, --poor and --download are for sets of one modality: {own}")
     rgb = wanted.rgb or entry.rgb
     if not all(0 <= band < entry.bands for band in rgb):
-        raise ValueError(
-            f"--rgb-bands must lie in 0..{entry.bands - 1}, got {' '.join(map(str, rgb))}"
-        )
+        got = " ".join(map(str, rgb))
+        raise ValueError(f"--rgb-bands must lie in 0..{entry.bands - 1}, got {got}")
     classes, ms, photos = open_scenes(entry.name, wanted.data_dir, bands=entry.bands)
     sets = []
     for side, offset in ((ms, 0), (photos, len(ms.labels))):
@@ -224,28 +198,18 @@ def _scenes(entry: DataSet, wanted: Wanted) -> Views:
 def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two disjoint halves of all rows, ascending, every class in proportion; a fixed draw."""
     first = torch.from_numpy(stratified(labels.numpy(), len(labels) // 2, draw=_HALVES))
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[first] = False
-    return first, rest.nonzero()[:, 0]
-
-
-def _split(labels: Rows, wanted: Wanted, val: int, limit: int, classes: int) -> tuple[Rows, Rows]:
-    train = np.arange(len(labels), dtype=np.int64)
-    held_out = stratified(labels, round(VAL_FRACTION * len(labels)), draw=val)
-    if wanted.evaluate == "val":
-        train = np.setdiff1d(train, held_out)
-    return _limited(train, labels, wanted.limit, limit, classes), held_out
+    return first, torch.from_numpy(np.setdiff1d(np.arange(len(labels)), first))
 
 
 def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:
-    if limit is None:
-        return rows
-    if not classes <= limit <= len(rows):
-        raise ValueError(
-            f"limit must lie between {classes} (one image a class) and {len(rows)} (the training "
-            f"images), got {limit}"
-        )
-    return rows[stratified(labels[rows], limit, draw=draw)]
+    return rows if limit is None else rows[_some("limit", limit, labels[rows], classes, draw)]
+
+
+def _some(option: str, count: int, labels: Rows, classes: int, draw: int) -> Rows:
+    if not classes <= count <= len(labels):
+        low, high = f"{classes} (one image a class)", f"{len(labels)} (the training images)"
+        raise ValueError(f"{option} must lie between {low} and {high}, got {count}")
+    return stratified(labels, count, draw=draw)
 
 
 def _held_out(rows: Rows, labels: Rows, fraction: float, draw: int) -> tuple[Rows, Rows]:
@@ -264,12 +228,7 @@ def _labelled(views: Views, count: int) -> Views:
     if not views.paired:
         raise ValueError("--labels needs pairs: what is not paired is matched by its label")
     labels = views.rich.labels
-    if not len(views.rich.classes) <= count <= len(labels):
-        raise ValueError(
-            f"--labels must lie between {len(views.rich.classes)} (one a class) and {len(labels)} "
-            f"(the training images), got {count}"
-        )
-    known = torch.from_numpy(stratified(labels.numpy(), count, draw=_LABELS))
+    known = _some("--labels", count, labels.numpy(), len(views.rich.classes), _LABELS)
     targets = torch.full_like(labels, NO_LABEL)
     targets[known] = labels[known]
     rich = replace(views.rich, targets=targets)

@@ -15,12 +15,13 @@ from typing import Any
 from torch import nn
 
 import structkd
-from crossmodal.near import did_you_mean
+from crossmodal.near import did_you_mean, looked_up
 from crossmodal.recipes import checked, tomllib
 from structkd import ConvAdapter, Criterion, Features
 
 Options = Mapping[str, Mapping[str, Any]]
 ALONE = "alone"
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ class Method:
         if self.layers == "one" and stages > 1 and "layer" in known:
             ready.setdefault("layer", -2)
         criterion = kind.from_features(feats_s, feats_t, **ready)
-        if isinstance(criterion, structkd.FitNetLoss):
-            criterion.regressor = _normalised(criterion.regressor)
-        if isinstance(criterion, structkd.FlowMatrixLoss):
-            for place, adapter in enumerate(getattr(criterion, "adapters", ())):
-                if isinstance(adapter, ConvAdapter):
-                    criterion.adapters[place] = _normalised(adapter)
+        if isinstance(criterion, structkd.FitNetLoss | structkd.FlowMatrixLoss):
+            for parent in list(criterion.modules()):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, ConvAdapter):
+                        setattr(parent, name, _normalised(child))
         return criterion
 
 
@@ -89,32 +89,21 @@ def _normalised(convolution: ConvAdapter) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     name: checked(Method, entry, f"methods.toml [{name}]")
-    for name, entry in tomllib.loads(Path(__file__).with_name("methods.toml").read_text()).items()
+    for name, entry in tomllib.loads(_HERE.joinpath("methods.toml").read_text()).items()
 }
 
-
-SWEEPS: dict[str, dict[str, str]] = tomllib.loads(
-    Path(__file__).with_name("sweeps.toml").read_text()
-)
+SWEEPS: dict[str, dict[str, str]] = tomllib.loads(_HERE.joinpath("sweeps.toml").read_text())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved method: what to build, and the weight of the cross-entropy.
+    """A resolved method: what to build, and the weight of the cross-entropy."""
 
-    Attributes:
-        name: as resolved, parts joined by ``+``.
-        parts: each part's name and method; empty for the lone student.
-        supervision: weight of the cross-entropy.
-        options: overrides by part name.
-        weights: of the parts, where not the methods' own.
-    """
-
-    name: str
-    parts: tuple[tuple[str, Method], ...]
-    supervision: float = 1.0
-    options: Options = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    name: str  # as resolved, parts joined by +
+    parts: tuple[tuple[str, Method], ...]  # with their names; empty for the lone student
+    supervision: float = 1.0  # weight of the cross-entropy
+    options: Options = field(default_factory=dict)  # overrides by part
+    weights: Mapping[str, float] = field(default_factory=dict)  # where not the methods' own
 
     def stages(self, names: list[str]) -> list[str]:
         """Which of a network's to capture: all if any part wants them, else the last but one."""
@@ -123,7 +112,6 @@ class Plan:
         return [names[max(len(names) - 2, 0)]]
 
     def weight(self, part: str, method: Method) -> float:
-        """The weight of a part's criterion."""
         own = self.weights.get(part, method.weight)
         return float(self.options.get(part, {}).get("weight", own))
 
@@ -137,50 +125,31 @@ class Plan:
         return reduce(add, criteria)
 
     def described(self, criterion: Criterion | None) -> dict[str, Any]:
-        """What is minimised, down to every option of the criterion, in plain JSON values.
-
-        A default that changes changes the description.
-        """
-        if criterion is None:
-            return {"supervision": self.supervision}
-        return {"supervision": self.supervision, **described(criterion)}
+        """What is minimised, down to every option of the criterion and every changed default."""
+        return {"supervision": self.supervision} | (described(criterion) if criterion else {})
 
 
 def resolve(name: str, options: Options | None = None) -> Plan:
     """Look up a method or a sum: ``kd``, ``kd+ds``, ``ds:terms=[SEM-1,SEM-2],gamma=2+kd``.
 
     A sum takes every criterion at its own weight and the cross-entropy at weight 1. Options follow
-    a part's name and are keywords of its criterion, or ``weight``; they are part of the name.
-
-    Args:
-        name: a key of ``METHODS`` with its options, or several joined by ``+``.
-        options: further options by part name.
-
-    Raises:
-        ValueError: an unknown or repeated part or option, or ``alone`` in a sum.
+    a part's name and are keywords of its criterion, or ``weight``; they are part of the name, as
+    are further ``options`` by part.
     """
     written: dict[str, dict[str, Any]] = {}
-    names: list[str] = []
     for part in name.split("+"):
         method, _, listed = (text.strip() for text in part.partition(":"))
         method = method.lower()
-        if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r}; {did_you_mean(method, METHODS)}known: "
-                f"{', '.join(METHODS)}, and sums of them such as kd+ds"
-            )
-        names.append(method)
+        looked_up("method", method, METHODS, ", and sums of them such as kd+ds")
+        if method in written:
+            raise ValueError(f"method {name!r} names a part twice; name each once")
         written[method] = _options(method, listed)
-    if len(set(names)) < len(names):
-        raise ValueError(f"method {name!r} names a part twice; name each once")
-    parts = tuple((part, METHODS[part]) for part in names)
-    if len(parts) > 1 and ALONE in names:
-        raise ValueError(
-            f"method {name!r}: 'alone' has no criterion to add; leave it out of the sum"
-        )
+    parts = tuple((part, METHODS[part]) for part in written)
+    if len(parts) > 1 and ALONE in written:
+        raise ValueError(f"method {name!r}: 'alone' has no criterion to add; leave it out")
     for part, more in (options or {}).items():
         if part not in written:
-            raise ValueError(f"options for {part}, but method {name!r} has {', '.join(names)}")
+            raise ValueError(f"options for {part}, but method {name!r} has {', '.join(written)}")
         written[part] |= more
     supervision = parts[0][1].supervision if len(parts) == 1 else 1.0
     title = "+".join(
@@ -199,10 +168,8 @@ def _options(method: str, listed: str) -> dict[str, Any]:
     for item in _split(listed):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
-            raise ValueError(
-                f"method {method!r} has no option {item!r}; {did_you_mean(key, known)}"
-                f"write name=value with one of {', '.join(known)}"
-            )
+            hint = did_you_mean(key, known) + f"write name=value with one of {', '.join(known)}"
+            raise ValueError(f"method {method!r} has no option {item!r}; {hint}")
         found[key] = value(text)
     return found
 

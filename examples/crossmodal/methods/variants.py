@@ -6,34 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
-from crossmodal.near import did_you_mean
 
 
 @dataclass(frozen=True)
 class Variant:
     """One row.
 
-    Attributes:
-        title: its name in the table; ``{}`` is the criterion.
-        first: the first matching. ``none`` trains without a teacher, ``each epoch`` draws in the
-            class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and
-            ``itself`` the student's own image in the rich modality, which without pairs only a
-            reference has.
-        dynamic: whether the student chooses again while it learns (DynM).
-        aligned: whether SKA is added.
-        planned: whether matches come from a transport plan that limits a teacher image's share.
+    ``first`` is the first matching: ``none`` trains without a teacher, ``each epoch`` draws in the
+    class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and ``itself``
+    the student's own image in the rich modality, which without pairs only a reference has.
     """
 
-    title: str
+    title: str  # its name in the table; {} is the criterion
     first: str = "semantic"
-    dynamic: bool = False
-    aligned: bool = False
-    planned: bool = False
-
-    @property
-    def matched(self) -> bool:
-        """Whether galleries are searched at all."""
-        return self.first == "semantic" or self.dynamic
+    dynamic: bool = False  # the student chooses again while it learns (DynM)
+    aligned: bool = False  # SKA is added
+    planned: bool = False  # matches come from a plan that limits a teacher image's share
 
 
 # "full without SKA" is the row ssm+dynm.
@@ -63,14 +51,6 @@ class Weights:
         for name, value in vars(self).items():
             if not value >= 0:
                 raise ValueError(f"weight {name} must be at least 0, got {value}")
-
-
-def variant(name: str) -> Variant:
-    """The variant of that name; ValueError with the known names where there is none."""
-    if name not in VARIANTS:
-        hint = did_you_mean(name, VARIANTS)
-        raise ValueError(f"unknown variant {name!r}; {hint}known: {', '.join(VARIANTS)}")
-    return VARIANTS[name]
 
 
 def plan(

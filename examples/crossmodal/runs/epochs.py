@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+
+from crossmodal.runs.processes import agreed
 
 _KEPT = 2
 _MANIFEST, _EXTRA = "manifest.json", "extra.pt"
@@ -23,17 +23,14 @@ class Epochs:
     """The last two epochs in ``folder/epoch-N``: network, criterion, optimizer, random numbers.
 
     A folder is renamed into its place when it is whole, and has the checksum of each of its files.
-
-    Attributes:
-        folder: the training's own.
-        tell: where to say that something could not be kept or read.
     """
 
     folder: Path
-    tell: Callable[[str], None]
+    tell: Callable[[str], None]  # where to say that something could not be kept or read
 
-    def save(self, accelerator: Accelerator, epoch: int, extra: dict[str, Any]) -> None:
-        """Keep an epoch; where that fails the training goes on, and says so."""
+    def save(self, accelerator: Accelerator, history: list[dict[str, float]]) -> None:
+        """Keep the last epoch; where that fails the training goes on, and says so."""
+        epoch = len(history)
         temporary, place = self.folder / f".{epoch}.part", self.folder / f"epoch-{epoch}"
         try:
             if accelerator.is_main_process:
@@ -44,7 +41,7 @@ class Epochs:
             accelerator.save_state(str(temporary), safe_serialization=False)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                torch.save(extra, temporary / _EXTRA)
+                torch.save({"history": history}, temporary / _EXTRA)
                 sums = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(sums))
                 temporary.replace(place)
@@ -52,25 +49,21 @@ class Epochs:
                     shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.tell(
-                f"epoch {epoch} could not be kept in {self.folder}: {error}; training goes on"
-            )
+            self.tell(f"epoch {epoch} could not be kept: {error}; training goes on")
         accelerator.wait_for_everyone()
 
-    def resume(self, accelerator: Accelerator) -> dict[str, Any] | None:
-        """Bring the training to the last whole epoch; None where there is nothing to go on from.
+    def resume(self, accelerator: Accelerator) -> list[dict[str, float]]:
+        """Bring the training to the last whole epoch; its history, empty where nothing was kept.
 
         Raises:
             ValueError: epochs were kept, and all are damaged.
         """
-        wholes: list[str | None] = [None]
-        if accelerator.is_main_process:
-            wholes = [self._last_whole()]
-        (place,) = broadcast_object_list(wholes)
+        place = agreed(self._last_whole() if accelerator.is_main_process else None)
         if place is None:
-            return None
+            return []
         accelerator.load_state(place)
-        return dict(torch.load(Path(place) / _EXTRA, map_location="cpu", weights_only=True))
+        kept = torch.load(Path(place) / _EXTRA, map_location="cpu", weights_only=True)
+        return list(kept["history"])
 
     def clear(self) -> None:
         """Forget all epochs: the training is over and stored."""
@@ -84,14 +77,11 @@ class Epochs:
             damaged.append(f"{place} is damaged ({reason})")
             self.tell(f"checkpoint {damaged[-1]}; going on from the one before")
         if damaged:
-            raise ValueError(
-                f"checkpoint {'; '.join(damaged)}; fix: delete {self.folder} to train from the "
-                "start"
-            )
+            fix = f"fix: delete {self.folder} to train from the start"
+            raise ValueError(f"checkpoint {'; '.join(damaged)}; {fix}")
         return None
 
     def _found(self) -> list[Path]:
-        """The epochs, the last one first."""
         return sorted(self.folder.glob("epoch-*"), key=lambda place: -int(place.name[6:]))
 
 

@@ -24,44 +24,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one call asks for.
-
-    Attributes:
-        entry: the data set, or the unpaired job.
-        wanted: which images of it.
-        asked: the rows of the table.
-        seeds: of the students; the first one's checkpoints are kept for the figures.
-        models, recipes: of teacher, student and matcher.
-        rematching: when students without pairs choose again, and by what.
-        out: folder for all that is written.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        memory: gigabytes of images that may be held; more are streamed.
-        workers: processes that read streamed images.
-        jobs: processes that train students side by side.
-        compiled: whether steps are compiled.
-        board: whether TensorBoard files are written.
-        fresh: train students again that ``results.json`` already has.
-        resume: refuse to start anew.
-        command: the command line, for the record.
-    """
-
-    entry: DataSet
-    wanted: Wanted
-    asked: tuple[Asked, ...]
-    seeds: tuple[int, ...]
-    models: Mapping[str, str]
+    entry: DataSet  # the data set, or the unpaired job
+    wanted: Wanted  # which images of it
+    asked: tuple[Asked, ...]  # the rows of the table
+    seeds: tuple[int, ...]  # of the students; the first one's weights are kept
+    models: Mapping[str, str]  # of teacher, student and matcher, as are the recipes
     recipes: Mapping[str, Recipe]
-    rematching: Rematching
-    out: Path
-    device: str = "auto"
-    memory: float = 4.0
-    workers: int = 2
-    jobs: int = 1
-    compiled: bool = False
-    board: bool = False
-    fresh: bool = False
-    resume: bool = False
-    command: str = ""
+    rematching: Rematching  # when students without pairs choose again, and by what
+    out: Path  # for all that is written
+    command: str  # the command line, for the record
+    device: str  # auto, cpu, cuda, ...
+    memory: float  # gigabytes of images that may be held; more are streamed
+    workers: int  # processes that read streamed images
+    jobs: int  # processes that train students side by side
+    compile: bool
+    tensorboard: bool
+    fresh: bool  # train students again that results.json already has
+    resume: bool  # refuse to start anew
 
     @property
     def matched(self) -> bool:
@@ -70,7 +49,6 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What a table's numbers are."""
         held_out = "validation" if self.wanted.evaluate == "val" else "test"
         return (
             f"{self.entry.name}, {held_out} accuracy on poor images, student "

@@ -7,27 +7,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
-from crossmodal.data import Batch
 from crossmodal.recipes import Recipe
-from crossmodal.runs.store import lock, write_atomically
-from crossmodal.training.engine import accelerator_for
-from crossmodal.training.steps import Step
+from crossmodal.runs.processes import agreed, held
+from crossmodal.runs.store import Checkpoint, Results, differing, slug, write_json
+from crossmodal.runs.trainings import Trainings
+from crossmodal.training.engine import Training, accelerator_for
 
-_EXTRAS = {
-    "matplotlib": "figures are drawn by matplotlib; fix: pip install 'structkd[examples]'",
-    "sklearn": "figures are made with scikit-learn; fix: pip install 'structkd[examples]'",
-}
-_MATCHING = {"faiss": "matching is done by FAISS; fix: pip install 'structkd[cpu]'"}
+_EXAMPLES, _CPU = "pip install 'structkd[examples]'", "pip install 'structkd[cpu]'"
+_SPACE = "fix: free space, or name another folder"
 _CHOICES = "precision.json"
 # Half precision costs some accuracy of the numbers: it must be worth it.
 _WORTH = 0.8
@@ -44,30 +40,30 @@ def check_folder(out: Path, needed: float = 0.0) -> None:
     except FileExistsError as error:
         raise ValueError(f"--out {out} is a file; fix: name a folder") from error
     except OSError as error:
-        raise ValueError(
-            f"--out {out} cannot be written ({error.strerror or error}); fix: free space, or name "
-            "another folder"
-        ) from error
+        reason = error.strerror or error
+        raise ValueError(f"--out {out} cannot be written ({reason}); {_SPACE}") from error
     if free < needed:
-        raise ValueError(
-            f"--out {out} has {free / 1e6:.0f} MB left, about {needed / 1e6:.0f} MB are needed; "
-            "fix: free space, or name another folder"
-        )
+        have, want = (f"{size / 1e6:.0f} MB" for size in (free, needed))
+        raise ValueError(f"--out {out} has {have} left, about {want} are needed; {_SPACE}")
 
 
 def check_extras(*, matched: bool) -> None:
     """Refuse to start where a package is missing that is needed at the end."""
-    for name, text in (_EXTRAS | (_MATCHING if matched else {})).items():
+    needed = {"matplotlib": ("figures are drawn by matplotlib", _EXAMPLES),
+              "sklearn": ("figures are made with scikit-learn", _EXAMPLES),
+              "faiss": ("matching is done by FAISS", _CPU)}  # fmt: skip
+    for name, (text, fix) in needed.items():
         try:
-            importlib.import_module(name)
+            if matched or name != "faiss":
+                importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(text) from error
+            raise ValueError(f"{text}; fix: {fix}") from error
 
 
-def check_device(name: str) -> str:
-    """``--device`` as it is; ValueError where nothing can be trained there."""
+def check_device(name: str) -> None:
+    """Refuse a ``--device`` on which nothing can be trained."""
     if name == "auto":
-        return name
+        return
     try:
         if float(torch.ones(1, device=name).sum()) != 1:
             raise RuntimeError("it gives wrong sums")
@@ -76,20 +72,33 @@ def check_device(name: str) -> str:
         raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
     if torch.device(name).type != "cpu":
         os.environ["ACCELERATE_TORCH_DEVICE"] = name
-    return name
 
 
-def timed(step: Step, batch: Batch, recipe: Recipe, device: str, *, steps: int = 2) -> float:
+def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:
+    """Refuse ``--resume`` where nothing was kept, or epochs of another training."""
+    kept = results.folder / "epochs"
+    others = list(kept.glob("*/settings.json"))
+    if not others and not results.runs():
+        fix = "fix: leave it out, or name the folder of the run that was cut off"
+        raise ValueError(f"--resume: nothing was kept in {results.folder}; {fix}")
+    for checkpoint in wanted:
+        found = [p for p in others if p.parent.name.startswith(f"{slug(checkpoint.role)}-")]
+        if found and not (kept / checkpoint.name).exists():
+            other = ", ".join(differing(json.loads(found[0].read_text()), checkpoint.settings))
+            made = f"the epochs in {found[0].parent} were made with another {other}"
+            raise ValueError(f"--resume: {made}; fix: give the same options, or leave it out")
+
+
+def timed(training: Training, device: str, *, steps: int = 2) -> float:
     """Seconds of a training step, the first one left out.
 
     Raises:
         ValueError, TypeError, RuntimeError: the method does not fit these networks.
     """
+    step, recipe = training.step, training.recipe
     accelerator = accelerator_for(recipe, device)
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    step.to(accelerator.device, memory_format=layout)
-    batch = batch.to(accelerator.device, recipe.channels_last)
-    step.train()
+    step.to(accelerator.device, memory_format=recipe.layout).train()
+    batch = training.batches.first()
     seconds = []
     for _ in range(1 + steps):
         started = time.perf_counter()
@@ -103,56 +112,55 @@ def timed(step: Step, batch: Batch, recipe: Recipe, device: str, *, steps: int =
     return min(seconds[1:])
 
 
-def chosen_precision(
-    recipe: Recipe,
-    out: Path,
-    name: str,
-    make: Callable[[Recipe], tuple[Step, Batch]],
-    device: str,
-    agreed: Callable[[Any], Any],
-) -> tuple[Recipe, str]:
-    """A recipe whose precision is settled, and a line on how.
+def estimated(training: Training, device: str) -> float:
+    return timed(training, device) * len(training.batches) * training.recipe.epochs
+
+
+def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
+    """The recipes with their precision settled, and a line on how.
 
     ``auto`` times some steps in fp32 and in bf16 with channels-last images. The choice is kept in
-    ``out``, so that the same command finds its own results however busy the machine is. ``agreed``
-    gives all processes of a training the first one's value.
+    ``--out``, so that the same command finds its own results however busy the machine is.
     """
-    if recipe.precision != "auto":
-        return recipe, ""
-    size = recipe.batch_size
+    job, recipes = trainings.job, dict(trainings.recipes)
+    student, path = recipes["student"], job.out / _CHOICES
+    if "auto" not in {recipe.precision for recipe in recipes.values()}:
+        return recipes, ""
+    fp32 = {"precision": "fp32"}
     # torch's channels-last backward over an odd number of images has written outside its memory on
     # the CPU (2.15, two threads, batch 19).
-    candidate = replace(recipe, precision="bf16", channels_last=size % 2 == 0)
-    leads, path = PartialState().is_main_process, out / _CHOICES
-    with lock(out, _CHOICES) if leads else nullcontext():
+    bf16 = {"precision": "bf16", "channels_last": student.batch_size % 2 == 0}
+    name = f"{PartialState().device.type}, {job.models['teacher']}, batch {student.batch_size}"
+    with held(job.out, _CHOICES, waiting=lambda: None):
         known = agreed(json.loads(path.read_text()) if path.exists() else {})
         if name not in known:
-            tried = (replace(recipe, precision="fp32"), candidate)
-            plain, half = (1000 * timed(*make(one), one, device, steps=5) for one in tried)
+            # The teacher's step is the longer one, and the one that most depends on it.
+            tried = (replace(student, **fields) for fields in (fp32, bf16))
+            steps = (
+                replace(trainings, recipes={"teacher": one}).shared("teacher") for one in tried
+            )
+            plain, half = (1000 * timed(step, job.device, steps=5) for step in steps)
             chosen = "bf16" if half < _WORTH * plain else "fp32"
             entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
             known = agreed({**known, name: entry})
-            if leads:
-                text = json.dumps(known, indent=2) + "\n"
-                write_atomically(path, lambda file: file.write_text(text))
+            if PartialState().is_main_process:
+                write_json(path, known)
     found = known[name]
-    line = (
+    for role, recipe in recipes.items():
+        if recipe.precision == "auto" and found["precision"] == "bf16":
+            last = recipe.channels_last or recipe.batch_size % 2 == 0
+            recipes[role] = replace(recipe, precision="bf16", channels_last=last)
+        elif recipe.precision == "auto":
+            recipes[role] = replace(recipe, precision="fp32")
+    return recipes, (
         f"precision {found['precision']}: a step took {found['fp32_ms']:g} ms in fp32, "
         f"{found['bf16_ms']:g} ms in bf16 and channels last (--precision fixes it)"
     )
-    if found["precision"] == "bf16":
-        return candidate, line
-    return replace(recipe, precision="fp32"), line
 
 
 def weight(network: nn.Module) -> int:
-    """Bytes of a network's weights."""
     return sum(value.numel() * value.element_size() for value in network.state_dict().values())
 
 
 def duration(seconds: float) -> str:
-    """``2 h 05 min``, ``3 min``, ``40 s``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+    return str(timedelta(seconds=round(seconds)))

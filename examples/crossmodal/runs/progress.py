@@ -6,13 +6,13 @@ import csv
 import io
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from crossmodal.runs.store import write_atomically
-from crossmodal.training.engine import shown
 
 _QUIET = 10.0  # seconds between two lines of one training, where output is piped
 
@@ -20,14 +20,14 @@ _QUIET = 10.0  # seconds between two lines of one training, where output is pipe
 class Show:
     """Progress of one training after another; each epoch into a CSV, and TensorBoard if asked for.
 
-    Attributes:
-        run, runs: which of the job's trainings this is, and their number.
-        quiet: show nothing (the other processes of one training).
+    ``run`` of ``runs`` is the job's training under way; ``quiet`` are a training's other processes.
     """
 
-    def __init__(self, console: Console, out: Path, *, board: bool = False) -> None:
-        self.console, self.out, self.board = console, out, board
-        self.run, self.runs, self.quiet = 0, 0, False
+    def __init__(
+        self, console: Console, out: Path, *, board: bool = False, quiet: bool = False
+    ) -> None:
+        self.console, self.out, self.board, self.quiet = console, out, board, quiet
+        self.run = self.runs = 0
         self._warned: set[str] = set()
         self._bar: Progress | None = None
         self._history: Path | None = None
@@ -42,13 +42,12 @@ class Show:
         if done:
             self.say(f"{label}: goes on after epoch {done} of {epochs}")
         if self.console.is_terminal:
-            self._bar = Progress(
+            columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=10),
+                BarColumn(10),
                 TextColumn("{task.fields[text]}"),
-                console=self.console,
-                transient=True,
             )
+            self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=epochs * steps, text="")
 
@@ -62,7 +61,6 @@ class Show:
             self._board.start()
 
     def step(self, number: int, means: Callable[[], dict[str, float]]) -> None:
-        """Some steps of an epoch are done."""
         if self._bar is not None:
             done = self._done * self._steps + number
             text = f"epoch {self._done + 1}/{self._epochs}  {shown(means())}"
@@ -89,12 +87,11 @@ class Show:
         if self._bar is None and (now - self._spoke > _QUIET or self._done == self._epochs):
             self._spoke = now
             per_epoch = sum(r["seconds"] for r in history) / len(history)
-            left = time.strftime("%H:%M:%S", time.gmtime(per_epoch * (self._epochs - self._done)))
-            values = {
-                k: v for k, v in row.items() if k not in ("epoch", "seconds", "images_per_second")
-            }
+            left = timedelta(seconds=round(per_epoch * (self._epochs - self._done)))
+            hidden = ("epoch", "seconds", "images_per_second")
             self.say(
-                f"{self._name}  epoch {self._done}/{self._epochs}  {shown(values)}  "
+                f"{self._name}  epoch {self._done}/{self._epochs}  "
+                f"{shown({k: v for k, v in row.items() if k not in hidden})}  "
                 f"{row['images_per_second']:.0f} images/s  {left} left"
             )
 
@@ -106,7 +103,6 @@ class Show:
             self.say(f"warning: {text}")
 
     def say(self, text: str) -> None:
-        """A line, however long."""
         if not self.quiet:
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
@@ -121,3 +117,7 @@ class Show:
     @property
     def _name(self) -> str:
         return f"[{self.run} of {self.runs}] {self.label}" if self.runs else self.label
+
+
+def shown(means: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in means.items())

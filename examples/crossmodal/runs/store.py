@@ -39,6 +39,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
+
+
 def lock(folder: Path, name: str) -> FileLock:
     """A lock of this folder; the system frees it when its holder dies."""
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,6 @@ def lock(folder: Path, name: str) -> FileLock:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's."""
     return re.sub(r"[^\w.+=-]+", "_", name).strip("_")
 
 
@@ -69,16 +73,11 @@ class Checkpoint:
     """A finished network's weights in a file named after everything that they depend on.
 
     Other settings make another name, so no checkpoint is ever overwritten by a different one.
-
-    Attributes:
-        folder: where it lies.
-        role: ``teacher``, ``matcher``, or ``student`` with method and seed.
-        settings: all that the weights depend on; plain JSON values.
     """
 
     folder: Path
-    role: str
-    settings: dict[str, Any]
+    role: str  # teacher, matcher, or student with method and seed
+    settings: dict[str, Any]  # all that the weights depend on; plain JSON values
 
     @property
     def name(self) -> str:
@@ -87,18 +86,13 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The file."""
         return self.folder / f"{self.name}.pt"
 
     def save(self, model: nn.Module, **facts: float) -> None:
         """Write the weights, their checksum, the settings, and facts such as the seconds."""
         weights = model.state_dict()
-        content = {
-            "weights": weights,
-            "sha256": digest(weights),
-            "settings": self.settings,
-            "facts": facts,
-        }
+        content = {"weights": weights, "sha256": digest(weights), "settings": self.settings}
+        content["facts"] = facts
         write_atomically(self.path, lambda path: torch.save(content, path))
 
     def load_into(self, model: nn.Module) -> bool:
@@ -117,23 +111,18 @@ class Checkpoint:
         except OSError:
             raise
         except Exception as error:  # the unpickler raises almost anything on damaged bytes
-            raise ValueError(
-                f"checkpoint {self.path} is damaged ({type(error).__name__}); "
-                "fix: delete it and run again"
-            ) from error
+            raise self._refused(f"is damaged ({type(error).__name__})") from error
         if settings != self.settings:
-            raise ValueError(
-                f"checkpoint {self.path} was made with another "
-                f"{', '.join(differing(settings, self.settings))}; fix: move it away and run again"
-            )
+            others = ", ".join(differing(settings, self.settings))
+            raise self._refused(f"was made with another {others}")
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise ValueError(
-                f"checkpoint {self.path} does not fit {type(model).__name__}; "
-                "fix: delete it and run again"
-            ) from error
+            raise self._refused(f"does not fit {type(model).__name__}") from error
         return True
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(f"checkpoint {self.path} {reason}; fix: move it away and run again")
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
@@ -162,7 +151,6 @@ class Results:
         self.runs()
 
     def runs(self) -> list[dict[str, Any]]:
-        """All finished runs, those of other processes included."""
         return list(self._content().get("runs", []))
 
     def find(self, method: str, seed: int, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,32 +158,16 @@ class Results:
         wanted = (method, seed, key(config))
         return next((run for run in self.runs() if _identity(run) == wanted), None)
 
-    def add(self, run: dict[str, Any], *, header: dict[str, Any]) -> None:
-        """Put a finished run in, in place of one of the same settings, and write the file."""
-        self._update(
-            header, lambda runs: [r for r in runs if _identity(r) != _identity(run)] + [run]
-        )
-
-    def write(self, header: dict[str, Any]) -> None:
-        """Write the header's entries; the runs stay as they are."""
-        self._update(header, lambda runs: runs)
-
-    def _update(
-        self,
-        header: dict[str, Any],
-        change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-    ) -> None:
+    def write(self, header: dict[str, Any], *new: dict[str, Any]) -> None:
+        """Write the header's entries and new runs; the others stay as they are."""
+        replaced = {_identity(run) for run in new}
         with lock(self.folder, RESULTS):
             old = self._content()
             commands = [c for c in old.get("commands", []) if c != header.get("command")]
-            content = {
-                **header,
-                "commands": [*commands, header.get("command")],
-                "versions": versions(),
-                "runs": change(old.get("runs", [])),
-            }
-            text = json.dumps(content, indent=2) + "\n"
-            write_atomically(self.path, lambda path: path.write_text(text))
+            kept = [run for run in old.get("runs", []) if _identity(run) not in replaced]
+            commands.append(header.get("command"))
+            more = {"commands": commands, "versions": versions(), "runs": [*kept, *new]}
+            write_json(self.path, {**header, **more})
 
     def _content(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -206,9 +178,8 @@ class Results:
                 _identity(run)
             return dict(content)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} is damaged ({error!r}); fix: move it away and run again"
-            ) from error
+            told = f"{self.path} is damaged ({error!r}); fix: move it away and run again"
+            raise ValueError(told) from error
 
 
 def versions() -> dict[str, str]:

@@ -20,29 +20,13 @@ from crossmodal.tables.report import Row
 from structkd.diagnostics import effective_rank, self_similarity
 
 # Paul Tol's "muted" scheme: ten hues that stay apart for colour-blind readers.
-PALETTE = (
-    "#332288",
-    "#88CCEE",
-    "#44AA99",
-    "#117733",
-    "#999933",
-    "#DDCC77",
-    "#CC6677",
-    "#882255",
-    "#AA4499",
-    "#888888",
-)
+PALETTE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
+           "#DDCC77", "#CC6677", "#882255", "#AA4499", "#888888")  # fmt: skip
 _INK, _ALONE, _DISTILLED = "#222222", "#CC6677", "#332288"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-}
+_STYLE: Any = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+_STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+_STYLE |= {"savefig.dpi": 200}
+Series = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
 
 
 def draw_accuracy(
@@ -80,59 +64,70 @@ def draw_accuracy(
 def draw_curves(
     histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path, *, title: str
 ) -> None:
-    """The loss, and the accuracy in training, over the epochs; every seed a line."""
-    shown = {name: found for name, found in histories.items() if found}
-    if not shown:
+    """The loss, and the accuracy in training, over the epochs."""
+    panels: dict[str, Series] = {}
+    for column, label in {"loss": "loss", "accuracy": "accuracy in training, %"}.items():
+        panels[label] = {
+            name: [
+                ([row["epoch"] for row in history], [row.get(column, np.nan) for row in history])
+                for history in found
+            ]
+            for name, found in histories.items()
+            if found
+        }
+    draw_lines(panels, path, title=title, across="epoch")
+
+
+def draw_lines(
+    panels: Mapping[str, Series],
+    path: Path,
+    *,
+    title: str,
+    across: str,
+    black: str = "",
+    **axis: Any,
+) -> None:
+    """Panels side by side, with one legend; every seed a line, ``black`` what ends in that."""
+    names = list(next(iter(panels.values())))
+    if not names:
         return
-    with drawing(path, (8.2, 3.6)) as figure:
-        panels = figure.subplots(1, 2)
-        colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(shown)))
-        if len(shown) <= len(PALETTE):
-            colours = PALETTE
-        names = {"loss": "loss", "accuracy": "accuracy in training, %"}
-        for axes, (column, label) in zip(panels, names.items(), strict=True):
-            for (name, found), colour in zip(shown.items(), colours, strict=False):
-                for number, history in enumerate(found):
-                    kept = [row for row in history if column in row]
-                    axes.plot(
-                        [row["epoch"] for row in kept],
-                        [row[column] for row in kept],
-                        color=colour,
-                        linewidth=1,
-                        label=textwrap.shorten(name, 44) if number == 0 else None,
-                    )
-            axes.set_title(label)
-            axes.set_xlabel("epoch")
+    with drawing(path, (8.2, 3.8)) as figure:
+        places = figure.subplots(1, len(panels), sharey="sharey" in axis and axis.pop("sharey"))
+        for axes, (label, series) in zip(places, panels.items(), strict=True):
+            for (name, seeds), colour in zip(series.items(), palette(len(names)), strict=False):
+                shown = "black" if name.endswith(black or "?") else colour
+                for number, (xs, ys) in enumerate(seeds):
+                    told = textwrap.shorten(name, 44) if number == 0 else None
+                    axes.plot(xs, ys, color=shown, linewidth=1, label=told)
+            axes.set(title=label, xlabel=across, **axis)
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(_wrapped(title, 8.2), fontsize=9)
-        handles, labels = panels[0].get_legend_handles_labels()
-        longest = max(len(label) for label in labels)
-        columns = max(min(4, len(labels), 100 // (longest + 8)), 1)
+        handles, labels = places[0].get_legend_handles_labels()
+        columns = max(min(4, len(labels), 100 // (max(map(len, labels)) + 8)), 1)
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
+def palette(count: int) -> Sequence[Any]:
+    if count <= len(PALETTE):
+        return PALETTE
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+
+
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a training's CSV."""
     with path.open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def draw_self_similarity(embeddings: Mapping[str, Tensor], path: Path) -> None:
     """The paper's Fig. 2(a-b): |cosine| between the channels of each network's output embedding."""
-    with drawing(path, (3.0 * len(embeddings) + 0.6, 3.4)) as figure:
-        panels = figure.subplots(1, len(embeddings), squeeze=False)[0]
+    with _each(embeddings, path) as (figure, panels):
         for axes, (name, embedding) in zip(panels, embeddings.items(), strict=True):
-            matrix = self_similarity(embedding).abs()
-            width = len(matrix)
+            matrix, width = self_similarity(embedding).abs(), embedding.shape[1]
             others = (matrix.sum() - matrix.diagonal().sum()) / max(width * (width - 1), 1)
-            rank = float(effective_rank(embedding))
             image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
-            axes.set_title(
-                f"{name}\nmean off-diagonal {float(others):.2f}\n"
-                f"effective rank {rank:.1f} of {width}"
-            )
+            rank = f"effective rank {float(effective_rank(embedding)):.1f} of {width}"
+            axes.set_title(f"{name}\nmean off-diagonal {float(others):.2f}\n{rank}")
             axes.set_xlabel("channel")
-            axes.spines[:].set_visible(True)
         panels[0].set_ylabel("channel")
         figure.colorbar(image, ax=list(panels), label="|cosine similarity|", shrink=0.8)
 
@@ -143,27 +138,28 @@ def draw_tsne(
     """The paper's Fig. 2(c-d): t-SNE of each network's pooled intermediate features, by class."""
     from sklearn.manifold import TSNE
 
-    many = len(classes) > len(PALETTE)
-    palette = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(classes))) if many else PALETTE
-    colours = [palette[label] for label in labels.tolist()]
-    with drawing(path, (3.0 * len(features), 3.5)) as figure:
-        panels = figure.subplots(1, len(features), squeeze=False)[0]
+    colours = palette(len(classes))
+    with _each(features, path) as (figure, panels):
         for axes, (name, rows) in zip(panels, features.items(), strict=True):
             perplexity = min(30.0, (len(rows) - 1) / 3)
-            places = TSNE(
-                init="pca", perplexity=perplexity, learning_rate="auto", random_state=0
-            ).fit_transform(rows.numpy())
-            axes.scatter(*places.T, c=colours, s=6, linewidths=0)
-            axes.set_title(name)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            made = TSNE(init="pca", perplexity=perplexity, random_state=0)
+            shown = [colours[label] for label in labels.tolist()]
+            axes.scatter(*made.fit_transform(rows.numpy()).T, c=shown, s=6, linewidths=0)
+            axes.set(title=name, xticks=[], yticks=[])
+        if len(classes) <= len(PALETTE):
+            for colour, name in zip(colours, classes, strict=False):
+                axes.scatter([], [], color=colour, label=name)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+@contextmanager
+def _each(networks: Mapping[str, Tensor], path: Path) -> Iterator[tuple[Figure, Any]]:
+    """A panel a network, framed."""
+    with drawing(path, (3.0 * len(networks) + 0.6, 3.5)) as figure:
+        panels = figure.subplots(1, len(networks), squeeze=False)[0]
+        for axes in panels:
             axes.spines[:].set_visible(True)
-        if not many:
-            handles = [
-                matplotlib.lines.Line2D([], [], marker="o", linestyle="", color=colour, label=name)
-                for colour, name in zip(palette, classes, strict=False)
-            ]
-            figure.legend(handles=handles, loc="outside lower center", ncols=5, handletextpad=0.2)
+        yield figure, panels
 
 
 def _wrapped(text: str, inches: float) -> str:

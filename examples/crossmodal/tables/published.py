@@ -24,7 +24,6 @@ def columns() -> dict[str, dict[str, float]]:
 
 
 def networks() -> list[str]:
-    """DSKD's teacher and student."""
     return list(_CONTENT["dskd"]["networks"])
 
 

@@ -25,7 +25,6 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; NaN where all of them failed."""
         return statistics.fmean(self.accuracies) if self.accuracies else math.nan
 
     @property
@@ -50,41 +49,42 @@ class Row:
 
     @property
     def gained(self) -> str:
-        """The gain with its sign; empty for the lone student and where that was not run."""
         return "" if self.gain is None else f"{self.gain:+.2f}"
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
     """One row a method, in the order of the runs; a run with ``failed`` has no accuracy."""
-    by_method: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, tuple[list[float], list[str]]] = {}
     for run in runs:
-        by_method.setdefault(run["method"], []).append(run)
-    accuracies = {
-        method: tuple(run["accuracy"] for run in found if "failed" not in run)
-        for method, found in by_method.items()
-    }
-    base = accuracies.get(ALONE)
+        accuracies, failures = found.setdefault(run["method"], ([], []))
+        if "failed" in run:
+            failures.append(run["failed"])
+        else:
+            accuracies.append(run["accuracy"])
+    base, _ = found.get(ALONE, ([], []))
     return [
         Row(
             method,
-            accuracies[method],
-            statistics.fmean(accuracies[method]) - statistics.fmean(base)
-            if base and accuracies[method] and method != ALONE
+            tuple(accuracies),
+            statistics.fmean(accuracies) - statistics.fmean(base)
+            if base and accuracies and method != ALONE
             else None,
-            tuple(run["failed"] for run in found if "failed" in run),
+            tuple(failures),
         )
-        for method, found in by_method.items()
+        for method, (accuracies, failures) in found.items()
     ]
 
 
 def markdown(methods: Sequence[Row], *, title: str, more: Sequence[tuple[str, float]] = ()) -> str:
     """The result in Markdown; ``more`` are rows of one number below, the teacher's."""
-    lines = [
-        f"{title}:",
-        "",
-        "| method | accuracy % | gain | seeds |",
-        "|---|---:|---:|---:|",
-        *(f"| {r.method} | {r.accuracy} | {r.gained} | {len(r.accuracies)} |" for r in methods),
-        *(f"| *{name}* | *{accuracy:.2f}* | | 1 |" for name, accuracy in more),
-    ]
-    return "\n".join([*lines, ""])
+    lines = [(r.method, r.accuracy, r.gained, str(len(r.accuracies))) for r in methods]
+    lines += [(f"*{name}*", f"*{accuracy:.2f}*", "", "1") for name, accuracy in more]
+    return table(title, ("method", "accuracy %", "gain", "seeds"), lines)
+
+
+def table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all but its first column to the right; empty cells where a row has less."""
+    made = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    full = ([*line, *[""] * (len(head) - len(line))] for line in made)
+    shown = (f"| {' | '.join(line)} |".replace("|  |", "| |") for line in full)
+    return "\n".join([f"{title}:", "", *shown, ""])

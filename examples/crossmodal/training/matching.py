@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from crossmodal import models
 from crossmodal.data import Images, Views
 from crossmodal.data.sources import stratified
 from crossmodal.methods.variants import Variant
+from crossmodal.recipes import Recipe
 from crossmodal.training.evaluation import still
 from structkd import LagrangianPlanner, RematchSchedule, RetrievalGallery, SemBridgeMatcher
 from structkd.diagnostics import transport_cost
@@ -45,7 +45,7 @@ def new_matcher(encoder: str, views: Views, seed: int) -> SemanticMatcher:
 def outputs(network: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> Tensor:
     """What a network gives for all images as they are, in their order, on the CPU."""
     batches = still(images, images.like or images)
-    return torch.cat([network(b.poor.to(device)).float().cpu() for b in batches.still()])
+    return torch.cat([network(batch.poor.to(device)).float().cpu() for batch in batches])
 
 
 def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -> Tensor:
@@ -60,21 +60,13 @@ def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class Galleries:
-    """All that a choice of teacher images reads.
+    """All that a choice of teacher images reads; ids are rows of the rich images."""
 
-    Attributes:
-        semantic: the rich images by the matcher's embedding; ids are rows of ``rich``.
-        queries: the student images' embeddings by the matcher, (N, D).
-        logits: the rich images by the teacher's logits, same ids.
-        teacher_logits: the same logits (M, K), by row.
-        labels: the student images' classes.
-    """
-
-    semantic: RetrievalGallery
-    queries: Tensor
-    logits: RetrievalGallery
-    teacher_logits: Tensor
-    labels: Tensor
+    semantic: RetrievalGallery  # the rich images by the matcher's embedding
+    queries: Tensor  # the student images' embeddings by the matcher, (N, D)
+    logits: RetrievalGallery  # the rich images by the teacher's logits
+    teacher_logits: Tensor  # the same logits, (M, K)
+    labels: Tensor  # the student images' classes
 
     @classmethod
     def of(
@@ -105,11 +97,8 @@ class Galleries:
 
 def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
     # A match is good long before a plan is exact, and keeps its limits all the same.
-    planner = (
-        LagrangianPlanner(EPSILON, "capacity", gradient="none", max_iterations=100, tolerance=1e-3)
-        if planned
-        else None
-    )
+    limits: dict[str, Any] = {"gradient": "none", "max_iterations": 100, "tolerance": 1e-3}
+    planner = LagrangianPlanner(EPSILON, "capacity", **limits) if planned else None
     return SemBridgeMatcher(gallery, planner, capacity=CAPACITY)
 
 
@@ -117,11 +106,8 @@ def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
 class Rematching:
     """When a student chooses again, and by what.
 
-    Attributes:
-        schedule: the epochs.
-        by: ``epoch`` is what the student predicted in training over the epochs so far, each image's
-            latest, at the price of the search alone; ``pass`` a pass of its own over all images as
-            they are, as published.
+    ``epoch`` is what the student predicted in training over the epochs so far, each image's latest,
+    at the price of the search alone; ``pass`` a pass of its own over all images, as published.
     """
 
     schedule: RematchSchedule
@@ -130,73 +116,58 @@ class Rematching:
     @classmethod
     def scaled(cls, published: RematchSchedule, epochs: int, by: str = "epoch") -> Rematching:
         """Published epochs, which are of 200, at the same places of another number of epochs."""
-        start, step = (
-            max(1, round(value * epochs / 200)) for value in (published.start, published.step)
-        )
-        growth = round(published.growth * epochs / 200)
-        return cls(RematchSchedule(start, step, growth, times=published.times), by)
+        moved = (published.start, published.step, published.growth)
+        start, step, growth = (round(value * epochs / 200) for value in moved)
+        made = RematchSchedule(max(1, start), max(1, step), growth, times=published.times)
+        return cls(made, by)
 
 
 @dataclass
 class Trace:
     """What a student's matches cost over training; entry e is after e epochs.
 
-    Attributes:
-        transport: Wasserstein distance between the logits of a fixed sample of students and of
-            their teacher images (each row centred: softmax knows no more).
-        matched: root mean square distance of the matched pairs, the cost of that pairing as a plan.
-        rematching: seconds of every re-matching, by the epoch before which it was: the search,
-            and the student's pass over its images where it makes one.
-        searching: the search's part of them.
-        changed: share of the matches that it changed.
-        in_use: different teacher images that it chose.
-        watching: seconds spent on measuring the above, no part of training.
+    Logits are of a fixed sample of students and of their teacher images, each row centred: softmax
+    knows no more.
     """
 
-    transport: list[float] = field(default_factory=list)
-    matched: list[float] = field(default_factory=list)
-    rematching: dict[int, float] = field(default_factory=dict)
-    searching: dict[int, float] = field(default_factory=dict)
-    changed: dict[int, float] = field(default_factory=dict)
-    in_use: dict[int, int] = field(default_factory=dict)
-    watching: float = 0.0
+    transport: list[float] = field(default_factory=list)  # their Wasserstein distance
+    matched: list[float] = field(default_factory=list)  # root mean square of the matched pairs'
+    rematching: dict[int, float] = field(default_factory=dict)  # seconds, by the epoch after it
+    searching: dict[int, float] = field(default_factory=dict)  # the search's part of them
+    changed: dict[int, float] = field(default_factory=dict)  # share of the matches
+    in_use: dict[int, int] = field(default_factory=dict)  # different teacher images
+    watching: float = 0.0  # seconds spent on measuring the above, no part of training
 
 
+@dataclass(eq=False)
 class Chooser:
     """Names every student's teacher image before an epoch, and keeps the trace."""
 
-    def __init__(
-        self,
-        variant: Variant,
-        student: nn.Module,
-        views: Views,
-        galleries: Galleries,
-        teacher_logits: Tensor,
-        rematching: Rematching,
-        *,
-        epochs: int,
-        seed: int,
-        device: str | torch.device = "cpu",
-    ) -> None:
+    variant: Variant
+    student: nn.Module
+    views: Views
+    galleries: Galleries
+    logits: Tensor  # the teacher's, of the images that stand beside the student's
+    rematching: Rematching
+    recipe: Recipe
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        dynamic, labels = self.variant.dynamic, self.views.poor.labels
         self.trace = Trace()
-        self._variant, self._poor, self._rich = variant, views.poor, views.rich
-        self._galleries, self._teacher_logits = galleries, teacher_logits
-        self._epochs = set(rematching.schedule.epochs(epochs)) if variant.dynamic else set()
-        self._by, self._device = rematching.by, torch.device(device)
-        self._logits_of = partial(self._logits, student)
-        shape = len(views.poor), len(views.poor.classes)
-        self._predicted = torch.full(shape, torch.nan, device=self._device)
-        self._draws = torch.Generator().manual_seed(_MATCH_SEED + seed)
-        labels = views.poor.labels.numpy()
-        self._sample = torch.from_numpy(stratified(labels, _SAMPLE, draw=_SAMPLE_DRAW))
+        self._epochs = self.rematching.schedule.epochs(self.recipe.epochs) if dynamic else ()
+        shape = len(labels), len(self.views.poor.classes)
+        self._predicted = torch.full(shape, torch.nan, device=self.device)
+        self._draws = torch.Generator().manual_seed(_MATCH_SEED + self.recipe.seed)
+        self._sample = torch.from_numpy(stratified(labels.numpy(), _SAMPLE, draw=_SAMPLE_DRAW))
         self._ids = self._first()
-        self.wants_logits = variant.dynamic and rematching.by == "epoch"
+        self.wants_logits = dynamic and self.rematching.by == "epoch"
 
     def __call__(self, epoch: int) -> Tensor:
         """The rows of the teacher images for this epoch, counted from 0."""
         if epoch in self._epochs:
             self._rematch(epoch)
-        elif epoch and self._variant.first == "each epoch":
+        elif epoch and self.variant.first == "each epoch":
             self._ids = self._first()
         self.watch()
         return self._ids
@@ -208,15 +179,14 @@ class Chooser:
     def watch(self) -> None:
         """Measure what the matches cost at the student's present state."""
         started = time.perf_counter()
-        student = _centred(self._logits_of(self._poor.chosen(self._sample)))
-        teacher = _centred(self._teacher_logits[self._ids[self._sample]])
+        student = _centred(self._logits_of(self.views.poor.chosen(self._sample)))
+        teacher = _centred(self.logits[self._ids[self._sample]])
         self.trace.transport.append(float(transport_cost(student, teacher)))
         squared = (student - teacher).square().sum(1)
         self.trace.matched.append(float(squared.mean().sqrt()))
         self.trace.watching += time.perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later epochs depend on."""
         return {
             "ids": self._ids,
             "predicted": self._predicted,
@@ -225,38 +195,36 @@ class Chooser:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
-        self._ids, self._predicted = state["ids"], state["predicted"].to(self._device)
+        self._ids, self._predicted = state["ids"], state["predicted"].to(self.device)
         self._draws.set_state(state["draws"])
         self.trace = Trace(**state["trace"])
 
     def _first(self) -> Tensor:
-        first, labels = self._variant.first, self._poor.labels
+        first, labels = self.variant.first, self.views.poor.labels
         if first == "semantic":
-            return self._galleries.first(planned=self._variant.planned)
+            return self.galleries.first(planned=self.variant.planned)
         if first == "itself":
             return torch.arange(len(labels))
-        return random_match(labels, self._rich.labels, self._draws)
+        return random_match(labels, self.views.rich.labels, self._draws)
 
     def _rematch(self, epoch: int) -> None:
         started = time.perf_counter()
-        own_pass = self._by == "pass"
-        logits = self._logits_of(self._poor) if own_pass else self._predicted.cpu()
+        own_pass = self.rematching.by == "pass"
+        logits = self._logits_of(self.views.poor) if own_pass else self._predicted.cpu()
         predicted = time.perf_counter()
         # An epoch leaves its incomplete last batch out: an image never seen keeps its match.
         rows = logits.isfinite().all(1).nonzero()[:, 0]
         ids = self._ids.clone()
-        ids[rows] = self._galleries.again(logits[rows], rows, planned=self._variant.planned)
+        ids[rows] = self.galleries.again(logits[rows], rows, planned=self.variant.planned)
         self.trace.searching[epoch] = time.perf_counter() - predicted
         self.trace.rematching[epoch] = time.perf_counter() - started
         self.trace.changed[epoch] = float((ids != self._ids).float().mean())
         self.trace.in_use[epoch] = len(ids.unique())
         self._ids = ids
 
-    def _logits(self, student: nn.Module, images: Images) -> Tensor:
-        student.eval()
-        logits = outputs(student, images, self._device)
-        student.train()
+    def _logits_of(self, images: Images) -> Tensor:
+        logits = outputs(self.student.eval(), images, self.device)
+        self.student.train()
         return logits
 
 

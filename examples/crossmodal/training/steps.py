@@ -22,19 +22,11 @@ _CRITERION_SEED = 1_000_000  # apart from the students', so that these start ali
 
 
 class Step(nn.Module):
-    """One network's training step.
+    """One network's training step."""
 
-    Attributes:
-        network: what is trained, evaluated and stored.
-        reads: the modalities of a batch that it needs.
-        criterion: what is trained beside the network, and has epochs to count.
-        left: the share of the criterion's weight that is left, where it falls.
-    """
-
-    network: nn.Module
-    reads: tuple[str, ...] = ("rich",)
-    criterion: Criterion | None = None
-    left: Tensor
+    network: nn.Module  # what is trained, evaluated and stored
+    criterion: Criterion | None = None  # what is trained beside it, and has epochs to count
+    left: Tensor  # the share of the criterion's weight that is left, where it falls
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,11 +50,10 @@ class Supervised(Step):
 
     def __init__(self, network: nn.Module, modality: str) -> None:
         super().__init__()
-        self.network, self.reads = network, (modality,)
+        self.network, self.modality = network, modality
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        """Cross-entropy alone."""
-        logits = self.network(getattr(batch, self.reads[0]))
+        logits = self.network(getattr(batch, self.modality))
         return logits, {"CE": cross_entropy(logits, batch.target)}
 
 
@@ -72,17 +63,10 @@ class Distilled(Step):
     loss = supervision * CE(student, labels) + criterion(student's features, teacher's features)
     """
 
-    reads = ("rich", "poor")
-
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        plan: Plan,
-        example: Batch,
-        setup: Setup,
+        self, student: nn.Module, teacher: nn.Module, plan: Plan, example: Batch, setup: Setup,
         seed: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.supervision = plan.supervision
 
@@ -90,30 +74,23 @@ class Distilled(Step):
             torch.manual_seed(_CRITERION_SEED + seed)
             return plan.build(feats_s, feats_t, setup)
 
-        student_stages, teacher_stages = (
-            plan.stages(models.stage_names(network)) for network in (student, teacher)
+        both = example.poor, example.rich
+        layers, teacher_layers = (
+            {"intermediate": plan.stages(models.stage_names(net))} for net in (student, teacher)
         )
         self.distiller = structkd.Distiller(
-            student,
-            teacher,
-            build,
-            example=(example.poor, example.rich),
-            layers={"intermediate": student_stages},
-            teacher_layers={"intermediate": teacher_stages},
+            student, teacher, build, example=both, layers=layers, teacher_layers=teacher_layers
         )
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
-        """The student."""
         return self.distiller.student
 
     @property
     def criterion(self) -> Criterion:  # type: ignore[override]
-        """The plan's."""
         return self.distiller.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        """Weighted cross-entropy and the criterion's terms."""
         logits, terms = self.distiller(
             batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
         )
@@ -124,14 +101,11 @@ class Distilled(Step):
 class Matching(Step):
     """The matcher, on rich images and the poor ones made from them."""
 
-    reads = ("rich", "poor")
-
     def __init__(self, matcher: SemanticMatcher) -> None:
         super().__init__()
         self.network = matcher
 
     def forward(self, batch: Batch) -> tuple[None, Terms]:
-        """The self-supervised loss."""
         return None, {"SSM": self.network(batch.rich, batch.poor)}
 
 
@@ -145,12 +119,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         world = dist.get_world_size()
         dist.all_reduce(count)
-    total = F.cross_entropy(_wide(logits), target, ignore_index=NO_LABEL, reduction="sum")
+    total = F.cross_entropy(wide(logits), target, ignore_index=NO_LABEL, reduction="sum")
     return total * world / count.clamp_min(1)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def fresh(name: str, images: Images, seed: int) -> nn.Module:
