@@ -134,9 +134,7 @@ def _asked(wanted: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked
             if name not in SWEEPS:
                 hint = did_you_mean(name, SWEEPS)
                 raise ValueError(f"unknown group {name!r}; {hint}known: {', '.join(SWEEPS)}")
-        found = [
-            (label, resolve(text)) for name in groups for label, text in SWEEPS[name].items()
-        ]
+        found = [(label, resolve(text)) for name in groups for label, text in SWEEPS[name].items()]
     elif entry.matched:
         if wanted.method is not None:
             raise ValueError(f"--method is for pairs; {entry.name} has --variant and --criterion")

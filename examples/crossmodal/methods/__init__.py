@@ -185,12 +185,7 @@ def resolve(name: str, options: Options | None = None) -> Plan:
         written[part] |= more
     supervision = parts[0][1].supervision if len(parts) == 1 else 1.0
     title = "+".join(
-        part
-        + (
-            ":" + ",".join(f"{k}={written(v)}" for k, v in own.items())
-            if own
-            else ""
-        )
+        part + (":" + ",".join(f"{k}={written(v)}" for k, v in own.items()) if own else "")
         for part, own in written.items()
     )
     return Plan(title, tuple(p for p in parts if p[1].criterion), supervision, written)
