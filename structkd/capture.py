@@ -283,8 +283,9 @@ class FeatureCapture:
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             raise RuntimeError(
                 "several processes train, but this capture calls the bare network, whose gradients "
-                "nobody averages: make the capture of the wrapped one, FeatureCapture(ddp), or "
-                "call the wrapped one yourself and then capture.read()"
+                "nobody averages: make the capture of the wrapped one, FeatureCapture(ddp), or call "
+                "the network yourself and then capture.read(), with "
+                "structkd.distributed.average_gradients where there is no wrapper"
             )
 
 

@@ -120,9 +120,8 @@ def test_export_while_the_hooks_are_on_and_after() -> None:
     assert whole(POOR, x_teacher=RICH)[1]
 
 
+@pytest.mark.slow
 def test_onnx_export_while_the_hooks_are_on(tmp_path: Path) -> None:
-    pytest.importorskip("onnx", reason="needs onnx, which no extra brings")
-    pytest.importorskip("onnxscript", reason="needs onnxscript, which no extra brings")
     whole = distiller()
     torch.onnx.export(whole.student.eval(), (POOR,), tmp_path / "student.onnx", dynamo=True)
     assert (tmp_path / "student.onnx").stat().st_size > 0

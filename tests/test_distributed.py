@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import structkd
 from structkd import Criterion, FeatureCapture, Features
 from structkd.distributed import average_gradients, broadcast_state, gather_batch, world_size
+from tests.processes import start
 
 WORLD, BATCH = 2, 8
 # How many of the samples rank 0 takes.
@@ -94,28 +91,6 @@ def _run(
     return loss.detach(), grads
 
 
-def _start(worker: Callable[..., None], folder: Path, *args: object) -> None:
-    """Runs ``worker(rank, *args)`` in every process of a new group."""
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    mp.start_processes(_process, (worker, rendezvous, args), nprocs=WORLD, start_method="spawn")
-
-
-def _process(rank: int, worker: Callable[..., None], rendezvous: str, args: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    worker(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Gloo's threads may outlive Python's shutdown, which then aborts a process whose work is done.
-    os._exit(0)
-
-
 def _rows(rank: int, share: str) -> slice:
     cut = SHARES[share]
     return slice(0, cut) if rank == 0 else slice(cut, BATCH)
@@ -140,7 +115,7 @@ def _worker(rank: int, names: list[str], out: str) -> None:
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ddp")
     out = folder / "results.pt"
-    _start(_worker, folder, list(CRITERIA), str(out))
+    start(_worker, folder, WORLD, list(CRITERIA), str(out))
     return dict(torch.load(out, weights_only=True))
 
 
@@ -169,7 +144,7 @@ def _gather_worker(rank: int, out: str) -> None:
 
 
 def test_uneven_shards_come_together_with_their_gradients(tmp_path) -> None:
-    _start(_gather_worker, tmp_path, str(tmp_path / "out"))
+    start(_gather_worker, tmp_path, WORLD, str(tmp_path / "out"))
     everything = torch.arange(BATCH * 3.0).view(BATCH, 3)
     for rank in range(WORLD):
         whole, index, grad = torch.load(tmp_path / f"out{rank}", weights_only=True)
@@ -196,7 +171,8 @@ def _train(
         feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
     for _ in range(3):
         optimizer.zero_grad()
-        feats_s = capture(images[rows]).replace(index=torch.arange(BATCH)[rows])
+        student(images[rows])
+        feats_s = capture.read().replace(index=torch.arange(BATCH)[rows])
         criterion(feats_s, feats_t, target[rows]).backward()
         if after is not None:
             after()
@@ -228,7 +204,7 @@ def _training_worker(rank: int, out: str) -> None:
 def test_loops_with_and_without_ddp_train_as_one_process_does(tmp_path) -> None:
     """Parameters and, on all ranks, the banks of contrastive distillation."""
     out = tmp_path / "state"
-    _start(_training_worker, tmp_path, str(out))
+    start(_training_worker, tmp_path, WORLD, str(out))
     torch.manual_seed(1)
     wanted = _train(*_training(), slice(None))
     banks = [name for name in wanted if "bank_" in name]
@@ -258,7 +234,7 @@ def _small_batch_worker(rank: int, out: str) -> None:
 
 def test_one_sample_a_process_is_enough_where_the_whole_batch_counts(tmp_path) -> None:
     out = tmp_path / "value"
-    _start(_small_batch_worker, tmp_path, str(out))
+    start(_small_batch_worker, tmp_path, WORLD, str(out))
     # Rows (0, 0, 0) and (1, 1, 1): every covariance entry is 1/2, and 9 * (1/2)^2 / (4 * 9) = 1/16.
     assert float(out.read_text()) == pytest.approx(1 / 16)
 
@@ -267,3 +243,30 @@ def test_one_process_gathers_nothing() -> None:
     shard = torch.ones(2, 3, requires_grad=True)
     assert world_size() == 1
     assert gather_batch(shard) is shard
+
+
+def _bare_capture_worker(rank: int, out: str) -> None:
+    net = Net(5)
+    capture = FeatureCapture(net, embedding="fc:input")
+    said = ""
+    try:
+        capture(torch.randn(2, 3, 4, 4))
+    except RuntimeError as error:
+        said = str(error)
+    ddp = DistributedDataParallel(net)
+    ddp(torch.randn(2, 3, 4, 4))
+    read = capture.read().embedding.shape  # the wrapped one called, then read
+    with torch.no_grad():
+        frozen = capture(torch.randn(2, 3, 4, 4)).embedding.shape  # nothing to average
+    wrapped = FeatureCapture(ddp, embedding="fc:input")(torch.randn(2, 3, 4, 4)).embedding.shape
+    if rank == 0:
+        torch.save([said, list(read), list(frozen), list(wrapped)], out)
+
+
+def test_calling_the_bare_network_under_several_processes_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    start(_bare_capture_worker, tmp_path, WORLD, str(out))
+    said, *shapes = torch.load(out, weights_only=True)
+    assert "gradients nobody averages" in said
+    assert "FeatureCapture(ddp)" in said
+    assert shapes == [[2, 5]] * 3

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from crossmodal.data import Wanted
+from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
 from crossmodal.methods.variants import PAIRS, VARIANTS, Variant, Weights, plan, variant
 from crossmodal.near import did_you_mean
@@ -23,7 +24,7 @@ from structkd import RematchSchedule
 
 TRAINED = (ALONE, "kd", "ds")  # train.py's methods, where none are named
 # The paper's rows, then those that it does not have.
-COMPARED = tuple(name for name in METHODS if name != "ska") + ("kd+ds",)
+COMPARED = (*(name for name in METHODS if name != "ska"), "kd+ds")
 # Where an error raised on purpose comes from; one from elsewhere keeps its traceback.
 _OURS = ("crossmodal", "structkd")
 _LONE = Variant(ALONE, "none")
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     entry = known[wanted.dataset]
     if wanted.jobs < 1 or (wanted.jobs > 1 and wanted.fresh):
         raise ValueError(f"--jobs must be at least 1, and 1 with --fresh, got {wanted.jobs}")
+    poor, own = options(wanted, entry)
     recipes = {role: entry.recipe(role, *_given(wanted, role)) for role in ROLES}
     student = recipes["student"]
     if kind == "sweep":
@@ -99,9 +101,10 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
             limit=wanted.limit,
             labels=wanted.labels,
             evaluate=wanted.evaluate,
-            poor=wanted.poor or "",
+            poor=poor,
             amount=wanted.amount,
             rgb=None if wanted.rgb_bands is None else tuple(wanted.rgb_bands),
+            options=own,
         ),
         asked=_asked(wanted, entry, kind),
         seeds=_seeds(wanted.seeds or ("2" if kind == "sweep" else "3")),
@@ -196,14 +199,11 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         "ds:terms=[SEM-1,SEM-2] or kd:temperature=2,weight=0.5",
     )  # fmt: skip
     data = parser.add_argument_group("data")
+    add_options(data)
     add = data.add_argument
-    add("--data", type=Path, metavar="DIR", help="where the images lie; the digits need none")
-    add("--download", action="store_true", help="fetch the data set into --data")
     add("--limit", type=int, metavar="N", help="N training images only, all classes in proportion")
     add("--labels", type=int, metavar="N", help="only N training images have labels; the rest of "
         "the pairs is distilled all the same")  # fmt: skip
-    add("--poor", metavar="KIND", help="noise[:A] or grey: what makes one modality poor")
-    add("--amount", type=float, metavar="A", help="fraction of the pixels that noise replaces")
     add("--rgb-bands", nargs=3, type=int, metavar=("R", "G", "B"), help="positions from 0")
     add("--evaluate", choices=("test", "val"), default="test",
         help="val holds a tenth of train out, for choosing settings (default: test)")  # fmt: skip

@@ -162,7 +162,10 @@ class DataSet:
 
     Attributes:
         name: how the command line names it.
-        reader: ``crossmodal.data.sources.open_<reader>(data_dir, download) -> Source``.
+        reader: ``open_<reader>(data_dir, download, **options) -> Source``, see
+            ``crossmodal.data.readers``.
+        options: the reader's, with their defaults; the command line can change these alone.
+        poor: what makes its images poor, where it has one modality.
         unpaired: whether its halves are given to teacher and students apart.
         scenes: whether it is two folders, ``MS`` and ``RGB``, of different samples.
         amount: the noise's.
@@ -179,6 +182,8 @@ class DataSet:
     student: str
     matcher: str = ""
     reader: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    poor: str = "noise"
     unpaired: bool = False
     scenes: bool = False
     amount: float = 0.5
@@ -228,13 +233,16 @@ def data_sets(more: Path | None = None) -> dict[str, DataSet]:
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"recipes {path} cannot be read: {error}") from error
         for name, entry in content.items():
-            found[name] = checked(DataSet, {"name": name, **entry}, f"{path.name} [{name}]")
+            whole = {**content.get(entry.pop("like", ""), {}), **entry, "name": name}
+            if name.startswith(PREFIX):
+                whole["unpaired"] = True
+            found[name] = checked(DataSet, whole, f"{path.name} [{name}]")
     halved = {
         PREFIX + name: replace(entry, name=PREFIX + name, unpaired=True)
         for name, entry in found.items()
-        if entry.reader
+        if entry.reader and not entry.unpaired
     }
-    return found | halved
+    return halved | found
 
 
 def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:

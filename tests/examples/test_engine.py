@@ -138,10 +138,10 @@ def test_the_loss_is_weighted_cross_entropy_plus_the_criterion(
     assert kd.terms["CE"] == pytest.approx(0.1 * alone(views, still).terms["CE"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "nst+ds", "fitnets+kd", "at+crd", "kd+ds+rkd"])
+@pytest.mark.parametrize(
+    "method", [*(m for m in METHODS if m != "alone"), "nst+ds", "fitnets+kd", "at+crd", "kd+ds+rkd"]
+)
 def test_every_method_trains(views: Views, teacher: nn.Module, method: str) -> None:
-    if method in ("alone", "fsp"):
-        return  # one has no teacher, the other wants equal channels
     outcome, _ = distil(method, teacher, views, recipe(lr=0.01))
     assert len(outcome.terms) > method.count("+") + 1
     values = torch.tensor([outcome.loss, *outcome.terms.values()])
@@ -232,7 +232,7 @@ def test_clipping_bounds_each_filter_and_the_average_follows(views: Views) -> No
         before = fresh("resnet8x0_5", views.poor, 0).conv1.weight
         after = alone(views, made).network.conv1.weight
         moved = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
-        sizes[clip] = float(moved.max())
+        sizes[clip] = float(moved.detach().max())
     assert sizes["agc:0.01"] <= 0.0101 < sizes["none"]
     mean = alone(views, recipe(ema=0.5, epochs=2)).network
     assert not torch.equal(mean.fc.weight, alone(views, recipe(epochs=2)).network.fc.weight)

@@ -79,6 +79,6 @@ def test_what_a_network_cannot_be() -> None:
     with pytest.raises(ValueError, match="depth must be 6n"):
         resnet.CifarResNet(10, (16, 16, 32, 64))
     with pytest.raises(ValueError, match="pretrained must be False"):
-        resnet.resnet8(pretrained=True)
+        timm.create_model("resnet8", pretrained=True)
     with pytest.raises(ValueError, match="Linear has no feature_info"):
         models.stage_names(torch.nn.Linear(2, 2))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from structkd import ConvergenceWarning, LagrangianPlanner, MatchedDataset, RetrievalGallery
 from structkd.matching._ranks import gather_rows, share_of_classes
 from structkd.matching.sembridge import Match, SemBridgeMatcher
+from tests.processes import start
 
 STUDENTS, TEACHERS, DIM, CLASSES = 43, 60, 5, 3
 PLANNERS = ("none", "rows", "both", "capacity")
@@ -52,31 +49,6 @@ def _own(shares: tuple[int, ...], rank: int, world: int) -> slice:
 
 def _parts(match: Match) -> list:
     return [match.ids, match.scores, match.weights, match.index, match.converged]
-
-
-def _start(worker: Callable[..., None], folder: Path, world: int, *args: object) -> None:
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    mp.start_processes(
-        _process, (worker, rendezvous, world, args), nprocs=world, start_method="spawn"
-    )
-
-
-def _process(
-    rank: int, worker: Callable[..., None], rendezvous: str, world: int, args: tuple
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    worker(rank, world, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Gloo's threads may outlive Python's shutdown, which then aborts a process whose work is done.
-    os._exit(0)
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
@@ -139,7 +111,7 @@ def _errors(rank: int, queries: Tensor, labels: Tensor) -> list[str]:
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def ranks(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    _start(_worker, folder, request.param, str(folder))
+    start(_worker, folder, request.param, request.param, str(folder))
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(request.param)]
 
 

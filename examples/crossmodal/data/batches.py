@@ -85,8 +85,8 @@ class Batches:
             )
         if len(led) // recipe.batch_size < recipe.accumulate > 1:
             raise ValueError(
-                f"accumulate={recipe.accumulate} needs as many batches of {recipe.batch_size} in an "
-                f"epoch, but there are {len(led)} images"
+                f"accumulate={recipe.accumulate} needs as many batches of {recipe.batch_size} in "
+                f"an epoch, but there are {len(led)} images"
             )
         if recipe.batch_size % share[1]:
             raise ValueError(
@@ -162,7 +162,7 @@ class _Epoch(Dataset[Batch]):
             )
             raw_t = raw if shared and self.ids is None else rich.raw(rows_t)
             key = _CROPS if of.together else _OTHER_CROPS
-            # Crops are drawn by the student's row: a teacher image that serves many is not one crop.
+            # Drawn by the student's row: a teacher image that serves many is not one crop.
             images_t = self._image(raw_t, rich, rows_t, key, drawn_by=index)
         return Batch(images_t, images_p, of._led.known()[index], index)
 

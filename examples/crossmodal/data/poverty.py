@@ -2,8 +2,7 @@
 
 A poverty takes raw images (n, C, H, W) and every sample's place in the whole data set (n,), and
 gives the poor images. What it draws depends on the sample's place alone, so that the poor set is a
-fixed second set: neither a limit nor the order of the images changes it. ``keeps`` says whether
-the channels stay what they were, so that the rich images' statistics fit the poor ones.
+fixed second set: neither a limit nor the order of the images changes it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,6 @@ class Noise:
     ``epoch`` draws it anew for every pass, apart for every ``seed``.
     """
 
-    keeps: ClassVar[bool] = True
     amount: float
     seed: int = 0
     epoch: int | None = None
@@ -64,8 +61,6 @@ class Noise:
 class Grey:
     """The luma of three colours, in one channel."""
 
-    keeps: ClassVar[bool] = False
-
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         if images.shape[1] != 3:
             raise ValueError(
@@ -86,7 +81,6 @@ class Bands:
     The last is how multispectral images are shown as photographs: what is brighter is cut off.
     """
 
-    keeps: ClassVar[bool] = False
     places: tuple[int, ...]
     white: float | None = None
 
@@ -120,7 +114,6 @@ class Lowres:
     multiple of the factor is cut into as many near-equal parts as are nearest.
     """
 
-    keeps: ClassVar[bool] = True
     factor: float
 
     def __post_init__(self) -> None:
@@ -145,7 +138,6 @@ class Lowres:
 class Blur:
     """A sensor out of focus: a Gaussian of so many pixels' standard deviation, edges continued."""
 
-    keeps: ClassVar[bool] = True
     sigma: float
 
     def __post_init__(self) -> None:

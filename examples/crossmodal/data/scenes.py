@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmodal.data.sources import Decoded, Images, class_files, read_rgb, unreadable
+from crossmodal.data.sources import (
+    Decoded,
+    Images,
+    class_files,
+    common_classes,
+    read_rgb,
+    unreadable,
+)
 
 _MS, _RGB = (".tif", ".tiff", ".mat"), (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
@@ -36,7 +43,7 @@ def open_scenes(
                 f"folder {folder} does not exist; fix: --data must name the folder that holds MS "
                 "and RGB"
             )
-    classes = _classes(folders["MS"], folders["RGB"])
+    classes = common_classes(folders["MS"], folders["RGB"])
     # At least one to train on and one to test on.
     files, labels = class_files(folders["MS"], classes, _MS, least=2)
     read = partial(read_multispectral, bands=bands)
@@ -97,15 +104,3 @@ def _mat(file: Path) -> NDArray[np.generic]:
         keys = ", ".join(key for key in content if not key.startswith("__"))
         raise ValueError(f"image {file} has no key 'msi', only: {keys or 'nothing'}")
     return np.asarray(content["msi"])
-
-
-def _classes(ms: Path, rgb: Path) -> list[str]:
-    found = [{child.name for child in folder.iterdir() if child.is_dir()} for folder in (ms, rgb)]
-    if found[0] != found[1]:
-        raise ValueError(
-            f"class folders of {ms} and {rgb} differ: {', '.join(sorted(found[0] ^ found[1]))} in "
-            "one alone; fix: give both the same class folders"
-        )
-    if len(found[0]) < 2:
-        raise ValueError(f"{ms} has {len(found[0])} class folders, at least 2 are needed")
-    return sorted(found[0])

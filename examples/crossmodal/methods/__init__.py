@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,7 +58,7 @@ class Method:
     ) -> Criterion:
         """The criterion, unweighted, for the widths of two example passes over its stages."""
         kind = getattr(structkd, self.criterion)
-        known = inspect.signature(kind).parameters
+        known = kind.options()
         ready = {k: setup.fill(v) for k, v in self.options.items()} | dict(options)
         if "gather" in known:
             ready.setdefault("gather", True)
@@ -118,7 +117,7 @@ class Plan:
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def stages(self, names: list[str]) -> list[str]:
-        """Which of a network's stages to capture: all if any part wants them, or the last but one."""
+        """Which of a network's to capture: all if any part wants them, else the last but one."""
         if any(method.layers == "all" for _, method in self.parts):
             return names
         return [names[max(len(names) - 2, 0)]]
@@ -148,7 +147,7 @@ class Plan:
 
 
 def resolve(name: str, options: Options | None = None) -> Plan:
-    """Look up a method or a sum of methods, ``kd``, ``kd+ds``, ``ds:terms=[SEM-1,SEM-2],gamma=2+kd``.
+    """Look up a method or a sum: ``kd``, ``kd+ds``, ``ds:terms=[SEM-1,SEM-2],gamma=2+kd``.
 
     A sum takes every criterion at its own weight and the cross-entropy at weight 1. Options follow
     a part's name and are keywords of its criterion, or ``weight``; they are part of the name.
@@ -185,7 +184,7 @@ def resolve(name: str, options: Options | None = None) -> Plan:
         written[part] |= more
     supervision = parts[0][1].supervision if len(parts) == 1 else 1.0
     title = "+".join(
-        part + (":" + ",".join(f"{k}={written(v)}" for k, v in own.items()) if own else "")
+        part + (":" + ",".join(f"{k}={as_text(v)}" for k, v in own.items()) if own else "")
         for part, own in written.items()
     )
     return Plan(title, tuple(p for p in parts if p[1].criterion), supervision, written)
@@ -196,7 +195,7 @@ def _options(method: str, listed: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     known = ["weight"]
     if METHODS[method].criterion:
-        known += list(inspect.signature(getattr(structkd, METHODS[method].criterion)).parameters)
+        known += getattr(structkd, METHODS[method].criterion).options()
     for item in _split(listed):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
@@ -227,10 +226,10 @@ def value(text: str) -> Any:
     return text
 
 
-def written(option: object) -> str:
+def as_text(option: object) -> str:
     """The text that ``value`` reads back."""
     if isinstance(option, list | tuple):
-        return f"[{','.join(written(part) for part in option)}]"
+        return f"[{','.join(as_text(part) for part in option)}]"
     return str(option).lower() if option is None or isinstance(option, bool) else str(option)
 
 

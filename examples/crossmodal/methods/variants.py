@@ -1,4 +1,4 @@
-"""Which teacher image a student image gets, and what is minimised: the rows of an unpaired table."""
+"""Which teacher image a student image gets, and what is minimised: an unpaired table's rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual networks for small images, those of the CRD benchmark (Tian et al., ICLR 2020) among them.
+"""Residual networks for small images, as the CRD benchmark has them (Tian et al., ICLR 2020).
 
 A 3x3 stem, three stages of (depth - 2) / 6 basic blocks, strides 1, 2, 2, average pool, ``fc``.
 """
@@ -10,39 +10,11 @@ from typing import Any
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from crossmodal.models.head import Head, own_options
 
-__all__ = [
-    "CifarResNet",
-    "resnet8",
-    "resnet8x0_5",
-    "resnet8x4",
-    "resnet14",
-    "resnet20",
-    "resnet32x4",
-]
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; its output is never written in place."""
-
-    def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_chs)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_chs)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or in_chs != out_chs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_chs, out_chs, 1, stride, bias=False), nn.BatchNorm2d(out_chs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) to (B, out, H/stride, W/stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+__all__ = ["CifarResNet"]
 
 
 class CifarResNet(Head, nn.Module):
@@ -73,8 +45,12 @@ class CifarResNet(Head, nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         in_chs, reduction = stem, 1
         for number, (chs, stride) in enumerate(zip(stages, (1, 2, 2), strict=True), start=1):
-            stage = [BasicBlock(in_chs, chs, stride)]
-            stage += [BasicBlock(chs, chs, 1) for _ in range(blocks - 1)]
+            shortcut = None
+            if stride != 1 or in_chs != chs:
+                convolution = nn.Conv2d(in_chs, chs, 1, stride, bias=False)
+                shortcut = nn.Sequential(convolution, nn.BatchNorm2d(chs))
+            stage = [BasicBlock(in_chs, chs, stride, shortcut)]
+            stage += [BasicBlock(chs, chs) for _ in range(blocks - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*stage))
             in_chs, reduction = chs, reduction * stride
             self.feature_info.append(
@@ -97,37 +73,17 @@ class CifarResNet(Head, nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-@register_model
-def resnet8x4(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """8 layers, stem 32, stages 64-128-256: the paper's student."""
-    return CifarResNet(8, (32, 64, 128, 256), **own_options(pretrained, options))
+# The paper's teacher is resnet32x4, its student resnet8x4; resnet8x0_5 suits a laptop's demo.
+_WIDTHS = {"x4": (32, 64, 128, 256), "": (16, 16, 32, 64), "x0_5": (8, 8, 16, 32)}
 
 
-@register_model
-def resnet32x4(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """32 layers, stem 32, stages 64-128-256: the paper's teacher."""
-    return CifarResNet(32, (32, 64, 128, 256), **own_options(pretrained, options))
+def _registered(depth: int, suffix: str) -> None:
+    def build(pretrained: bool = False, **options: Any) -> CifarResNet:
+        return CifarResNet(depth, _WIDTHS[suffix], **own_options(pretrained, options))
+
+    build.__name__ = build.__qualname__ = f"resnet{depth}{suffix}"
+    register_model(build)
 
 
-@register_model
-def resnet8(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """8 layers, stem 16, stages 16-32-64."""
-    return CifarResNet(8, (16, 16, 32, 64), **own_options(pretrained, options))
-
-
-@register_model
-def resnet14(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """14 layers, stem 16, stages 16-32-64."""
-    return CifarResNet(14, (16, 16, 32, 64), **own_options(pretrained, options))
-
-
-@register_model
-def resnet20(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """20 layers, stem 16, stages 16-32-64."""
-    return CifarResNet(20, (16, 16, 32, 64), **own_options(pretrained, options))
-
-
-@register_model
-def resnet8x0_5(pretrained: bool = False, **options: Any) -> CifarResNet:
-    """8 layers, stem 8, stages 8-16-32: small enough for a laptop's demo."""
-    return CifarResNet(8, (8, 8, 16, 32), **own_options(pretrained, options))
+for _depth, _suffix in ((8, "x4"), (32, "x4"), (8, ""), (14, ""), (20, ""), (8, "x0_5")):
+    _registered(_depth, _suffix)

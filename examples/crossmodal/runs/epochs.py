@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Epochs:
                 torch.save(extra, temporary / _EXTRA)
                 sums = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(sums))
-                os.replace(temporary, place)
+                temporary.replace(place)
                 for old in self._found()[_KEPT:]:
                     shutil.rmtree(old)
         except OSError as error:

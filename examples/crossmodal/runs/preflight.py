@@ -8,10 +8,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from crossmodal.data import Batch
@@ -101,12 +104,18 @@ def timed(step: Step, batch: Batch, recipe: Recipe, device: str, *, steps: int =
 
 
 def chosen_precision(
-    recipe: Recipe, out: Path, name: str, make: Callable[[Recipe], tuple[Step, Batch]], device: str
+    recipe: Recipe,
+    out: Path,
+    name: str,
+    make: Callable[[Recipe], tuple[Step, Batch]],
+    device: str,
+    agreed: Callable[[Any], Any],
 ) -> tuple[Recipe, str]:
     """A recipe whose precision is settled, and a line on how.
 
     ``auto`` times some steps in fp32 and in bf16 with channels-last images. The choice is kept in
-    ``out``, so that the same command finds its own results however busy the machine is.
+    ``out``, so that the same command finds its own results however busy the machine is. ``agreed``
+    gives all processes of a training the first one's value.
     """
     if recipe.precision != "auto":
         return recipe, ""
@@ -114,20 +123,18 @@ def chosen_precision(
     # torch's channels-last backward over an odd number of images has written outside its memory on
     # the CPU (2.15, two threads, batch 19).
     candidate = replace(recipe, precision="bf16", channels_last=size % 2 == 0)
-    with lock(out, _CHOICES):
-        path = out / _CHOICES
-        known = json.loads(path.read_text()) if path.exists() else {}
+    leads, path = PartialState().is_main_process, out / _CHOICES
+    with lock(out, _CHOICES) if leads else nullcontext():
+        known = agreed(json.loads(path.read_text()) if path.exists() else {})
         if name not in known:
-            seconds = []
-            for tried in (replace(recipe, precision="fp32"), candidate):
-                seconds.append(timed(*make(tried), tried, device))
-            known[name] = {
-                "precision": "bf16" if seconds[1] < _WORTH * seconds[0] else "fp32",
-                "fp32_ms": round(1000 * seconds[0], 2),
-                "bf16_ms": round(1000 * seconds[1], 2),
-            }
-            text = json.dumps(known, indent=2) + "\n"
-            write_atomically(path, lambda file: file.write_text(text))
+            tried = (replace(recipe, precision="fp32"), candidate)
+            plain, half = (1000 * timed(*make(one), one, device) for one in tried)
+            chosen = "bf16" if half < _WORTH * plain else "fp32"
+            entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
+            known = agreed({**known, name: entry})
+            if leads:
+                text = json.dumps(known, indent=2) + "\n"
+                write_atomically(path, lambda file: file.write_text(text))
     found = known[name]
     line = (
         f"precision {found['precision']}: a step took {found['fp32_ms']:g} ms in fp32, "

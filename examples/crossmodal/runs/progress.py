@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar, or plain lines where output is piped, and its history."""
+"""What a run shows while it trains: a bar, or plain lines where output is piped; its history."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -137,7 +137,10 @@ class Session:
         if job.matched:
             found["variant"] = {k: v for k, v in asdict(variant).items() if k != "title"}
             found["planner"] = [EPSILON, CAPACITY] if variant.planned else None
-            found["rematching"] = self._rematching if variant.dynamic else None
+            chosen = job.rematching.schedule.epochs(self.recipes["student"].epochs)
+            found["rematching"] = (
+                {"epochs": chosen, "by": job.rematching.by} if variant.dynamic else None
+            )
             matched = variant.first == "semantic"
             found["matcher"] = key(self._matcher_settings) if matched else None
         return found
@@ -187,12 +190,6 @@ class Session:
             "pseudo": None if pseudo is None else pseudo.fingerprint,
             "training": self.recipes["matcher"].settings,
         }
-
-    @property
-    def _rematching(self) -> dict[str, Any]:
-        rematching = self.job.rematching
-        epochs = rematching.schedule.epochs(self.recipes["student"].epochs)
-        return {"epochs": epochs, "by": rematching.by}
 
     # What is trained.
 
@@ -270,7 +267,9 @@ class Session:
             return Supervised(self._new(0), "rich"), batches.take(torch.arange(size), epoch=0)
 
         name = f"{self._device.type}, {job.models['teacher']}, batch {student.batch_size}"
-        settled, line = preflight.chosen_precision(student, job.out, name, make, job.device)
+        settled, line = preflight.chosen_precision(
+            student, job.out, name, make, job.device, self._agreed
+        )
         if line and not self.helper:
             self.say(line)
         found = {}
@@ -289,7 +288,7 @@ class Session:
     # Before training.
 
     def _preflight(self, missing: list[tuple[Asked, int]]) -> None:
-        """A real step of every method that is missing; the failed ones are stored, the time told."""
+        """A real step of every missing method; the failed ones are stored, the time is told."""
         rows = {asked.label: asked for asked, _ in missing}
         for label, asked in rows.items():
             if label not in self.failed:
@@ -309,12 +308,9 @@ class Session:
         for asked, _ in missing:
             steps = len(self._student_batches(asked, self.recipes["student"]))
             total += self._seconds.get(asked.label, 0.0) * steps * epochs
-        names = [("teacher", self._teacher_checkpoint, self._teacher_training)]
-        if self._needs_matcher:
-            names.append(("matcher", self._matcher_checkpoint, self._matcher_training))
-        for role, checkpoint, make in names:
-            if not checkpoint.path.exists():
-                training = make()
+        for role in self._shared:
+            if not self._shared_checkpoint(role).path.exists():
+                training = self._shared_training(role)
                 batch = self._first(training.batches)
                 seconds = preflight.timed(training.step, batch, training.recipe, self.job.device)
                 total += seconds * len(training.batches) * training.recipe.epochs
@@ -348,7 +344,7 @@ class Session:
                 f"--resume: nothing was kept in {self.job.out}; fix: leave it out, or name the "
                 "folder of the run that was cut off"
             )
-        wanted = [self._teacher_checkpoint, *(self.checkpoint(*item) for item in items)]
+        wanted = [self._shared_checkpoint("teacher"), *(self.checkpoint(*item) for item in items)]
         for checkpoint in wanted:
             role = slug(checkpoint.role)
             found = [path for path in others if path.parent.name.startswith(f"{role}-")]
@@ -362,25 +358,19 @@ class Session:
     # Teacher and matcher.
 
     @property
-    def _teacher_checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.job.out, "teacher", self._teacher_settings)
+    def _shared(self) -> tuple[str, ...]:
+        return ("teacher", "matcher") if self.job.matched else ("teacher",)
 
-    @property
-    def _matcher_checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.job.out, "matcher", self._matcher_settings)
+    def _shared_checkpoint(self, role: str) -> Checkpoint:
+        settings = self._teacher_settings if role == "teacher" else self._matcher_settings
+        return Checkpoint(self.job.out, role, settings)
 
-    @property
-    def _needs_matcher(self) -> bool:
-        return self.job.matched
-
-    def _teacher_training(self) -> Training:
-        recipe = self.recipes["teacher"]
-        step = Supervised(self._new(recipe.seed), "rich")
-        label = f"teacher {self.job.models['teacher']}"
-        return Training(label, step, self._teacher_batches(), recipe)
-
-    def _matcher_training(self) -> Training:
-        recipe, views = self.recipes["matcher"], self.views
+    def _shared_training(self, role: str) -> Training:
+        recipe, views = self.recipes[role], self.views
+        if role == "teacher":
+            step: Step = Supervised(self._new(recipe.seed), "rich")
+            label = f"teacher {self.job.models['teacher']}"
+            return Training(label, step, self._teacher_batches(), recipe)
         step = Matching(new_matcher(self.job.models["matcher"], views, recipe.seed))
         # Poor versions of the same images, each cropped apart.
         batches = self._batches(recipe, poor=views.pseudo, rich=views.rich, together=False)
@@ -388,19 +378,14 @@ class Session:
 
     def _train_shared(self) -> None:
         """The teacher, and the matcher where one is needed: from their checkpoints, or trained."""
-        made = self._trained("teacher", self._teacher_checkpoint, self._teacher_training)
-        self.teacher = made
-        if self._needs_matcher:
-            made = self._trained("matcher", self._matcher_checkpoint, self._matcher_training)
-            self._matcher = made
+        for role in self._shared:
+            setattr(self, role, self._trained(role))
         if not self.helper:
             told = ", ".join(f"{value:.2f} % on {name}" for name, value in self.facts.items())
             self.say(f"teacher {self.job.models['teacher']}: {told} held-out images")
 
-    def _trained(
-        self, role: str, checkpoint: Checkpoint, make: Callable[[], Training]
-    ) -> nn.Module:
-        training = make()
+    def _trained(self, role: str) -> nn.Module:
+        checkpoint, training = self._shared_checkpoint(role), self._shared_training(role)
         network = training.step.network
         with self._locked(checkpoint.name, f"another process trains the {role}"):
             if checkpoint.load_into(network):
@@ -417,7 +402,7 @@ class Session:
     @cached_property
     def galleries(self) -> Galleries:
         """The rich images as the matcher and the teacher see them."""
-        return Galleries.of(self._matcher, self.teacher, self.views, self._device)
+        return Galleries.of(self.matcher, self.teacher, self.views, self._device)
 
     # Students.
 
@@ -605,7 +590,7 @@ class Session:
             held.release()
 
     def _helpers(self, missing: int) -> list[subprocess.Popen[bytes]]:
-        """The other processes of ``--jobs``: the same command, each taking the next free student."""
+        """The other processes of ``--jobs``: the same command, each takes the next free student."""
         count = min(self.job.jobs, missing) - 1
         if self.helper or count < 1:
             return []

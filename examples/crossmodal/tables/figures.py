@@ -103,9 +103,12 @@ def draw_curves(
                     )
             axes.set_title(label)
             axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(_wrapped(title, 8.2), fontsize=9)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        longest = max(len(label) for label in labels)
+        columns = max(min(4, len(labels), 100 // (longest + 8)), 1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

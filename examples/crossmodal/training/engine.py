@@ -162,7 +162,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Out
                 training.choose.observe(*seen)
             if number % _SHOW_EVERY == 0:
                 reporter.step(number + 1, running.means)
-        means = running.means()
+        means = running.means(accelerator)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"{training.label}: the loss of epoch {epoch + 1} is not finite ({shown(means)}); "
@@ -235,10 +235,14 @@ class _Running:
         for row, labels in enumerate((predicted, batch.target[known])):
             self._classes[row] += torch.bincount(labels, minlength=classes)[:classes]
 
-    def means(self) -> dict[str, float]:
+    def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """The means so far, over all processes where their accelerator is given."""
         names = list(self._sums)
-        numbers = torch.stack([self._sums[name] for name in names]) / self._count
-        right, labelled = self._hits.tolist()
+        numbers, hits = torch.stack([self._sums[name] for name in names]) / self._count, self._hits
+        if accelerator is not None:
+            numbers = accelerator.reduce(numbers, "mean")
+            hits = accelerator.reduce(hits.clone())
+        right, labelled = hits.tolist()
         found = dict(zip(names, numbers.tolist(), strict=True))
         return found | ({"accuracy": 100 * right / labelled} if labelled else {})
 
