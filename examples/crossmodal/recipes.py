@@ -242,7 +242,7 @@ def data_sets(more: Path | None = None) -> dict[str, DataSet]:
         for name, entry in found.items()
         if entry.reader and not entry.unpaired
     }
-    return halved | found
+    return found | {name: entry for name, entry in halved.items() if name not in found}
 
 
 def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:

@@ -129,7 +129,7 @@ def fitted(image: Pixels, size: int, *, margin: float = 1.0) -> Pixels:
     """
     if image.shape[1:] == (size, size) and margin == 1.0:
         return image
-    resized = vision.resize(torch.from_numpy(image), [round(size * margin)], antialias=True)
+    resized = vision.resize(torch.tensor(image), [round(size * margin)], antialias=True)
     middle: NDArray[np.float32] = vision.center_crop(resized, [size, size]).numpy()
     return middle
 
@@ -183,9 +183,10 @@ def _tiff(file: Path) -> NDArray[np.generic]:
         raise ValueError(
             f"image {file} is a TIFF whose numbers are places in a palette; fix: store its colours"
         )
-    if values.ndim == 3 and axes[-2:] == "YX":
+    # Samples (S), channels (C) and pages (I) are told apart; Q is a writer's array of any meaning.
+    if values.ndim == 3 and axes in ("SYX", "CYX", "IYX"):
         return values
-    if values.ndim == 3 and axes[:2] == "YX":
+    if values.ndim == 3 and axes in ("YXS", "YXC"):
         return values.transpose(2, 0, 1)
     return _bands_first(file, values)
 
