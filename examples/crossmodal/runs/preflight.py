@@ -128,7 +128,7 @@ def chosen_precision(
         known = agreed(json.loads(path.read_text()) if path.exists() else {})
         if name not in known:
             tried = (replace(recipe, precision="fp32"), candidate)
-            plain, half = (1000 * timed(*make(one), one, device) for one in tried)
+            plain, half = (1000 * timed(*make(one), one, device, steps=5) for one in tried)
             chosen = "bf16" if half < _WORTH * plain else "fp32"
             entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
             known = agreed({**known, name: entry})
