@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from pathlib import Path
 from urllib.error import URLError
 
@@ -14,48 +12,21 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, utils
 from crossmodal.data import Views, Wanted, open_views
 from crossmodal.recipes import data_sets
 from tests.examples.files import values, write
+from tests.examples.layouts import write_cifar100, write_stl10
 
 
 def opened(name: str, root: Path, **wanted: object) -> Views:
     return open_views(data_sets()[name], Wanted(data_dir=root, **wanted)).loaded()
 
 
-def summed(file: Path) -> list[str]:
-    return [file.name, hashlib.md5(file.read_bytes()).hexdigest()]
-
-
 @pytest.fixture
 def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    base = tmp_path / CIFAR100.base_folder
-    base.mkdir()
-    for seed, (half, count) in enumerate({"train": 8, "test": 4}.items()):
-        rows = values(count, 3 * 32 * 32, seed=seed)
-        fine = [number % 4 for number in range(count)]
-        content = {"data": rows, "fine_labels": fine, "coarse_labels": [0] * count}
-        (base / half).write_bytes(pickle.dumps(content))
-    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c", "d"]}))
-    monkeypatch.setattr(CIFAR100, "train_list", [summed(base / "train")])
-    monkeypatch.setattr(CIFAR100, "test_list", [summed(base / "test")])
-    md5 = summed(base / "meta")[1]
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5})
-    return tmp_path
+    return write_cifar100(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    base = tmp_path / STL10.base_folder
-    base.mkdir()
-    for seed, (half, count) in enumerate({"train": 6, "test": 3}.items()):
-        # Published column by column: every image is stored transposed.
-        values(count, 3, 96, 96, seed=seed).transpose(0, 1, 3, 2).tofile(base / f"{half}_X.bin")
-        (np.arange(count) % 3 + 1).astype(np.uint8).tofile(base / f"{half}_y.bin")
-    values(2, 3, 96, 96).tofile(base / "unlabeled_X.bin")
-    (base / "class_names.txt").write_text("airplane\nbird\ncar\n")
-    (base / "fold_indices.txt").write_text("0 1\n")
-    for name in ("train_list", "test_list"):
-        found = [summed(base / file) for file, _ in getattr(STL10, name)]
-        monkeypatch.setattr(STL10, name, found)
-    return tmp_path
+    return write_stl10(tmp_path, monkeypatch)
 
 
 def test_cifar100(cifar100: Path) -> None:

@@ -6,44 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 
 from crossmodal.data import Wanted, open_views, splits
 from crossmodal.data.eurosat import neighbourhoods, place
 from crossmodal.recipes import data_sets
 from tests.examples.files import values, write
-
-CLASSES = ["Forest", "River"]
-GEO_KEYS = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1)
-
-
-def geotiff(file: Path, zone: int, east: float, north: float, bands: int = 13) -> None:
-    """As EuroSAT's: pixel by pixel, corner and UTM zone in the GeoTIFF tags."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    corner = (0.0, 0.0, 0.0, east, north, 0.0)
-    keys = (*GEO_KEYS, zone)
-    tifffile.imwrite(
-        file, values(64, 64, bands, seed=int(east) % 1000, kind="uint16"),
-        photometric="minisblack", planarconfig="contig",
-        extratags=[(33922, 12, 6, corner, True), (34735, 3, len(keys), keys, True)],
-    )  # fmt: skip
+from tests.examples.layouts import EUROSAT_CLASSES, geotiff, write_eurosat
 
 
 @pytest.fixture
 def eurosat(tmp_path: Path) -> Path:
-    """Ten places of two images a class, the two half a kilometre apart."""
-    for label, name in enumerate(CLASSES):
-        for number in range(20):
-            spot = 10 * label + number // 2
-            geotiff(tmp_path / "ms" / name / f"{name}_{number + 1}.tif", 32630 + spot % 2,
-                    400_000 + 30_000 * spot + 500 * (number % 2), 5_000_000)  # fmt: skip
-    return tmp_path / "ms"
+    return write_eurosat(tmp_path)
 
 
 def test_rich_are_all_bands_and_poor_its_photographs(eurosat: Path) -> None:
     for folder in (eurosat, eurosat.parent):
         views = open_views(data_sets()["eurosat"], Wanted(data_dir=folder)).loaded()
-        assert views.rich.classes == CLASSES
+        assert views.rich.classes == EUROSAT_CLASSES
         assert (views.rich.shape, views.poor.shape) == ((13, 64, 64), (3, 64, 64))
     shown = views.rich.pixels[:, [3, 2, 1]] * 255 / 2750
     assert np.array_equal(views.poor.pixels, shown.round().clamp(0, 255))
@@ -129,7 +108,7 @@ def test_what_is_wrong_with_a_folder(eurosat: Path, tmp_path: Path) -> None:
 
 
 def test_the_photographs_alone_are_told_apart(tmp_path: Path) -> None:
-    for name in CLASSES:
+    for name in EUROSAT_CLASSES:
         for number in range(3):
             write(tmp_path / name / f"{name}_{number}.tif", values(64, 64, 3))
     with pytest.raises(ValueError, match=r"has 3 band\(s\), EuroSAT's have 13; fix: .*'folder'"):

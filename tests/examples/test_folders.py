@@ -10,41 +10,16 @@ import pytest
 from crossmodal.data import Views, Wanted, open_views
 from crossmodal.recipes import data_sets
 from tests.examples.files import values, write
-
-WNIDS = ["n01443537", "n01629819", "n01641577"]
+from tests.examples.layouts import WNIDS, classes_of, write_imagenet, write_tiny_imagenet
 
 
 def opened(name: str, root: Path | None, **options: object) -> Views:
     return open_views(data_sets()[name], Wanted(data_dir=root, options=options)).loaded()
 
 
-def classes_of(
-    root: Path, names: list[str], count: int, size: int = 8, suffix: str = ".png"
-) -> None:
-    for label, name in enumerate(names):
-        for number in range(count):
-            write(
-                root / name / f"{number}{suffix}", values(size, size, 3, seed=10 * label + number)
-            )
-
-
 @pytest.fixture
 def tiny_imagenet(tmp_path: Path) -> Path:
-    root = tmp_path / "tiny-imagenet-200"
-    for label, name in enumerate(WNIDS):
-        for number in range(2):
-            image = values(64, 64, 3, seed=10 * label + number)
-            write(root / "train" / name / "images" / f"{name}_{number}.JPEG", image)
-        (root / "train" / name / f"{name}_boxes.txt").write_text("")
-    notes = []
-    for number, name in enumerate(reversed(WNIDS)):
-        grey = values(64, 64, seed=50 + number)  # some of the published ones have one channel
-        write(root / "val" / "images" / f"val_{number}.JPEG", grey)
-        notes.append(f"val_{number}.JPEG\t{name}\t0\t32\t44\t62\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(notes))
-    (root / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
-    (root / "words.txt").write_text("")
-    return root
+    return write_tiny_imagenet(tmp_path)
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
@@ -116,9 +91,7 @@ def test_tiny_imagenet_with_something_missing(tiny_imagenet: Path) -> None:
 
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
-    classes_of(tmp_path / "train", WNIDS, 2, size=40, suffix=".JPEG")
-    classes_of(tmp_path / "val", WNIDS, 1, size=50, suffix=".JPEG")
-    return tmp_path
+    return write_imagenet(tmp_path)
 
 
 def test_imagenet_is_cut_to_size(imagenet: Path) -> None:

@@ -6,35 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from crossmodal.data import Wanted, open_views
 from crossmodal.data.ombria import CLASSES, patches
 from crossmodal.recipes import data_sets
 from tests.examples.files import values, write
-
-COUNTS = {"train": 12, "test": 3}
-SHARES = (0.0, 0.009, 0.01, 0.099, 0.1, 0.399, 0.4, 1.0)
-LABELS = (0, 0, 1, 1, 2, 2, 3, 3)
+from tests.examples.layouts import LABELS, write_ombria
 
 
 @pytest.fixture
 def ombria(tmp_path: Path) -> Path:
-    """Scenes of 128x128; the patches of every mask take the shares above in turn, twice."""
-    root = tmp_path / "ombria"
-    for half, count in COUNTS.items():
-        for scene in range(count):
-            name = f"{scene:04}.png"
-            for seed, kind in enumerate(("s1_before", "s1_after", "s2_before", "s2_after")):
-                shape = (128, 128) if kind[1] == "1" else (128, 128, 3)
-                write(root / half / kind / name, values(*shape, seed=10 * scene + seed))
-            mask = np.zeros((4, 4, 64 * 64), dtype=bool)
-            for number, share in enumerate(2 * SHARES):
-                mask[number // 4, number % 4, : int(np.ceil(share * 4096))] = True
-            whole = mask.reshape(4, 4, 64, 64).transpose(0, 2, 1, 3).reshape(256, 256)
-            (root / half / "mask").mkdir(exist_ok=True)
-            Image.fromarray(whole).save(root / half / "mask" / name)
-    return root
+    return write_ombria(tmp_path)
 
 
 def test_patches_and_classes(ombria: Path) -> None:

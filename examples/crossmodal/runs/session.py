@@ -153,13 +153,14 @@ class Session:
 
     @cached_property
     def facts(self) -> dict[str, float]:
-        """The teacher's accuracy on either modality; on the rich one alone without pairs."""
+        """The teacher's accuracy on the rich images, and on the poor ones where it can see them."""
         views = self.views
         if self.job.matched:
             return {"rich": self._accuracy(self.teacher, views.held_out_rich, views.rich)}
         return {
             name: self._accuracy(self.teacher, images, views.rich)
             for name, images in (("clean", views.held_out_rich), ("poor", views.held_out_poor))
+            if images.shape[0] == views.rich.shape[0]
         }
 
     def new_student(self) -> nn.Module:

@@ -116,8 +116,9 @@ def _compared(rows: Sequence[report.Row], session: Session, title: str) -> str:
         "|---|---:|---:|" + ("---:|" if found else ""),
         line("Baseline-T, clean images", f"{facts['clean']:.2f}", "1",
              paper=f"{printed.get('teacher', 0):.2f}"),
-        line("Baseline-T, poor images", f"{facts['poor']:.2f}", "1"),
     ]  # fmt: skip
+    if "poor" in facts:
+        lines.append(line("Baseline-T, poor images", f"{facts['poor']:.2f}", "1"))
     for family in ("baseline", *FAMILIES):
         members = [row for row in rows if _family(row.method) == family]
         if members and family in FAMILIES:
