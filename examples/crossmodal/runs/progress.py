@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from crossmodal.runs.store import write_atomically
-from crossmodal.training.engine import shown
 
 _QUIET = 10.0  # seconds between two lines of one training, where output is piped
 
@@ -121,3 +120,8 @@ class Show:
     @property
     def _name(self) -> str:
         return f"[{self.run} of {self.runs}] {self.label}" if self.runs else self.label
+
+
+def shown(means: dict[str, float]) -> str:
+    """Names and values on one line."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in means.items())

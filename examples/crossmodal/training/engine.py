@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,81 +15,56 @@ from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from crossmodal.data import NO_LABEL, Batch, Batches
+from crossmodal.data import NO_LABEL, Batches
 from crossmodal.recipes import Recipe
-from crossmodal.training.steps import Step
+from crossmodal.runs.epochs import Epochs
+from crossmodal.runs.progress import Show, shown
+from crossmodal.training.matching import Chooser
+from crossmodal.training.steps import Step, wide
 
 _SHOW_EVERY = 20  # steps between two looks at the running means: each look waits for the device
 _ONE_CLASS = 0.95  # of an epoch's predictions, where the class itself is far from that
-
-
-class Reporter(Protocol):
-    """What hears of a training under way."""
-
-    def begin(self, label: str, epochs: int, steps: int, done: int) -> None: ...
-    def step(self, number: int, means: Callable[[], dict[str, float]]) -> None: ...
-    def epoch(self, history: list[dict[str, float]]) -> None: ...
-    def warn(self, text: str) -> None: ...
-
-
-class Choose(Protocol):
-    """Names every student's teacher image before an epoch, and remembers what it goes by."""
-
-    def __call__(self, epoch: int) -> Tensor | None: ...
-    def observe(self, index: Tensor, logits: Tensor) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    wants_logits: bool
-
-
-class Keeper(Protocol):
-    """Keeps a training's epochs so that it can go on after it was cut off."""
-
-    def save(self, accelerator: Accelerator, epoch: int, extra: dict[str, Any]) -> None: ...
-    def resume(self, accelerator: Accelerator) -> dict[str, Any] | None: ...
+_FACTS = ("epoch", "lr", "loss", "accuracy", "seconds", "images_per_second")
 
 
 @dataclass
 class Training:
-    """One network's training.
+    """One network's training."""
 
-    Attributes:
-        label: what progress calls it.
-        step: what is minimised.
-        batches: its images.
-        recipe: the schedule.
-        choose: which teacher image stands beside each student image; None for its own.
-        keeper: where epochs are kept; None keeps none.
-    """
-
-    label: str
-    step: Step
+    label: str  # what progress calls it
+    step: Step  # what is minimised
     batches: Batches
     recipe: Recipe
-    choose: Choose | None = None
-    keeper: Keeper | None = None
+    choose: Chooser | None = None  # which teacher image stands beside each student image
+    keeper: Epochs | None = None  # where epochs are kept
 
 
 @dataclass
 class Outcome:
-    """A trained network, the seconds it took, and the last epoch's means over its steps.
-
-    Attributes:
-        network: the network, or the moving average of it.
-        loss: what was minimised, the sum of ``terms``.
-        terms: the loss's parts by name, weights included.
-        train_accuracy: in percent, on the augmented images while training; NaN without logits.
-        seconds: of training, over all its parts where it was cut off.
-        history: one row an epoch.
-    """
+    """A trained network, or the moving average of it, and one row of numbers an epoch."""
 
     network: nn.Module
-    loss: float
-    terms: dict[str, float]
-    train_accuracy: float
-    seconds: float
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]]
+
+    @property
+    def loss(self) -> float:
+        """What was minimised, the sum of ``terms``, in the last epoch."""
+        return self.history[-1]["loss"]
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The last epoch's loss by its parts, weights included."""
+        return {k: v for k, v in self.history[-1].items() if k not in _FACTS}
+
+    @property
+    def train_accuracy(self) -> float:
+        """In percent, on the augmented images of the last epoch; NaN without logits."""
+        return self.history[-1].get("accuracy", math.nan)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all its parts where it was cut off."""
+        return sum(row["seconds"] for row in self.history)
 
 
 def accelerator_for(recipe: Recipe, device: str = "auto", *, compiled: bool = False) -> Accelerator:
@@ -108,7 +82,7 @@ def accelerator_for(recipe: Recipe, device: str = "auto", *, compiled: bool = Fa
     )
 
 
-def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Outcome:
+def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome:
     """Minimise the step's summed terms by the schedule, from the last epoch that was kept.
 
     Raises:
@@ -139,7 +113,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Out
         started = time.perf_counter()
         ids = None if training.choose is None else training.choose(epoch)
         wrapped.train()
-        running = _Running(device)
+        running = _Running()
         for number, batch in enumerate(batches.epoch(epoch, ids)):
             with accelerator.accumulate(wrapped):
                 done = epoch * updates + number // recipe.accumulate
@@ -147,8 +121,8 @@ def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Out
                 if recipe.falling:
                     step.fall(done / (recipe.epochs * updates))
                 logits, terms = wrapped(batch)
-                loss = torch.stack([term.float() for term in terms.values()]).sum()
-                accelerator.backward(_exact(terms, loss))
+                parts = torch.stack([wide(term) for term in terms.values()])
+                accelerator.backward(parts.sum())
                 if clip is not None and accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
                     dispatch_clip_grad(step.network.parameters(), clip[1], mode=clip[0])
@@ -156,7 +130,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Out
                 optimizer.zero_grad()
                 if ema is not None and accelerator.sync_gradients:
                     ema.update(step.network)
-            running.add({"loss": loss, **terms}, logits, batch)
+            running.add(terms, parts, logits, batch.target)
             if training.choose is not None and training.choose.wants_logits and logits is not None:
                 seen = accelerator.gather((batch.index, logits.detach()))
                 training.choose.observe(*seen)
@@ -185,72 +159,53 @@ def fit(training: Training, accelerator: Accelerator, reporter: Reporter) -> Out
                 extra["choose"] = training.choose.state_dict()
             training.keeper.save(accelerator, epoch + 1, extra)
         reporter.epoch(history)
-    accelerator.free_memory()
-    network = step.network if ema is None else ema.module
-    last = dict(history[-1])
-    terms_of = {
-        k: v
-        for k, v in last.items()
-        if k not in ("epoch", "lr", "loss", "accuracy", "seconds", "images_per_second")
-    }
-    total = sum(row["seconds"] for row in history)
-    accuracy = last.get("accuracy", math.nan)
-    return Outcome(network, last["loss"], terms_of, accuracy, total, history)
-
-
-def shown(means: dict[str, float]) -> str:
-    """Names and values on one line."""
-    return "  ".join(f"{name} {value:.3g}" for name, value in means.items())
-
-
-def _exact(terms: dict[str, Tensor], loss: Tensor) -> Tensor:
-    """The loss in float64 where the terms are; float32 otherwise, whatever autocast gave."""
-    if any(term.dtype == torch.float64 for term in terms.values()):
-        return torch.stack([term.double() for term in terms.values()]).sum()
-    return loss
+    if device.type != "cpu":  # where no memory is held, collecting what is left takes long
+        accelerator.free_memory()
+    return Outcome(step.network if ema is None else ema.module, history)
 
 
 class _Running:
-    """Means of an epoch's scalars and its predictions, kept on their device until read."""
+    """Means of an epoch's terms, and its predictions by class, on their device until read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | float = 0.0
         self._count = 0
-        self._hits = torch.zeros(2, device=device)  # right, labelled
-        self._classes: Tensor | None = None  # predicted, true
+        self._calls: Tensor | None = None  # images by true class, the last for unknown, and called
 
     @torch.no_grad()
-    def add(self, values: dict[str, Tensor], logits: Tensor | None, batch: Batch) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+    def add(
+        self, terms: dict[str, Tensor], parts: Tensor, logits: Tensor | None, target: Tensor
+    ) -> None:
+        self._names, self._count = tuple(terms), self._count + 1
+        self._sums = self._sums + parts.detach().float()
         if logits is None:
             return
-        predicted, known = logits.argmax(1), batch.target != NO_LABEL
-        self._hits += torch.stack([((predicted == batch.target) & known).sum(), known.sum()])
         classes = logits.shape[1]
-        if self._classes is None:
-            self._classes = torch.zeros(2, classes, device=logits.device)
-        for row, labels in enumerate((predicted, batch.target[known])):
-            self._classes[row] += torch.bincount(labels, minlength=classes)[:classes]
+        if self._calls is None:
+            self._calls = target.new_zeros(classes + 1, classes)
+        true = torch.where(target == NO_LABEL, classes, target)
+        places = true * classes + logits.argmax(1)
+        self._calls.view(-1).index_add_(0, places, torch.ones_like(places))
 
     def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """The means so far, over all processes where their accelerator is given."""
-        names = list(self._sums)
-        numbers, hits = torch.stack([self._sums[name] for name in names]) / self._count, self._hits
+        numbers, calls = self._sums / self._count, self._calls
         if accelerator is not None:
             numbers = accelerator.reduce(numbers, "mean")
-            hits = accelerator.reduce(hits.clone())
-        right, labelled = hits.tolist()
-        found = dict(zip(names, numbers.tolist(), strict=True))
-        return found | ({"accuracy": 100 * right / labelled} if labelled else {})
+            calls = None if calls is None else accelerator.reduce(calls.clone())
+        found = {"loss": float(numbers.sum())}
+        found |= dict(zip(self._names, numbers.tolist(), strict=True))
+        if calls is not None and (labelled := int(calls[:-1].sum())):
+            found["accuracy"] = 100 * int(calls.diagonal().sum()) / labelled
+        return found
 
     def one_class(self) -> str | None:
         """What to say where nearly everything was called one class."""
-        if self._classes is None or self._classes.shape[1] < 2:
+        if self._calls is None or self._calls.shape[1] < 2:
             return None
-        predicted, true = (row / row.sum().clamp_min(1) for row in self._classes.cpu())
+        called, true = self._calls.sum(0), self._calls[:-1].sum(1)
+        predicted, true = (row / row.sum().clamp_min(1) for row in (called, true))
         label = int(predicted.argmax())
         if predicted[label] < _ONE_CLASS or true[label] > _ONE_CLASS - 0.05:
             return None

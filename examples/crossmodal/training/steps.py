@@ -22,19 +22,11 @@ _CRITERION_SEED = 1_000_000  # apart from the students', so that these start ali
 
 
 class Step(nn.Module):
-    """One network's training step.
+    """One network's training step."""
 
-    Attributes:
-        network: what is trained, evaluated and stored.
-        reads: the modalities of a batch that it needs.
-        criterion: what is trained beside the network, and has epochs to count.
-        left: the share of the criterion's weight that is left, where it falls.
-    """
-
-    network: nn.Module
-    reads: tuple[str, ...] = ("rich",)
-    criterion: Criterion | None = None
-    left: Tensor
+    network: nn.Module  # what is trained, evaluated and stored
+    criterion: Criterion | None = None  # what is trained beside it, and has epochs to count
+    left: Tensor  # the share of the criterion's weight that is left, where it falls
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,11 +50,11 @@ class Supervised(Step):
 
     def __init__(self, network: nn.Module, modality: str) -> None:
         super().__init__()
-        self.network, self.reads = network, (modality,)
+        self.network, self.modality = network, modality
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
         """Cross-entropy alone."""
-        logits = self.network(getattr(batch, self.reads[0]))
+        logits = self.network(getattr(batch, self.modality))
         return logits, {"CE": cross_entropy(logits, batch.target)}
 
 
@@ -71,8 +63,6 @@ class Distilled(Step):
 
     loss = supervision * CE(student, labels) + criterion(student's features, teacher's features)
     """
-
-    reads = ("rich", "poor")
 
     def __init__(
         self,
@@ -124,8 +114,6 @@ class Distilled(Step):
 class Matching(Step):
     """The matcher, on rich images and the poor ones made from them."""
 
-    reads = ("rich", "poor")
-
     def __init__(self, matcher: SemanticMatcher) -> None:
         super().__init__()
         self.network = matcher
@@ -145,12 +133,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         world = dist.get_world_size()
         dist.all_reduce(count)
-    total = F.cross_entropy(_wide(logits), target, ignore_index=NO_LABEL, reduction="sum")
+    total = F.cross_entropy(wide(logits), target, ignore_index=NO_LABEL, reduction="sum")
     return total * world / count.clamp_min(1)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def fresh(name: str, images: Images, seed: int) -> nn.Module:
