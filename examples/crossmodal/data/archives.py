@@ -11,7 +11,7 @@ from urllib.error import URLError
 
 import numpy as np
 
-from crossmodal.data.layouts import hint
+from crossmodal.data.layouts import hint, refuse_another
 from crossmodal.data.sources import Source, _in_memory, open_image_folder
 
 
@@ -118,8 +118,7 @@ def _root(name: str, data_dir: Path | None, download: bool, base: str) -> tuple[
             "or add --download"
         )
     if (data_dir / "train").is_dir() and (data_dir / "test").is_dir():
-        if hint(data_dir, name).endswith("ombria"):
-            raise ValueError(f"{data_dir} is not {name}'s{hint(data_dir, name)}")
+        refuse_another(data_dir, name)
         return data_dir, True
     if not download and not (data_dir / base).is_dir():
         raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from crossmodal.data.archives import fetched, network_told
 from crossmodal.data.decode import PHOTOS, TIFF, AlikeFiles
-from crossmodal.data.layouts import hint
+from crossmodal.data.layouts import hint, refuse_another
 from crossmodal.data.sources import Images, Rows, Source, class_files
 from crossmodal.data.splits import TEST_FRACTION, for_test
 
@@ -40,6 +40,7 @@ def open_folder(
         ValueError: the layout is another one, a class is empty or on one side only.
     """
     root = _folder("folder", data_dir, download, "an image folder of your own has no publisher")
+    refuse_another(root, "folder")
     halves = [root / half for half in ("train", *_TESTS) if (root / half).is_dir()][:2]
     if halves and (len(halves) < 2 or halves[0].name != "train"):
         raise ValueError(

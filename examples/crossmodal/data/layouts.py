@@ -39,6 +39,21 @@ def hint(folder: Path, wanted: str) -> str:
     return f"; it looks like {found}" if found and found != wanted else ""
 
 
+def refuse_another(folder: Path, wanted: str) -> None:
+    """Refuses a folder whose layout is another data set's and could be taken for class folders.
+
+    Raises:
+        ValueError: it is; the message says whose.
+    """
+    found = _itself(folder) if folder.is_dir() else ""
+    # The layouts of class folders can be read as such.
+    if found and found != wanted and not found.startswith(("folder", "eurosat", "imagenet")):
+        raise ValueError(
+            f"{folder} is not {wanted}'s: it looks like {found}; fix: name the folder of {wanted}, "
+            "or the data set that lies there"
+        )
+
+
 def _itself(folder: Path) -> str:
     for name, parts in _HOLDS.items():
         if all((folder / part).exists() for part in parts):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from crossmodal.data.decode import SUFFIXES, AlikeFiles
-from crossmodal.data.layouts import hint
+from crossmodal.data.layouts import hint, refuse_another
 from crossmodal.data.sources import Images, Source
 from crossmodal.data.splits import TEST_FRACTION, for_test
 
@@ -88,7 +88,9 @@ def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: s
     """The pairs of two folders, split by folder or by fraction."""
     if rich.resolve() == poor.resolve():
         raise ValueError(f"both sides are {rich}; fix: name two folders")
-    halves = [_halves(side, name) for side in (rich, poor)]
+    for side in (rich, poor):
+        refuse_another(side, name)
+    halves = [_halves(side) for side in (rich, poor)]
     if halves[0] != halves[1]:
         said = [" and ".join(half) if half else "no split" for half in halves]
         raise ValueError(f"{rich} has {said[0]}, {poor} has {said[1]}; fix: split both sides alike")
@@ -121,7 +123,7 @@ def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: s
     return Source(classes, *made)
 
 
-def _halves(folder: Path, name: str) -> tuple[str, ...]:
+def _halves(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist; fix: name an existing one")
     if not (folder / "train").is_dir():
