@@ -41,7 +41,10 @@ class Noise:
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8 (values 0 to 255), got {images.dtype}")
+            raise TypeError(
+                f"noise is black or white: images must be uint8 (values 0 to 255), got "
+                f"{images.dtype}; fix: another --poor"
+            )
         if images.ndim != 4 or index.shape != images.shape[:1]:
             raise ValueError(
                 "images must be (N, C, H, W) and index (N,), "
