@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from crossmodal.data import Wanted
+from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
 from crossmodal.methods.variants import PAIRS, VARIANTS, Weights, plan
 from crossmodal.near import did_you_mean, looked_up
@@ -75,6 +76,7 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     name, seeds = entry.name, "3"
     if kind == "sweep":
         given.evaluate, name, seeds = "val", f"sweep-{entry.name}", "2"
+    given.data_dir, (given.poor, given.options) = given.data, options(given, entry)
     recipes = {role: entry.recipe(role, *_given(given, role)) for role in ROLES}
     values = {
         "wanted": Wanted(**{f.name: getattr(given, f.name) for f in fields(Wanted)}),
@@ -161,13 +163,10 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     told = "of methods.toml: alone, kd, ..., sums as kd+ds, options as kd:temperature=2,weight=0.5"
     add("--method", "--methods", nargs="+", metavar="NAME", dest="method", help=told)
     data = parser.add_argument_group("data")
+    add_options(data)
     add = data.add_argument
-    add("--data", dest="data_dir", type=Path, metavar="DIR", help="images; the digits need none")
-    add("--download", action="store_true", help="fetch the data set into --data")
     add("--limit", type=int, metavar="N", help="N training images only, all classes in proportion")
     add("--labels", type=int, metavar="N", help="N labels only; all pairs are distilled")
-    add("--poor", default="", metavar="KIND", help="noise[:A] or grey, what makes it poor")
-    add("--amount", type=float, metavar="A", help="fraction of the pixels that noise replaces")
     add("--rgb-bands", dest="rgb", nargs=3, type=int, metavar=("R", "G", "B"), help="from 0")
     told = "val holds a tenth of train out, for choosing settings (default: test)"
     add("--evaluate", choices=("test", "val"), default="test", help=told)

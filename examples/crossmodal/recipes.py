@@ -134,7 +134,9 @@ class DataSet:
     teacher: str  # model names; the matcher's encoders are the teacher's network unless named
     student: str
     matcher: str = ""
-    reader: str = ""  # crossmodal.data.sources.open_<reader>(data_dir, download) -> Source
+    reader: str = ""  # open_<reader>(data_dir, download, **options), see crossmodal.data.readers
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the reader, with their defaults
+    poor: str = "noise"  # what makes its images poor, where it has one modality
     unpaired: bool = False  # give its halves to teacher and students apart
     scenes: bool = False  # two folders, MS and RGB, of different samples
     amount: float = 0.5  # of the noise
@@ -185,13 +187,15 @@ def data_sets(more: Path | None = None) -> dict[str, DataSet]:
             raise ValueError(f"recipes {path} cannot be read: {error}") from error
         for name, entry in content.items():
             whole = {**content.get(entry.pop("like", ""), {}), **entry, "name": name}
+            if name.startswith(PREFIX):
+                whole["unpaired"] = True
             found[name] = checked(DataSet, whole, f"{path.name} [{name}]")
     halved = {
         PREFIX + name: replace(entry, name=PREFIX + name, unpaired=True)
         for name, entry in found.items()
-        if entry.reader
+        if entry.reader and not entry.unpaired
     }
-    return found | halved
+    return found | {name: entry for name, entry in halved.items() if name not in found}
 
 
 def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:

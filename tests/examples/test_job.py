@@ -427,7 +427,11 @@ def test_the_scripts_run_from_the_repository_root(script: str) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     known = (
-        "mnist, cifar10; without pairs: s2s_eu, s2s_cn, m2s_gl, unpaired-mnist, unpaired-cifar10"
+        "mnist, cifar10, cifar100, stl10, tiny_imagenet, imagenet, imagenet100, cml, folder, "
+        "pairs, eurosat, ombria; without pairs: s2s_eu, s2s_cn, m2s_gl, unpaired-eurosat, "
+        "unpaired-mnist, unpaired-cifar10, unpaired-cifar100, unpaired-stl10, "
+        "unpaired-tiny_imagenet, unpaired-imagenet, unpaired-imagenet100, unpaired-cml, "
+        "unpaired-folder, unpaired-pairs, unpaired-ombria"
     )
     assert done.stderr == f"error: unknown data set 'nosuch'; known: {known}\n"
 

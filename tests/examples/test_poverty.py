@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from crossmodal.data.poverty import Bands, Grey, Noise, poverty
+from crossmodal.data.poverty import Bands, Blur, Grey, Lowres, Noise, poverty
 
 PLAIN = torch.full((64, 3, 32, 32), 100, dtype=torch.uint8)
 INDICES = torch.arange(64)
@@ -95,5 +97,78 @@ def test_a_poverty_by_its_name() -> None:
     assert poverty("grey", 0.1) == Grey()
     with pytest.raises(ValueError, match=r"unknown poverty 'gray'; did you mean 'grey'\?"):
         poverty("gray", 0.1)
-    with pytest.raises(ValueError, match="'much' is no number"):
-        poverty("noise:much", 0.1)
+    assert poverty("lowres:8", 0.1) == Lowres(8)
+    assert poverty("blur:2", 0.1) == Blur(2)
+    assert poverty("bands:3,2,1", 0.1) == Bands((3, 2, 1))
+    assert poverty("bands:3,2,1@2750", 0.1) == Bands((3, 2, 1), 2750)
+
+
+@pytest.mark.parametrize("text", ["lowres:4", "grey", "blur:1.5", "bands:2,0", "bands:1@2750"])
+def test_a_poverty_is_written_as_it_is_asked_for(text: str) -> None:
+    assert str(poverty(text, 0.1)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("noise:much", "'much' is no number"),
+        ("blur:x", "'x' is no number; as in noise:0.5"),
+        ("bands:3,b", "'3,b' is no number"),
+        ("bands:-1", "places from 0"),
+        ("bands:1@-5", "a value above 0"),
+        ("lowres", "lowres needs a number"),
+        ("lowres:0.5", "a factor of at least 1"),
+        ("blur:0", "above 0 pixels"),
+        ("grey:2", "grey takes no number"),
+    ],
+)
+def test_a_poverty_that_cannot_be(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        poverty(text, 0.1)
+
+
+def test_lowres_keeps_the_mean_of_blocks_and_nothing_finer() -> None:
+    images = torch.randint(0, 256, (3, 2, 32, 32), dtype=torch.uint8)
+    poor = Lowres(32)(images, INDICES[:3])
+    for image, made in zip(images, poor, strict=True):
+        for channel, flat in zip(image, made, strict=True):
+            assert flat.unique().tolist() == [round(channel.float().mean().item())]
+    checks = ((torch.arange(32)[:, None] + torch.arange(32)) % 2 * 200).byte().expand(1, 1, -1, -1)
+    assert Lowres(8)(checks, INDICES[:1]).unique().tolist() == [100]
+    assert torch.equal(Lowres(1)(images, INDICES[:3]), images)
+    assert Lowres(8)(torch.randn(2, 3, 28, 30), INDICES[:2]).shape == (2, 3, 28, 30)
+
+
+def test_blur_is_the_gaussian_in_float64_with_edges_continued() -> None:
+    image = torch.rand(1, 1, 9, 7, dtype=torch.float64) * 1000
+    found = Blur(1.2)(image.float(), INDICES[:1])[0, 0]
+    steps = range(-4, 5)
+    weights = {step: math.exp(-(step**2) / (2 * 1.2**2)) for step in steps}
+    norm = sum(weights.values()) ** 2
+    for y in range(9):
+        for x in range(7):
+            expected = sum(
+                weights[dy] * weights[dx]
+                * image[0, 0, min(max(y + dy, 0), 8), min(max(x + dx, 0), 6)].item()
+                for dy in steps for dx in steps
+            )  # fmt: skip
+            assert found[y, x].item() == pytest.approx(expected / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("made", [Lowres(3), Blur(1.5), Bands((1, 0)), Bands((0,), 2750), Grey()])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_poor_image_does_not_depend_on_its_company(made: object, dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (40, 3, 17, 23), dtype=torch.uint8).to(dtype)
+    whole = made(images, INDICES[:40])
+    some = torch.tensor([31, 7, 19])
+    assert torch.equal(made(images[some], INDICES[some]), whole[some])
+    assert whole.dtype == (torch.uint8 if getattr(made, "white", None) else dtype)
+
+
+def test_bands_as_eight_bits() -> None:
+    values = torch.tensor([0.0, 1375.0, 2750.0, 9000.0]).view(1, 4, 1, 1)
+    shown = Bands((3, 2, 1, 0), 2750)(values, INDICES[:1])
+    assert shown.dtype == torch.uint8
+    assert shown.flatten().tolist() == [255, 255, 128, 0]
+    with pytest.raises(ValueError, match=r"--poor bands:4 needs 5 channels, the images have 4"):
+        Bands((4,))(values, INDICES[:1])

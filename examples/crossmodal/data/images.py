@@ -29,6 +29,11 @@ class Statistics(NamedTuple):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Float images of mean 0 and deviation 1; a constant channel is 0 everywhere."""
+        if images.shape[-3] != len(self.mean):
+            raise ValueError(
+                f"images of {images.shape[-3]} channel(s) cannot be normalised by the statistics "
+                f"of {len(self.mean)}"
+            )
         mean, std = (part.to(images.device).view(-1, 1, 1) for part in self)
         scale = torch.where(std > 0, 1 / std, 0)
         return (images - mean) * scale

@@ -7,10 +7,12 @@ fixed second set: neither a limit nor the order of the images changes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crossmodal.data.draws import uniform
@@ -39,7 +41,10 @@ class Noise:
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8 (values 0 to 255), got {images.dtype}")
+            raise TypeError(
+                f"noise is black or white: images must be uint8 (values 0 to 255), got "
+                f"{images.dtype}; fix: another --poor"
+            )
         if images.ndim != 4 or index.shape != images.shape[:1]:
             raise ValueError(
                 "images must be (N, C, H, W) and index (N,), "
@@ -66,7 +71,7 @@ class Grey:
                 "fix: --poor noise"
             )
         weights = torch.tensor(_LUMA, device=images.device).view(1, 3, 1, 1)
-        return (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
+        return _as_kind((images * weights).sum(1, keepdim=True), images)
 
     def __str__(self) -> str:
         return "grey"
@@ -74,32 +79,134 @@ class Grey:
 
 @dataclass(frozen=True)
 class Bands:
-    """Some of the channels, by place."""
+    """Some of the channels, by place from 0; with ``white``, as 8 bits of which that value is 255.
+
+    The last is how multispectral images are shown as photographs: what is brighter is cut off.
+    """
 
     places: tuple[int, ...]
+    white: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.places or min(self.places) < 0:
+            raise ValueError(f"--poor bands needs places from 0, got {self.places}")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise ValueError(f"--poor bands:...@WHITE needs a value above 0, got {self.white!r}")
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
-        return images[:, list(self.places)]
+        if max(self.places) >= images.shape[1]:
+            raise ValueError(
+                f"--poor {self} needs {max(self.places) + 1} channels, the images have "
+                f"{images.shape[1]}, counted from 0"
+            )
+        chosen = images[:, list(self.places)]
+        if self.white is None:
+            return chosen
+        return (chosen.float() * (255 / self.white)).round().clamp(0, 255).to(torch.uint8)
+
+    def __str__(self) -> str:
+        white = "" if self.white is None else f"@{self.white:g}"
+        return f"bands:{','.join(map(str, self.places))}{white}"
 
 
-Poverty = Noise | Grey | Bands
+@dataclass(frozen=True)
+class Lowres:
+    """A coarser sensor: means over about ``factor`` x ``factor`` pixels, brought back to size.
+
+    Means are taken over areas and brought back by bilinear interpolation. A side that is no
+    multiple of the factor is cut into as many near-equal parts as are nearest.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(
+                f"--poor lowres:F needs a factor of at least 1 (8 makes one pixel of 8x8), got "
+                f"{self.factor!r}"
+            )
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        size = images.shape[-2:]
+        coarse = [max(1, round(side / self.factor)) for side in size]
+        means = F.interpolate(images.float(), coarse, mode="area")
+        back = F.interpolate(means, size, mode="bilinear", align_corners=False)
+        return _as_kind(back, images)
+
+    def __str__(self) -> str:
+        return f"lowres:{self.factor:g}"
+
+
+@dataclass(frozen=True)
+class Blur:
+    """A sensor out of focus: a Gaussian of so many pixels' standard deviation, edges continued."""
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(
+                f"--poor blur:S needs a standard deviation above 0 pixels, got {self.sigma!r}"
+            )
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        reach = math.ceil(3 * self.sigma)
+        taps = [math.exp(-((step / self.sigma) ** 2) / 2) for step in range(-reach, reach + 1)]
+        blurred = images.float()
+        for axis in (2, 3):
+            places = torch.arange(images.shape[axis], device=images.device)
+            # Summed tap by tap: a convolution's bits can depend on how many images it is given.
+            total = torch.zeros_like(blurred)
+            for step, tap in zip(range(-reach, reach + 1), taps, strict=True):
+                shifted = (places + step).clamp(0, len(places) - 1)
+                total += blurred.index_select(axis, shifted) * (tap / sum(taps))
+            blurred = total
+        return _as_kind(blurred, images)
+
+    def __str__(self) -> str:
+        return f"blur:{self.sigma:g}"
+
+
+Poverty = Noise | Grey | Bands | Lowres | Blur
 KINDS: dict[str, Callable[[str], Poverty]] = {
     "noise": lambda text: Noise(float(text)),
+    "lowres": lambda text: Lowres(float(text)),
     "grey": lambda text: Grey(),
+    "blur": lambda text: Blur(float(text)),
+    "bands": lambda text: _bands(text),
 }
+EXAMPLES = "noise:0.5, lowres:8, grey, blur:2, bands:3,2,1"
 
 
 def poverty(text: str, amount: float) -> Poverty:
-    """``noise:0.5``, ``noise`` with the recipe's amount, ``grey``."""
+    """``noise:0.5``, ``noise`` with the recipe's amount, ``lowres:8``, ``grey``, ``blur:2``,
+    ``bands:3,2,1`` or ``bands:3,2,1@2750``.
+
+    Raises:
+        ValueError: no such kind, an argument that is no number or missing, or one out of range.
+    """
     kind, _, argument = text.partition(":")
     kind = {"noisy": "noise"}.get(kind, kind)
     if kind not in KINDS:
-        raise ValueError(
-            f"unknown poverty {kind!r}; {did_you_mean(kind, KINDS)}known: {', '.join(KINDS)}"
-        )
+        raise ValueError(f"unknown poverty {kind!r}; {did_you_mean(kind, KINDS)}known: {EXAMPLES}")
+    if kind == "grey" and argument:
+        raise ValueError(f"--poor {text}: grey takes no number")
+    if not argument and kind not in ("noise", "grey"):
+        raise ValueError(f"--poor {text} needs a number; as in {EXAMPLES}")
     try:
         return KINDS[kind](argument or str(amount))
     except ValueError as error:
-        if "could not convert" not in str(error):
+        if "could not convert" not in str(error) and "invalid literal" not in str(error):
             raise
-        raise ValueError(f"--poor {text}: {argument!r} is no number") from error
+        raise ValueError(f"--poor {text}: {argument!r} is no number; as in {EXAMPLES}") from error
+
+
+def _bands(text: str) -> Bands:
+    places, _, white = text.partition("@")
+    chosen = tuple(int(place) for place in places.split(","))
+    return Bands(chosen, float(white) if white else None)
+
+
+def _as_kind(made: Tensor, images: Tensor) -> Tensor:
+    """Whole numbers of 8 bits again where the images were."""
+    return made.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else made

@@ -1,8 +1,7 @@
-"""Where images come from: the digits of a package, image folders, torchvision's CIFAR-10."""
+"""What a data set is before it is read, the digits of a package, and plain image folders."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +20,16 @@ Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Images:
-    """Half of a data set, not yet read: labels (N,), and a reader of rows into uint8 (n, C, H, W).
+    """Half of a data set, not yet read: labels (N,), and a reader of rows into (n, C, H, W).
 
     ``read_poor`` is for data with a second sensor; without it the poor modality is made by noise.
+    ``groups`` (N,) numbers what belongs together: validation takes whole groups.
     """
 
     labels: Rows
     read: Callable[[Rows], Pixels]
     read_poor: Callable[[Rows], Pixels] | None = None
+    groups: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -69,60 +70,6 @@ def open_mnist(data_dir: Path | None, download: bool) -> Source:
         _in_memory(images[train], labels[train]),
         _in_memory(images[test], labels[test]),
     )
-
-
-def open_cifar10(data_dir: Path | None, download: bool) -> Source:
-    """CIFAR-10 from an image-folder layout or torchvision's, whichever lies in ``data_dir``."""
-    root = _existing("cifar10", data_dir, download)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        return open_image_folder(root, size=(32, 32))
-    if not download and not (root / "cifar-10-batches-py").is_dir():
-        raise ValueError(
-            f"data directory {root} has neither train/<class>/* and test/<class>/* nor "
-            "cifar-10-batches-py; fix: name the folder that holds one of them, or add --download"
-        )
-    return _open_cifar10_batches(root, download)
-
-
-def _existing(name: str, data_dir: Path | None, download: bool) -> Path:
-    if data_dir is None:
-        raise ValueError(f"data set {name!r} needs a data directory; fix: add --data DIR")
-    if data_dir.is_file():
-        raise ValueError(f"--data {data_dir} is a file; fix: unpack it and name the folder")
-    if not data_dir.is_dir() and not download:
-        raise ValueError(
-            f"data directory {data_dir} does not exist; fix: name an existing folder with --data, "
-            "or add --download"
-        )
-    return data_dir
-
-
-def _open_cifar10_batches(root: Path, download: bool) -> Source:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    try:
-        halves = [
-            CIFAR10(str(root), train=True, download=download),
-            CIFAR10(str(root), train=False),
-        ]
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        folder = root / CIFAR10.base_folder
-        expected = [*CIFAR10.train_list, *CIFAR10.test_list]
-        expected.append([CIFAR10.meta["filename"], CIFAR10.meta["md5"]])
-        bad = [file for file, md5 in expected if not check_integrity(str(folder / file), md5)]
-        raise ValueError(
-            f"CIFAR-10 in {folder} is damaged or incomplete ({', '.join(bad) or error}); "
-            "fix: delete that folder and run again with --download"
-        ) from error
-    train, test = (
-        _in_memory(
-            np.ascontiguousarray(half.data.transpose(0, 3, 1, 2)),
-            np.asarray(half.targets, dtype=np.int64),
-        )
-        for half in halves
-    )
-    return Source(list(halves[0].classes), train, test)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,21 @@ sets of different samples, told only by class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from crossmodal.data import sources
+from crossmodal.data import splits
 from crossmodal.data.images import NO_LABEL, Images, counts
 from crossmodal.data.poverty import Bands, Noise, Poverty, poverty
+from crossmodal.data.readers import reader
 from crossmodal.data.scenes import open_scenes
-from crossmodal.data.sources import Rows, stratified
+from crossmodal.data.sources import Images as Half
+from crossmodal.data.sources import Rows, Source, stratified
 from crossmodal.recipes import DataSet
 
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
@@ -75,6 +78,14 @@ class Views:
                         f"warning: class {images.classes[label]!r} has {few[label]} {kind} {name} "
                         f"image(s), others about {int(np.median(few))}"
                     )
+        if self.paired:
+            lines.append(f"pairs: {len(self.poor)} training, {len(self.held_out_poor)} held out")
+            sizes = [f"{i.shape[1]}x{i.shape[2]}" for i in (self.rich, self.poor)]
+            if sizes[0] != sizes[1]:
+                lines.append(
+                    f"warning: rich images are {sizes[0]}, poor ones {sizes[1]}: crops from a "
+                    "padded border move both by as many pixels; fix: --size N or --pad 0"
+                )
         unlabelled = int((self.poor.known() == NO_LABEL).sum())
         if unlabelled:
             lines.append(f"{len(self.poor) - unlabelled} of the poor training images have labels")
@@ -93,6 +104,7 @@ class Wanted:
     poor: str = ""  # what makes them poor, see ``poverty``; empty for the recipe's
     amount: float | None = None  # of the noise
     rgb: Sequence[int] | None = None  # positions of red, green and blue among the bands
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the data set's reader
 
 
 def open_views(entry: DataSet, wanted: Wanted) -> Views:
@@ -107,17 +119,33 @@ def open_views(entry: DataSet, wanted: Wanted) -> Views:
         if wanted.rgb:
             raise ValueError(f"--rgb-bands is for folders of many bands, not for {entry.name}")
         amount = entry.amount if wanted.amount is None else wanted.amount
-        made_poor = poverty(wanted.poor or "noise", amount)
-        views = _paired(entry, wanted, made_poor)
+        made_poor = poverty(wanted.poor or entry.poor, amount)
+        views, own = _paired(entry, wanted, made_poor)
         if entry.unpaired:
-            views = _halved(views, entry.name, made_poor)
+            views = _halved(views, entry.name, None if own else made_poor)
     return views if wanted.labels is None else _labelled(views, wanted.labels)
 
 
-def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
-    open_source = getattr(sources, f"open_{entry.reader}")
+def open_source(entry: DataSet, wanted: Wanted) -> Source:
+    """What the entry's reader finds, before anything is chosen of it or read.
+
+    Raises:
+        ValueError: the data are missing or of another layout.
+    """
     folder = None if wanted.data_dir is None else wanted.data_dir.expanduser()
-    source = open_source(folder, wanted.download)
+    chosen = {**entry.options, **wanted.options}
+    return reader(entry.reader)(folder, wanted.download, **chosen)
+
+
+def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> tuple[Views, bool]:
+    """The images, and whether the poor modality is a sensor of its own."""
+    source = open_source(entry, wanted)
+    own = source.train.read_poor is not None
+    if own and (wanted.poor or wanted.amount is not None):
+        raise ValueError(
+            f"--poor KIND and --amount are for data sets of one modality: {entry.name} has a poor "
+            "modality of its own"
+        )
     offsets = {"train": 0, "test": len(source.train.labels)}
 
     def pick(half: str, rows: Rows) -> tuple[Images, Images]:
@@ -129,15 +157,12 @@ def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
             return rich, rich.made(made_poor)
         return rich, replace(rich, read=images.read_poor)
 
-    labels, half = source.train.labels, "test"
-    train, held_out = np.arange(len(labels)), np.arange(len(source.test.labels))
-    if wanted.evaluate == "val":
-        half = "train"
-        train, held_out = _held_out(train, labels, VAL_FRACTION, _VAL)
-    rich, poor = pick("train", _limited(train, labels, wanted.limit, _LIMIT, len(source.classes)))
-    held_out_rich, held_out_poor = pick(half, held_out)
-    own = source.train.read_poor is not None
-    return Views(
+    train, held_out = _split(source.train, wanted, len(source.classes))
+    rich, poor = pick("train", train)
+    half = "train" if wanted.evaluate == "val" else "test"
+    other = held_out if wanted.evaluate == "val" else np.arange(len(source.test.labels))
+    held_out_rich, held_out_poor = pick(half, other)
+    views = Views(
         rich=rich,
         # Noise leaves a pixel's scale as it is; other poor images have one of their own.
         poor=replace(poor, like=rich) if not own and isinstance(made_poor, Noise) else poor,
@@ -147,21 +172,30 @@ def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> Views:
         poverty="its own sensor" if own else str(made_poor),
         originals=rich,
     )
+    return views, own
 
 
-def _halved(views: Views, name: str, made_poor: Poverty) -> Views:
-    """A paired set made unpaired: the teacher gets one half rich, the student the other poor."""
-    rich, originals = (views.rich.chosen(rows) for rows in halves(views.rich.labels))
+def _halved(views: Views, name: str, made_poor: Poverty | None) -> Views:
+    """A paired set made unpaired: the teacher gets one half rich, the student the other poor.
+
+    Where the poor modality is a sensor of its own, ``made_poor`` is None.
+    """
+    parts = halves(views.rich.labels)
+    rich, originals = (views.rich.chosen(rows) for rows in parts)
     for half in (rich, originals):
         if counts(half).min() < 1:
             few = f"{len(views.rich)} images leave a class of {name} without an image in a half"
             raise ValueError(f"{few}; fix: a larger --limit")
+    if made_poor is None:
+        pseudo, poor = (views.poor.chosen(rows) for rows in parts)
+    else:
+        pseudo, poor = rich.made(made_poor), originals.made(made_poor)
     return replace(
         views,
         rich=rich,
-        poor=originals.made(made_poor),
+        poor=poor,
         paired=False,
-        pseudo=rich.made(made_poor),
+        pseudo=pseudo,
         originals=replace(originals, like=rich),
     )
 
@@ -199,6 +233,19 @@ def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two disjoint halves of all rows, ascending, every class in proportion; a fixed draw."""
     first = torch.from_numpy(stratified(labels.numpy(), len(labels) // 2, draw=_HALVES))
     return first, torch.from_numpy(np.setdiff1d(np.arange(len(labels)), first))
+
+
+def _split(images: Half, wanted: Wanted, classes: int) -> tuple[Rows, Rows]:
+    """Training rows, and those that validation holds out of them."""
+    labels = images.labels
+    train = np.arange(len(labels), dtype=np.int64)
+    held_out = train[:0]
+    if wanted.evaluate == "val" and images.groups is None:
+        train, held_out = _held_out(train, labels, VAL_FRACTION, _VAL)
+    elif wanted.evaluate == "val":
+        held_out = splits.held_out(labels, images.groups, VAL_FRACTION, draw=_VAL)
+        train = np.setdiff1d(train, held_out)
+    return _limited(train, labels, wanted.limit, _LIMIT, classes), held_out
 
 
 def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:

@@ -154,7 +154,11 @@ class Session:
         sets = {"clean": views.held_out_rich, "poor": views.held_out_poor}
         if self.job.matched:
             sets = {"rich": views.held_out_rich}
-        self.facts = {k: self._accuracy(self.teacher, v, views.rich) for k, v in sets.items()}
+        self.facts = {
+            name: self._accuracy(self.teacher, images, views.rich)
+            for name, images in sets.items()
+            if images.shape[0] == views.rich.shape[0]  # the bands that the teacher can see
+        }
         if not self.helper:
             told = ", ".join(f"{value:.2f} % on {name}" for name, value in self.facts.items())
             self.say(f"teacher {self.job.models['teacher']}: {told} held-out images")

@@ -103,8 +103,9 @@ def _compared(rows: Sequence[report.Row], session: Session, title: str) -> str:
     theirs = [f"{printed['teacher']:.2f}"] if found else []
     lines = [
         ["Baseline-T, clean images", f"{facts['clean']:.2f}", "1", *theirs],
-        ["Baseline-T, poor images", f"{facts['poor']:.2f}", "1"],
     ]
+    if "poor" in facts:
+        lines.append(["Baseline-T, poor images", f"{facts['poor']:.2f}", "1"])
     for family in ("baseline", *FAMILIES):
         members = [row for row in rows if _family(row.method) == family]
         if members and family in FAMILIES:

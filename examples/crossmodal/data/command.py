@@ -1,0 +1,56 @@
+"""The command line of ``data.py``: looks at images before anything is trained on them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossmodal.cli import _Parser, reported
+from crossmodal.data import Wanted
+from crossmodal.data.check import check
+from crossmodal.data.options import add_options, options
+from crossmodal.near import did_you_mean
+from crossmodal.recipes import data_sets
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``check NAME --data DIR``; 0, 1 where an image cannot be used, 2 after one line on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    code = 0
+
+    def action() -> None:
+        nonlocal code
+        code = _checked(_parser().parse_args(given))
+
+    return reported(action) or code
+
+
+def _checked(given: argparse.Namespace) -> int:
+    known = data_sets(given.recipes)
+    if given.dataset not in known:
+        raise ValueError(
+            f"unknown data set {given.dataset!r}; {did_you_mean(given.dataset, known)}known: "
+            f"{', '.join(known)}"
+        )
+    entry = known[given.dataset]
+    poor, own = options(given, entry)
+    wanted = Wanted(given.data, given.download, poor=poor, amount=given.amount, options=own)
+    found = check(entry, wanted)
+    print("\n".join(found.lines))
+    return int(found.bad > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="data.py",
+        allow_abbrev=False,
+        description="Looks at images before anything is trained on them.",
+    )
+    add = parser.add_argument
+    add("command", choices=("check",), metavar="check", help="read every image of a data set")
+    add("dataset", metavar="NAME", help="a data set of recipes.toml")
+    add_options(parser)
+    add("--recipes", type=Path, metavar="FILE", help="a TOML file with data sets of your own")
+    return parser

@@ -1,0 +1,97 @@
+"""The CRD benchmark's MobileNetV2 (Sandler et al., CVPR 2018): half width, fewer strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import register_model
+from torch import Tensor, nn
+
+from crossmodal.models.head import Head, own_options
+
+__all__ = ["CifarMobileNetV2", "crd_mobilenet_v2"]
+
+# Expansion, channels at full width, blocks, stride of the first. Fewer strides than ImageNet's.
+_GROUPS = (
+    (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)  # fmt: skip
+_STAGES = (1, 2, 4, 6)  # the last group at each size
+
+
+class InvertedResidual(nn.Module):
+    """1x1 up, depthwise 3x3, 1x1 down without a ReLU; the input is added where it fits."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = in_chs * expansion
+        self.added = stride == 1 and in_chs == out_chs
+        self.conv = nn.Sequential(
+            *_convolved(in_chs, wide, 1),
+            *_convolved(wide, wide, 3, stride, groups=wide),
+            nn.Conv2d(wide, out_chs, 1, bias=False),
+            nn.BatchNorm2d(out_chs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) to (B, out, H/stride, W/stride), halves rounded up."""
+        out: Tensor = self.conv(x)
+        return x + out if self.added else out
+
+
+class CifarMobileNetV2(Head, nn.Module):
+    """A MobileNetV2 for images of 32x32 and more, with the parts timm's tools look for.
+
+    Args:
+        width: of all but the last convolution, which never has fewer than 1,280 channels.
+        num_classes: outputs of ``fc``; 0 leaves the pooled embedding.
+        in_chans: channels of the images.
+    """
+
+    def __init__(self, width: float, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        in_chs, reduction = int(32 * width), 2
+        self.num_features = self.head_hidden_size = int(1280 * max(width, 1))
+        self.conv1 = nn.Sequential(*_convolved(in_chans, in_chs, 3, 2))
+        groups: list[nn.Module] = []
+        self.feature_info: list[dict[str, Any]] = []
+        for number, (expansion, full, count, stride) in enumerate(_GROUPS):
+            chs = int(full * width)
+            blocks = [InvertedResidual(in_chs, chs, stride, expansion)]
+            blocks += [InvertedResidual(chs, chs, 1, expansion) for _ in range(count - 1)]
+            groups.append(nn.Sequential(*blocks))
+            in_chs, reduction = chs, reduction * stride
+            if number in _STAGES:
+                self.feature_info.append(
+                    {"num_chs": chs, "reduction": reduction, "module": f"blocks.{number}"}
+                )
+        self.blocks = nn.Sequential(*groups)
+        self.conv2 = nn.Sequential(*_convolved(in_chs, self.num_features, 1))
+        self.reset_classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # As the benchmark has it, for depthwise ones too: by all channels that come out.
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to the last convolution's map (B, num_features, H/16, W/16)."""
+        features: Tensor = self.conv2(self.blocks(self.conv1(x)))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _convolved(
+    in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return convolution, nn.BatchNorm2d(out_chs), nn.ReLU()
+
+
+@register_model
+def crd_mobilenet_v2(pretrained: bool = False, **options: Any) -> CifarMobileNetV2:
+    """Half width: the paper's student. timm's ``mobilenetv2_050`` is ImageNet's."""
+    return CifarMobileNetV2(0.5, **own_options(pretrained, options))
