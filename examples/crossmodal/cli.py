@@ -77,7 +77,8 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     if kind == "sweep":
         given.evaluate, name, seeds = "val", f"sweep-{entry.name}", "2"
     given.data_dir, (given.poor, given.options) = given.data, options(given, entry)
-    recipes = {role: entry.recipe(role, *_given(given, role)) for role in ROLES}
+    common = _given(given)
+    recipes = {role: entry.recipe(role, common, _given(given, f"{role}_")) for role in ROLES}
     values = {
         "wanted": Wanted(**{f.name: getattr(given, f.name) for f in fields(Wanted)}),
         "asked": _asked(given, entry, kind),
@@ -125,17 +126,10 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     return tuple(rows)
 
 
-def _given(given: argparse.Namespace, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe's fields on the command line: for all roles, and for this one."""
-    common, own = (
-        {f.name: getattr(given, f"recipe_{prefix}{f.name}") for f in fields(Recipe)}
-        for prefix in ("", f"{role}_")
-    )
-    return _told(common), _told(own)
-
-
-def _told(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _given(given: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """The recipe's fields on the command line: for all roles, or for one."""
+    options = {f"recipe_{prefix}{f.name}": f.name for f in fields(Recipe)}
+    return {name: vars(given)[option] for option, name in options.items() if option in given}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -197,16 +191,17 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="refuse to start where nothing was kept")
     told = "for all; --teacher-FIELD, --student-FIELD and --matcher-FIELD for one"
     group = parser.add_argument_group("recipe", told)
-    parser.set_defaults(recipe_seed=None)
     for prefix, field in product(("", *(f"{role}_" for role in ROLES)), fields(Recipe)):
         name, kind = f"{prefix}{field.name}", type(field.default)
-        how: dict[str, Any] = {"type": kind, "metavar": field.name.upper()}
+        how: dict[str, Any] = {"default": argparse.SUPPRESS}
         if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": kind, "metavar": field.name.upper()}
         if name != "seed":  # a student's are --seeds
             shown = argparse.SUPPRESS if prefix else f"({field.default})"
             option = "--" + name.replace("_", "-")
-            group.add_argument(option, dest=f"recipe_{name}", default=None, help=shown, **how)
+            group.add_argument(option, dest=f"recipe_{name}", help=shown, **how)
     return parser
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -15,7 +13,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def looked_up(what: str, name: str, known: Mapping[str, T], more: str = "") -> T:
+def looked_up(what: str, name: str, known: Mapping[str, Any], more: str = "") -> Any:
     """The entry of that name; ValueError with the near name and all known ones."""
     if name not in known:
         raise ValueError(

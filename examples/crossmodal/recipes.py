@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from crossmodal.near import did_you_mean
@@ -26,7 +28,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "crop": ("pad", "resized"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
-CLIPS = ("none", "agc", "norm", "value")
 # 100 epochs are published, as are AdamW's numbers.
 _MATCHER = {
     "epochs": 100, "batch_size": 64, "lr": 1e-3, "weight_decay": 1e-3, "optimizer": "adamw",
@@ -81,21 +82,17 @@ class Recipe:
             value = float(size) if size else 0.0
         except ValueError:
             value = -1.0
-        if mode not in CLIPS or (mode != "none" and not value > 0):
+        if mode not in ("none", "agc", "norm", "value") or (mode != "none" and not value > 0):
             raise ValueError(f"clip must be none, agc:0.1, norm:1 or value:1, got {self.clip!r}")
         return None if mode == "none" else (mode, value)
 
     def optimized(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        kind = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[self.optimizer]
-        more = {"momentum": self.momentum} if kind == "SGD" else {}
-        chosen: type[torch.optim.Optimizer] = getattr(torch.optim, kind)
-        return chosen(trained, lr=self.lr, weight_decay=self.weight_decay, **more)
+        kind = {"sgd": "momentum"}.get(self.optimizer, self.optimizer)  # timm's "sgd" is Nesterov's
+        return create_optimizer_v2(trained, kind, self.lr, self.weight_decay, self.momentum)
 
     def scheduled(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         """timm's schedule of the learning rate over a training of so many steps."""
-        from timm.scheduler import CosineLRScheduler
-
         rising = min(round(self.warmup * steps), steps - 1)
         return CosineLRScheduler(
             optimizer,
@@ -157,28 +154,20 @@ class DataSet:
 
     def recipe(self, role: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> Recipe:
         """The recipe of one role; ``given`` is for teacher and students, ``own`` for it alone."""
-        common = {} if role == "matcher" else dict(self.train)
-        if self.unpaired and role != "matcher":
-            common["epochs"] = 2 * common.get("epochs", Recipe.epochs)
-        differing = dict(getattr(self, f"{role}_recipe"))
-        if self.unpaired and role == "teacher" and "epochs" in differing:
-            differing["epochs"] *= 2  # half the images: twice the passes make as many steps
+        common: Mapping[str, Any] = self.train
         if role == "matcher":
             # Its images are the teacher's; its schedule is published and its own.
-            images = {k: v for k, v in self.train.items() if k in ("pad", "flip", "crop")}
-            common = {**_MATCHER, **images}
-            given = {k: v for k, v in given.items() if k not in _MATCHER or k == "epochs"}
-        if role == "teacher":
-            given = {k: v for k, v in given.items() if k not in ("fresh_noise", "falling")}
-        return checked(Recipe, {**common, **differing, **given, **own}, f"recipe of {self.name}")
+            common = _MATCHER | {k: v for k, v in common.items() if k in ("pad", "flip", "crop")}
+        values = {**common, **getattr(self, f"{role}_recipe")}
+        if self.unpaired and role != "matcher":  # half the images: twice the passes
+            values["epochs"] = 2 * values.get("epochs", Recipe.epochs)
+        own_only = {"teacher": ["fresh_noise", "falling"], "matcher": _MATCHER.keys() - {"epochs"}}
+        given = {k: v for k, v in given.items() if k not in own_only.get(role, ())}
+        return checked(Recipe, {**values, **given, **own}, f"recipe of {self.name}")
 
 
 def data_sets(more: Path | None = None) -> dict[str, DataSet]:
-    """All entries by name, those of a file of one's own included, and the unpaired ones.
-
-    Raises:
-        ValueError: the file cannot be read, or an entry has a field that is not known.
-    """
+    """All entries by name, those of a file of one's own included, and the unpaired ones."""
     found: dict[str, DataSet] = {}
     for path in filter(None, (FILE, more)):
         try:

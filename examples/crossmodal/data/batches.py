@@ -166,13 +166,9 @@ class _Epoch(Dataset[Batch]):
 
 
 def padded_crops(images: Tensor, draws: Tensor, *, pad: int, flip: bool) -> Tensor:
-    """Crops of the images' own size from a border of zeros, the mean where it is normalised.
+    """Crops of normalised images (n, C, H, W) in their own size, from a border of their mean, 0.
 
-    Args:
-        images: (n, C, H, W), normalised.
-        draws: (n, at least 3) in [0, 1): down, across, mirrored.
-        pad: the border.
-        flip: mirror those whose third number is below a half.
+    ``draws`` (n, 3 or more) in [0, 1) say how far down and across, and which are mirrored.
     """
     count, channels, height, width = images.shape
     if not pad and not flip:

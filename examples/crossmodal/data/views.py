@@ -108,11 +108,7 @@ class Wanted:
 
 
 def open_views(entry: DataSet, wanted: Wanted) -> Views:
-    """The images of a data set or job, read when they are asked for.
-
-    Raises:
-        ValueError: an option does not fit, or the data are missing or damaged.
-    """
+    """The images, read when asked for; ValueError where an option or the data do not fit."""
     if entry.scenes:
         views = _scenes(entry, wanted)
     else:
@@ -201,10 +197,9 @@ def _halved(views: Views, name: str, made_poor: Poverty | None) -> Views:
 
 
 def _scenes(entry: DataSet, wanted: Wanted) -> Views:
-    """The benchmark's own split is not published with its description.
+    """A fixed stratified fifth of each modality is for testing: no split is published.
 
-    Here a fixed stratified fifth of each modality is for testing; ``val`` takes a tenth of the rest
-    instead.
+    ``val`` takes a tenth of the rest instead.
     """
     if wanted.amount is not None or wanted.poor or wanted.download:
         own = f"{entry.name} has a poor modality of its own"

@@ -8,14 +8,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from crossmodal.runs.processes import agreed
+from crossmodal.runs.store import write_json
 
 _KEPT = 2
-_MANIFEST, _EXTRA = "manifest.json", "extra.pt"
+SETTINGS, _MANIFEST, _EXTRA = "settings.json", "manifest.json", "extra.pt"
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Epochs:
 
     folder: Path
     tell: Callable[[str], None]  # where to say that something could not be kept or read
+    settings: dict[str, Any] | None = None  # what they depend on, for ``--resume``
 
     def save(self, accelerator: Accelerator, history: list[dict[str, float]]) -> None:
         """Keep the last epoch; where that fails the training goes on, and says so."""
@@ -37,6 +40,8 @@ class Epochs:
                 for old in (temporary, place):  # of a run that was cut off here
                     shutil.rmtree(old, ignore_errors=True)
                 temporary.mkdir(parents=True)
+                if self.settings is not None:
+                    write_json(self.folder / SETTINGS, self.settings)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(temporary), safe_serialization=False)
             accelerator.wait_for_everyone()
@@ -55,8 +60,7 @@ class Epochs:
     def resume(self, accelerator: Accelerator) -> list[dict[str, float]]:
         """Bring the training to the last whole epoch; its history, empty where nothing was kept.
 
-        Raises:
-            ValueError: epochs were kept, and all are damaged.
+        Where epochs were kept and all are damaged, it is a ValueError.
         """
         place = agreed(self._last_whole() if accelerator.is_main_process else None)
         if place is None:

@@ -50,7 +50,5 @@ class Job:
     @property
     def title(self) -> str:
         held_out = "validation" if self.wanted.evaluate == "val" else "test"
-        return (
-            f"{self.entry.name}, {held_out} accuracy on poor images, student "
-            f"{self.models['student']}"
-        )
+        told = f"{self.entry.name}, {held_out} accuracy on poor images"
+        return f"{told}, student {self.models['student']}"

@@ -9,14 +9,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from crossmodal.recipes import Recipe
+from crossmodal.runs.epochs import SETTINGS
 from crossmodal.runs.processes import agreed, held
 from crossmodal.runs.store import Checkpoint, Results, differing, slug, write_json
 from crossmodal.runs.trainings import Trainings
@@ -77,7 +76,7 @@ def check_device(name: str) -> None:
 def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:
     """Refuse ``--resume`` where nothing was kept, or epochs of another training."""
     kept = results.folder / "epochs"
-    others = list(kept.glob("*/settings.json"))
+    others = list(kept.glob(f"*/{SETTINGS}"))
     if not others and not results.runs():
         fix = "fix: leave it out, or name the folder of the run that was cut off"
         raise ValueError(f"--resume: nothing was kept in {results.folder}; {fix}")
@@ -90,11 +89,7 @@ def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:
 
 
 def timed(training: Training, device: str, *, steps: int = 2) -> float:
-    """Seconds of a training step, the first one left out.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: the method does not fit these networks.
-    """
+    """Seconds of a training step; what it raises where a method does not fit is the method's."""
     step, recipe = training.step, training.recipe
     accelerator = accelerator_for(recipe, device)
     step.to(accelerator.device, memory_format=recipe.layout).train()
@@ -156,11 +151,3 @@ def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
         f"precision {found['precision']}: a step took {found['fp32_ms']:g} ms in fp32, "
         f"{found['bf16_ms']:g} ms in bf16 and channels last (--precision fixes it)"
     )
-
-
-def weight(network: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
-
-
-def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -37,9 +37,8 @@ def held(folder: Path, name: str, *, waiting: Callable[[], object] | None = None
         try:
             ours.acquire(timeout=0)
         except Timeout:
-            if waiting is None:
-                mine = False
-            else:
+            mine = waiting is not None
+            if waiting is not None:
                 waiting()
                 ours.acquire()
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
 from crossmodal.runs.store import write_atomically
 
@@ -36,17 +35,13 @@ class Show:
     def begin(self, label: str, epochs: int, steps: int, done: int) -> None:
         """A training starts, or goes on after ``done`` epochs."""
         self.label, self._epochs, self._steps, self._done = label, epochs, steps, done
-        self._started, self._spoke = time.perf_counter(), 0.0
+        self._spoke = 0.0
         if self.quiet:
             return
         if done:
             self.say(f"{label}: goes on after epoch {done} of {epochs}")
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(10),
-                TextColumn("{task.fields[text]}"),
-            )
+            columns = "{task.description}", BarColumn(10), "{task.fields[text]}"
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=epochs * steps, text="")
@@ -73,13 +68,16 @@ class Show:
         if self.quiet:
             return
         if self._history is not None:
-            text = io.StringIO()
             names = list(dict.fromkeys(name for r in history for name in r))
-            writer = csv.DictWriter(text, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
+
+            def written(path: Path) -> None:
+                with path.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, names, lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(history)
+
             try:
-                write_atomically(self._history, lambda path: path.write_text(text.getvalue()))
+                write_atomically(self._history, written)
             except OSError as error:
                 self.warn(f"{self._history} could not be written: {error}")
         if self._board is not None:

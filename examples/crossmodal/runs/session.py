@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,7 @@ from crossmodal.runs.job import Asked, Job
 from crossmodal.runs.processes import HELPER, agreed, held, helpers
 from crossmodal.runs.progress import Show
 from crossmodal.runs.settings import Settings
-from crossmodal.runs.store import Checkpoint, Results, write_json
+from crossmodal.runs.store import Checkpoint, Results
 from crossmodal.runs.trainings import Trainings, let_go
 from crossmodal.training import evaluation
 from crossmodal.training.engine import Outcome, Training, accelerator_for, fit
@@ -55,12 +56,12 @@ class Session:
         if not self.helper:
             for line in self.views.summary():
                 self.say(line)
-        draft = Trainings(job, self.views, job.recipes)
+        self.trainings = Trainings(job, self.views, job.recipes)
         self.new_student()  # an unknown name is told now, the teacher's too
-        recipes, line = preflight.settled(draft)
+        recipes, line = preflight.settled(self.trainings)
         if line and not self.helper:
             self.say(line)
-        self.trainings = Trainings(job, self.views, recipes)
+        self.trainings = replace(self.trainings, recipes=recipes)
         self.settings = Settings(job, self.views, recipes)
         self.teacher = self.trainings.network("teacher", recipes["teacher"].seed)
         self.facts: dict[str, float] = {}  # the trained teacher's accuracies
@@ -73,7 +74,7 @@ class Session:
 
     def new_student(self) -> nn.Module:
         """A student to load weights into."""
-        return Trainings(self.job, self.views, self.job.recipes).network("student", 0)
+        return self.trainings.network("student", 0)
 
     def run(self) -> list[Run]:
         """Train what is missing; the runs in the order of the rows and seeds, failed ones too."""
@@ -127,7 +128,8 @@ class Session:
             if (error := self.failed.get(asked.label)) is not None:
                 self._store(self._blank(asked, seed) | {"failed": error, "error": "preflight"})
                 self.say(f"{asked.label} seed {seed}: failed: {error}")
-        weights = sum(preflight.weight(network) for network in (self.teacher, self.new_student()))
+        networks = nn.ModuleList([self.teacher, self.new_student()])
+        weights = sum(value.nbytes for value in networks.state_dict().values())
         # Two epochs with momentum and one being written, and the students that are kept.
         preflight.check_folder(self.job.out, 9.0 * weights + 1e6)
         left = [asked.label for asked, _ in missing if asked.label not in self.failed]
@@ -135,9 +137,10 @@ class Session:
         for role in self._shared:
             if not self.settings.shared_checkpoint(role).path.exists():
                 total += preflight.estimated(self.trainings.shared(role), self.job.device)
+        time_left = timedelta(seconds=round(total / self.job.jobs))
         self.say(
             f"preflight: {len(rows.keys() - self.failed.keys())} of {len(rows)} methods fit; "
-            f"{len(left)} students to train, about {preflight.duration(total / self.job.jobs)}"
+            f"{len(left)} students to train, about {time_left}"
         )
 
     # Teacher and matcher.
@@ -172,7 +175,7 @@ class Session:
                 return training.step.network
             outcome = self._fit(training, checkpoint)
             if self.leads:
-                checkpoint.save(outcome.network, seconds=outcome.seconds)
+                checkpoint.save(outcome.network)
                 training.keeper.clear()
             PartialState().wait_for_everyone()
         self.say(f"{role} {checkpoint.settings['model']} trained in {outcome.seconds:.0f} s")
@@ -223,22 +226,19 @@ class Session:
         if outcome is not None and self.leads:
             if seed == self.job.seeds[0]:
                 try:
-                    checkpoint.save(outcome.network, seconds=outcome.seconds)
+                    checkpoint.save(outcome.network)
                 except (OSError, RuntimeError) as error:  # torch's writer raises either
                     self.show.warn(f"weights: {checkpoint.path} could not be written: {error}")
             training.keeper.clear()
         PartialState().wait_for_everyone()
 
-    def _distil(
-        self, asked: Asked, training: Training, checkpoint: Checkpoint, run: Run
-    ) -> Outcome:
+    def _distil(self, asked: Asked, training: Training, where: Checkpoint, run: Run) -> Outcome:
         training.step.to(PartialState().device)
         if self.job.matched:
             run["trace"] = {}
             if asked.variant.first != "none":
-                more = self.galleries, self.teacher
-                training.choose = self.trainings.chooser(asked, training, *more)
-        outcome = self._fit(training, checkpoint)
+                training.choose = self.trainings.chooser(asked, training, self.galleries)
+        outcome = self._fit(training, where)
         let_go(training)
         run |= {
             "accuracy": self._accuracy(outcome.network, self.views.held_out_poor, self.views.poor),
@@ -255,13 +255,8 @@ class Session:
 
     def _fit(self, training: Training, checkpoint: Checkpoint) -> Outcome:
         out = self.job.out
-        training.keeper = Epochs(out / "epochs" / checkpoint.name, self.show.warn)
-        if self.leads:
-            path = training.keeper.folder / "settings.json"
-            try:
-                write_json(path, checkpoint.settings)
-            except OSError as error:
-                self.show.warn(f"{path} could not be written: {error}")
+        place = out / "epochs" / checkpoint.name
+        training.keeper = Epochs(place, self.show.warn, checkpoint.settings)
         self.show.keep(out / "history" / f"{checkpoint.name}.csv", checkpoint.name)
         accelerator = accelerator_for(training.recipe, self.job.device, compiled=self.job.compile)
         outcome = fit(training, accelerator, self.show)

@@ -88,19 +88,14 @@ class Checkpoint:
     def path(self) -> Path:
         return self.folder / f"{self.name}.pt"
 
-    def save(self, model: nn.Module, **facts: float) -> None:
-        """Write the weights, their checksum, the settings, and facts such as the seconds."""
+    def save(self, model: nn.Module) -> None:
+        """Write the weights, their checksum and the settings."""
         weights = model.state_dict()
         content = {"weights": weights, "sha256": digest(weights), "settings": self.settings}
-        content["facts"] = facts
         write_atomically(self.path, lambda path: torch.save(content, path))
 
     def load_into(self, model: nn.Module) -> bool:
-        """Load the weights if the file is there; tells whether it was.
-
-        Raises:
-            ValueError: the file is damaged, or its content belongs to other settings.
-        """
+        """Load the weights if they are there; ValueError if damaged or of other settings."""
         if not self.path.exists():
             return False
         try:
@@ -140,10 +135,8 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 class Results:
     """``results.json``: every finished run with its settings; written again after each run.
 
-    Runs of other settings stay in the file; a run is known by method, seed and settings.
-
-    Raises:
-        ValueError: the file exists and is no results file.
+    Runs of other settings stay in the file; a run is known by method, seed and settings. A file
+    that is there and is none is a ValueError.
     """
 
     def __init__(self, folder: Path) -> None:

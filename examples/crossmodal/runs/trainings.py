@@ -59,13 +59,11 @@ class Trainings:
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)
         return Training(label, step, batches, recipe)
 
-    def chooser(
-        self, asked: Asked, training: Training, galleries: Galleries, teacher: nn.Module
-    ) -> Chooser:
+    def chooser(self, asked: Asked, training: Training, galleries: Galleries) -> Chooser:
         """Names the teacher images of a student without pairs."""
         device, logits = PartialState().device, galleries.teacher_logits
         if (rich := self.taught_from(asked)) is not self.views.rich:
-            logits = outputs(teacher.to(device).eval(), rich, device)
+            logits = outputs(galleries.teacher.to(device), rich, device)
         variant, network, job = asked.variant, training.step.network, self.job
         matches = galleries, logits, job.rematching
         return Chooser(variant, network, self.views, *matches, training.recipe, device)

@@ -16,8 +16,6 @@ Run = dict[str, Any]
 def rematching_time(runs: Sequence[Run]) -> str:
     """The seconds of a re-matching, as a share of an epoch and of the whole training."""
     matched = [run for run in runs if run.get("trace", {}).get("rematching")]
-    if not matched:
-        return ""
     lines = []
     for planned in (False, True):
         found = [run for run in matched if (run["config"]["planner"] is not None) == planned]
@@ -35,10 +33,9 @@ def rematching_time(runs: Sequence[Run]) -> str:
             for run, share in zip(found, spent, strict=True)
         )
         name = "Planned re-matching" if planned else "Re-matching"
+        parts = f"{1000 * search:.0f} ms the search, else the student's pass over its images"
         if {run["config"]["rematching"]["by"] for run in found} == {"epoch"}:
             parts = "by what the student predicted in training"
-        else:
-            parts = f"{1000 * search:.0f} ms the search, else the student's pass over its images"
         in_use = statistics.fmean([*run["trace"]["in_use"].values()][-1] for run in found)
         lines.append(
             f"{name}: {1000 * seconds:.0f} ms ({parts}), {100 * seconds / epoch:.1f} % of an epoch "
@@ -52,9 +49,8 @@ def draw_transport(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """The paper's Fig. 2: what it costs to carry the teacher's features to the student's.
 
     Features are logits, each row centred: each network's own classifier takes its embedding to the
-    one space that both share, so nothing is fitted and widths need not agree. Left, the Wasserstein
-    distance of the two sets; right, the root mean square distance of the pairs in use. The
-    reference, which the setting does not have, is black.
+    one space that both share, so nothing is fitted and widths need not agree. The reference, which
+    the setting does not have, is black.
     """
     names = {"transport": "Wasserstein distance", "matched": "distance of the matched pairs"}
     panels: dict[str, dict[str, list[tuple[Sequence[float], Sequence[float]]]]] = {}

@@ -62,17 +62,12 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
         else:
             accuracies.append(run["accuracy"])
     base, _ = found.get(ALONE, ([], []))
-    return [
-        Row(
-            method,
-            tuple(accuracies),
-            statistics.fmean(accuracies) - statistics.fmean(base)
-            if base and accuracies and method != ALONE
-            else None,
-            tuple(failures),
-        )
-        for method, (accuracies, failures) in found.items()
-    ]
+    made = []
+    for method, (accuracies, failures) in found.items():
+        compared = base and accuracies and method != ALONE
+        gain = statistics.fmean(accuracies) - statistics.fmean(base) if compared else None
+        made.append(Row(method, tuple(accuracies), gain, tuple(failures)))
+    return made
 
 
 def markdown(methods: Sequence[Row], *, title: str, more: Sequence[tuple[str, float]] = ()) -> str:

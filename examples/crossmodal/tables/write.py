@@ -17,6 +17,7 @@ from crossmodal.runs.store import key, write_atomically
 from crossmodal.tables import figures, matches, published, report
 from crossmodal.training import evaluation
 
+_PARTS = re.MULTILINE | re.DOTALL
 _FIGURE_IMAGES = 1000  # t-SNE of more takes minutes and shows less
 FAMILIES: Mapping[str, str] = {
     "logits": "on logits",
@@ -73,14 +74,14 @@ def write(session: Session, runs: Sequence[Run], kind: str) -> None:
 def _put(path: Path, body: str, command: str) -> int:
     """Put a command's section into the file, in its old place or at the end; its place from 1."""
     mark = f"<!-- {key({'command': command})} -->"
-    old_text = path.read_text() if path.exists() else ""
-    sections = re.split(r"(?=^<!-- [0-9a-f]{8} -->$)", old_text, flags=re.M)
-    sections = [section for section in sections if section.startswith("<!-- ")]
-    text = f"{mark}\n{body}\nMade by `{command}`.\n\n"
-    place = next((n for n, old in enumerate(sections) if old.startswith(mark)), len(sections))
-    sections[place : place + 1] = [text]
-    write_atomically(path, lambda file: file.write_text("".join(sections)))
-    return place + 1
+    old = path.read_text() if path.exists() else ""
+    sections = re.findall(
+        r"^(<!-- [0-9a-f]{8} -->)\n(.*?)(?=^<!-- [0-9a-f]{8} -->|\Z)", old, _PARTS
+    )
+    texts = dict(sections) | {mark: f"{body}\nMade by `{command}`.\n\n"}
+    whole = "".join(f"{name}\n{text}" for name, text in texts.items())
+    write_atomically(path, lambda file: file.write_text(whole))
+    return list(texts).index(mark) + 1
 
 
 def _in_the_paper(name: str) -> str:

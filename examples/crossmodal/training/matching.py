@@ -67,6 +67,7 @@ class Galleries:
     logits: RetrievalGallery  # the rich images by the teacher's logits
     teacher_logits: Tensor  # the same logits, (M, K)
     labels: Tensor  # the student images' classes
+    teacher: nn.Module
 
     @classmethod
     def of(
@@ -84,7 +85,7 @@ class Galleries:
         semantic.add(embedded, views.rich.labels)
         by_logits = RetrievalGallery(logits.shape[1], metric="kl")
         by_logits.add(logits, views.rich.labels)
-        return cls(semantic, queries, by_logits, logits, views.poor.labels)
+        return cls(semantic, queries, by_logits, logits, views.poor.labels, teacher)
 
     def first(self, *, planned: bool) -> Tensor:
         """The matcher's choice: nearest in class, or by a plan."""
