@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -33,8 +33,14 @@ _OURS = ("crossmodal", "structkd")
 
 def main(arguments: Sequence[str] | None = None, *, kind: str = "train") -> int:
     """Run a script; 0, 1 where a method failed, 2 after one line on stderr, 130 for Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return reported(lambda: _run(parse(given, kind=kind), kind))
+
+
+def reported(action: Callable[[], int]) -> int:
+    """Run a command; an error raised on purpose becomes one line on stderr and the code 2."""
     try:
-        return _run(parse(sys.argv[1:] if arguments is None else arguments, kind=kind), kind)
+        return action()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last epoch", file=sys.stderr)
         return 130

@@ -17,14 +17,8 @@ from crossmodal.recipes import data_sets
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``check NAME --data DIR``; 0, 1 where an image cannot be used, 2 after one line on stderr."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    code = 0
-
-    def action() -> None:
-        nonlocal code
-        code = _checked(_parser().parse_args(given))
-
-    return reported(action) or code
+    given = sys.argv[1:] if arguments is None else arguments
+    return reported(lambda: _checked(_parser().parse_args(given)))
 
 
 def _checked(given: argparse.Namespace) -> int:
