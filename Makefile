@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One thread is faster than two on networks as small as the demo's.
 demo: export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
-	$(PYTHON) examples/train.py mnist --amount 0.7 --epochs 8 --precision fp32 --out runs/demo
+	$(PYTHON) examples/train.py mnist --amount 0.7 --epochs 8 --precision fp32 --clip agc:0.1 --out runs/demo
 
 test: lint
 	$(PYTHON) -m pytest
