@@ -77,7 +77,9 @@ class MapReader:
                     f"layer {self.name!r} gives {describe(value)}, but the model's feature_info "
                     f"says {width} channels: state layout="
                 )
-        fits_first, fits_last = value.shape[1] == width, value.shape[-1] == width
+        # Branches, not comparisons: where sizes are dynamic, a graph settles no other truth.
+        fits = [place for place in (1, -1) if value.shape[place] == width]
+        fits_first, fits_last = 1 in fits, -1 in fits
         if fits_first != fits_last:
             return first if fits_first else last
         if fits_first:  # as many channels as positions: only the layers themselves can tell

@@ -208,6 +208,17 @@ def test_it_compiles_whole(backend: str) -> None:
         torch.testing.assert_close(whole.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_it_compiles_for_images_of_any_size() -> None:
+    torch.compiler.reset()
+    student, teacher = (timm.create_model("resnet10t", num_classes=5).eval() for _ in range(2))
+    whole = Distiller(student, teacher, structkd.DSLoss, example=torch.randn(2, 3, 32, 32)).eval()
+    fast = torch.compile(whole, backend="eager", dynamic=True)
+    for size in (64, 96, 128):
+        images = torch.randn(2, 3, size, size)
+        for name, value in whole(images)[1].items():
+            torch.testing.assert_close(fast(images)[1][name], value)
+
+
 def test_autocast_ema_and_compile_at_once() -> None:
     torch.compiler.reset()
     whole = distiller([{"type": "DSLoss"}, {"type": "KDLoss", "weight": 0.5}])
