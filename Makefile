@@ -12,8 +12,10 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
 	$(PYTHON) examples/train.py mnist --amount 0.7 --epochs 8 --precision fp32 --clip agc:0.1 --out runs/demo
 
+# One thread a process, a process a core: a file's tests stay together, as they share fixtures.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -46,7 +46,8 @@ class Recipe:
     optimizer: str = "sgd"
     momentum: float = 0.9  # of SGD
     weight_decay: float = 5e-4  # on the network and the criterion's heads
-    clip: str = "none"  # of the gradients by timm: agc:F (F of a filter's norm), norm:N, value:V
+    clip: str = "agc:0.1"  # of the gradients by timm: agc:F (F of a filter's norm), norm:N, value:V
+    labelled: float = 1 / 3  # least share of a batch with labels, where few images have one
     falling: bool = False  # let the criterion's weight fall to 0 along a cosine
     ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0 for none
     crop: str = "pad"  # of the padded image; "resized" is 8 to 100 % brought to size
@@ -68,6 +69,8 @@ class Recipe:
         # At 0.95 what is left to fall is a twentieth; above that a short run has no step left.
         if not 0 <= self.warmup <= 0.95:
             raise ValueError(f"warmup must be a share in [0, 0.95], got {self.warmup}")
+        if not 0 <= self.labelled <= 1:
+            raise ValueError(f"labelled must be a share in [0, 1], got {self.labelled}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a decay in [0, 1), got {self.ema}")
         for name, known in _CHOICES.items():
@@ -161,7 +164,10 @@ class DataSet:
         values = {**common, **getattr(self, f"{role}_recipe")}
         if self.unpaired and role != "matcher":  # half the images: twice the passes
             values["epochs"] = 2 * values.get("epochs", Recipe.epochs)
-        own_only = {"teacher": ["fresh_noise", "falling"], "matcher": _MATCHER.keys() - {"epochs"}}
+        own_only = {
+            "teacher": ["fresh_noise", "falling", "labelled"],
+            "matcher": _MATCHER.keys() - {"epochs"},
+        }
         given = {k: v for k, v in given.items() if k not in own_only.get(role, ())}
         return checked(Recipe, {**values, **given, **own}, f"recipe of {self.name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,14 +37,19 @@ def run(step: Step, batches: Batches, recipe: Recipe, quiet: Quiet | None = None
 
 
 def distil(
-    method: str, teacher: nn.Module, views: Views, recipe: Recipe, plan: Plan | None = None
+    method: str,
+    teacher: nn.Module,
+    views: Views,
+    recipe: Recipe,
+    plan: Plan | None = None,
+    quiet: Quiet | None = None,
 ) -> tuple[Outcome, Distilled]:
     batches = Batches(recipe, poor=views.poor, rich=views.rich)
     setup = Setup(len(views.poor), recipe.batch_size)
     student = fresh("resnet8x0_5", views.poor, recipe.seed)
     example = batches.take(torch.arange(2))
     step = Distilled(student, teacher, plan or resolve(method), example, setup, recipe.seed)
-    outcome = run(step, batches, recipe)
+    outcome = run(step, batches, recipe, quiet)
     step.distiller.detach()
     return outcome, step
 
@@ -189,6 +195,19 @@ def test_one_class_for_everything_is_told(views: Views) -> None:
     assert silent.warned == []
 
 
+def test_filters_that_collapse_are_named_and_clipping_saves_them(
+    views: Views, teacher: nn.Module
+) -> None:
+    told = {}
+    for clip in ("none", "agc:0.1"):
+        quiet = Quiet()
+        made = recipe(clip=clip, lr=0.1, epochs=3)
+        distil("fitnets:weight=1e3", teacher, views, made, quiet=quiet)
+        told[clip] = [text for text in quiet.warned if "collapsed" in text]
+    assert re.search(r"the filters of layer2.* \(norm .* rank .*\) collapsed", told["none"][0])
+    assert told["agc:0.1"] == []
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
 def test_the_learning_rate_rises_then_falls_along_a_cosine(warmup: float) -> None:
     made = recipe(lr=0.4, final_lr=0.0, warmup=warmup)
@@ -248,6 +267,42 @@ def test_rows_without_a_label_are_distilled_and_not_supervised(teacher: nn.Modul
     expected = nn.functional.cross_entropy(logits[::2], target[::2])
     torch.testing.assert_close(cross_entropy(logits, target), expected)
     assert cross_entropy(logits, torch.full((4,), NO_LABEL)) == 0
+
+
+def test_few_labels_come_in_every_batch_and_alone_for_the_lone_student() -> None:
+    views = opened(labels=8)
+    known = views.poor.known()
+    made = recipe(batch_size=12)
+    for share, wanted in ((0.0, None), (1 / 3, 4), (1.0, 12)):
+        batches = Batches(made, poor=views.poor, rich=views.rich, labelled=share)
+        seen = []
+        for batch in batches.epoch(0):
+            assert len(batch.index) == 12
+            rows = batch.index - views.poor.index[0]
+            assert torch.equal(batch.target, known[rows])
+            seen.append(int((batch.target != NO_LABEL).sum()))
+        assert len(seen) == len(batches) == 6  # as many as with all labels
+        assert wanted is None or seen == [wanted] * 6
+    many = opened(labels=40)  # chance gives half a batch: nothing to mend
+    plain, mixed = (
+        [batch.index for batch in Batches(made, poor=many.poor, labelled=share).epoch(1)]
+        for share in (0.0, 1 / 3)
+    )
+    assert all(torch.equal(*both) for both in zip(plain, mixed, strict=True))
+
+
+def test_labels_come_in_whole_passes_and_to_every_process() -> None:
+    views, made = opened(labels=8), recipe(batch_size=12)
+    batches = Batches(made, poor=views.poor, labelled=1 / 3)
+    rows = torch.cat([batch.index[batch.target != NO_LABEL] for batch in batches.epoch(0)])
+    assert rows.bincount().unique().tolist() == [0, 3]  # 24 places for 8 images
+    parts = [
+        list(Batches(made, poor=views.poor, labelled=1 / 3, share=(rank, 2)).epoch(0))
+        for rank in range(2)
+    ]
+    for whole, *halves in zip(batches.epoch(0), *parts, strict=True):
+        assert torch.equal(whole.index, torch.cat([half.index for half in halves]))
+    assert not torch.equal(next(batches.epoch(0)).index, next(batches.epoch(1)).index)
 
 
 def test_pooled_features_come_in_the_order_of_the_images(views: Views, teacher: nn.Module) -> None:

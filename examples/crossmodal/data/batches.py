@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
 
 from crossmodal.data.draws import permutation, uniform
-from crossmodal.data.images import Images
+from crossmodal.data.images import NO_LABEL, Images
 from crossmodal.data.poverty import Noise
 from crossmodal.recipes import Recipe
 
-_ORDER, _CROPS, _OTHER_CROPS = 21, 22, 23
+_ORDER, _CROPS, _OTHER_CROPS, _LABELLED, _UNLABELLED, _MIXED = 21, 22, 23, 24, 25, 26
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop, as torchvision's
 
 
@@ -56,6 +56,7 @@ class Batches:
     device: str | torch.device = "cpu"  # where the batches go
     share: tuple[int, int] = (0, 1)  # this process and their number, which part every batch
     workers: int = 0  # processes that read what is not in memory
+    labelled: float = 0.0  # the least share of rows with a label in every batch; they come again
 
     def __post_init__(self) -> None:
         recipe, poor, share, led = self.recipe, self.poor, self.share, self.poor or self.rich
@@ -83,11 +84,35 @@ class Batches:
 
     def epoch(self, number: int, ids: Tensor | None = None) -> Iterator[Batch]:
         """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
-        order = permutation((self.recipe.seed, _ORDER, number), len(self._led))
         rank, count = self.share
-        size = self.recipe.batch_size
-        steps = [part.tensor_split(count)[rank] for part in order.split(size)[: len(self)]]
+        steps = [part.tensor_split(count)[rank] for part in self._order(number)]
         yield from self._made(_Epoch(self, number, ids), steps)
+
+    def _order(self, number: int) -> list[Tensor]:
+        """The rows of every batch of an epoch.
+
+        Where chance would give a batch fewer labels than ``labelled``, rows with a label and rows
+        without one are drawn apart. Each kind comes in passes of its own, and an epoch has as many
+        batches as without, so that a training has the same steps however few the labels.
+        """
+        key, size = (self.recipe.seed, _ORDER, number), self.recipe.batch_size
+        known = self._led.known() != NO_LABEL
+        if not known.any() or float(known.float().mean()) >= self.labelled:
+            return list(permutation(key, len(known)).split(size)[: len(self)])
+        size = min(size, len(known))
+        many = max(round(self.labelled * size), 1)
+        drawn = (
+            _passes(some.nonzero()[:, 0], (*key, kind), len(self) * count).split(count)
+            if count
+            else (some.nonzero()[:0, 0],) * len(self)
+            for some, kind, count in (
+                (known, _LABELLED, many),
+                (~known, _UNLABELLED, size - many),
+            )
+        )
+        both = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        # Every process gets rows of both kinds, not the one all labels.
+        return [rows[permutation((*key, _MIXED, step), size)] for step, rows in enumerate(both)]
 
     def still(self, size: int = 256) -> Iterator[Batch]:
         """This process's share of all images in their order, neither cropped nor flipped."""
@@ -163,6 +188,12 @@ class _Epoch(Dataset[Batch]):
         if draws is None or recipe.crop == "resized":
             return normal
         return padded_crops(normal, draws, pad=recipe.pad, flip=recipe.flip)
+
+
+def _passes(rows: Tensor, key: tuple[int, ...], count: int) -> Tensor:
+    """``count`` of the rows: all of them in a drawn order, then all in another, and so on."""
+    passes = range(-(-count // len(rows)))
+    return torch.cat([rows[permutation((*key, p), len(rows))] for p in passes])[:count]
 
 
 def padded_crops(images: Tensor, draws: Tensor, *, pad: int, flip: bool) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from crossmodal.data import NO_LABEL, Batches, Images, Views
+from crossmodal.data import Batches, Images, Views
 from crossmodal.methods import Setup
 from crossmodal.recipes import Recipe
 from crossmodal.runs.job import Asked, Job
@@ -38,11 +38,8 @@ class Trainings:
             # Poor versions of the same images, each cropped apart.
             batches = self._batches(recipe, poor=views.pseudo, rich=views.rich, together=False)
             return Training(role, step, batches, recipe)
-        rich, known = views.rich, (views.rich.known() != NO_LABEL).nonzero()[:, 0]
-        if len(known) < len(rich):
-            rich = replace(rich.chosen(known), like=rich)
         step = Supervised(self.network(role, recipe.seed), "rich")
-        batches = self._batches(recipe, rich=rich)
+        batches = self._batches(recipe, rich=views.rich, labelled=1.0)
         return Training(f"{role} {self.job.models[role]}", step, batches, recipe)
 
     def student(self, asked: Asked, seed: int, teacher: nn.Module) -> Training:
@@ -50,10 +47,11 @@ class Trainings:
         recipe, poor = replace(self.recipes["student"], seed=seed), self.views.poor
         network, label = self.network("student", seed), f"{asked.label} seed {seed}"
         if asked.variant.first == "none":
-            batches = self._batches(recipe, poor=poor)
+            batches = self._batches(recipe, poor=poor, labelled=1.0)
             return Training(label, Supervised(network, "poor"), batches, recipe)
         rich = self.taught_from(asked)
-        batches = self._batches(recipe, poor=poor, rich=rich, together=self.views.paired)
+        both = {"poor": poor, "rich": rich, "together": self.views.paired}
+        batches = self._batches(recipe, **both, labelled=recipe.labelled)
         example = batches.first(2).to(torch.device("cpu"), False)
         setup = Setup(len(poor), recipe.batch_size)
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)

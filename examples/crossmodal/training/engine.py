@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,11 @@ from crossmodal.runs.epochs import Epochs
 from crossmodal.runs.progress import Show, shown
 from crossmodal.training.matching import Chooser
 from crossmodal.training.steps import Step, wide
+from structkd.diagnostics import FilterDirections, filter_collapse
 
 _SHOW_EVERY = 20  # steps between two looks at the running means: each look waits for the device
 _ONE_CLASS = 0.95  # of an epoch's predictions, where the class itself is far from that
+_FAR, _ALIKE = 4.0, 0.8  # times the first filters' norm and effective rank: a layer is lost
 _FACTS = ("epoch", "lr", "loss", "accuracy", "seconds", "images_per_second")
 
 
@@ -96,6 +99,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
     updates = len(batches) // recipe.accumulate or 1
     schedule = recipe.scheduled(optimizer, recipe.epochs * updates)
     clip = recipe.clipping()
+    began = filter_collapse(step.network)  # before an epoch that was kept takes its place
     more = [part for part in (ema, training.choose) if part is not None]
     accelerator.register_for_checkpointing(*more)
     history = [] if training.keeper is None else training.keeper.resume(accelerator)
@@ -135,6 +139,8 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
             )
         if (told := running.one_class()) is not None:
             reporter.warn(f"{training.label}, epoch {epoch + 1}: {told}")
+        if (told := _collapsed(began, filter_collapse(step.network))) is not None:
+            reporter.warn(f"{training.label}, epoch {epoch + 1}: {told}")
         if step.criterion is not None:
             step.criterion.step_epoch()
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means}
@@ -147,6 +153,21 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
     if device.type != "cpu":  # where no memory is held, collecting what is left takes long
         accelerator.free_memory()
     return Outcome(step.network if ema is None else ema.module, history)
+
+
+def _collapsed(
+    began: Mapping[str, FilterDirections], now: Mapping[str, FilterDirections]
+) -> str | None:
+    """What to say where a layer's filters were thrown far, in nearly one direction."""
+    lost = [
+        f"{name} (norm {before.norm:.2g} to {now[name].norm:.2g}, rank {before.rank:.1f} to "
+        f"{now[name].rank:.1f})"
+        for name, before in began.items()
+        if now[name].norm > _FAR * before.norm and now[name].rank < _ALIKE * before.rank
+    ]
+    if not lost:
+        return None
+    return f"the filters of {', '.join(lost)} collapsed, the run may be lost; fix: --clip agc:0.1"
 
 
 class _Running:
