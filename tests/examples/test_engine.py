@@ -201,8 +201,8 @@ def test_filters_that_collapse_are_named_and_clipping_saves_them(
     told = {}
     for clip in ("none", "agc:0.1"):
         quiet = Quiet()
-        made = recipe(clip=clip, lr=0.1, epochs=3)
-        distil("fitnets:weight=1e3", teacher, views, made, quiet=quiet)
+        made = recipe(clip=clip, lr=0.1)
+        distil("fitnets:weight=3e3", teacher, views, made, quiet=quiet)
         told[clip] = [text for text in quiet.warned if "collapsed" in text]
     assert re.search(r"the filters of layer2.* \(norm .* rank .*\) collapsed", told["none"][0])
     assert told["agc:0.1"] == []
