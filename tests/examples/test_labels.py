@@ -1,0 +1,47 @@
+"""Accuracy over the number of labels: one job a number, one table and one figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crossmodal.tables import labels
+from crossmodal.tables.report import Row
+
+
+def test_a_table_and_a_figure_over_the_numbers_and_a_second_call_trains_nothing(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    command = ["tiny", "--labels", "all", "8", "--method", "alone", "kd", "--seeds", "1"]
+    command += ["--out", str(tmp_path), "--device", "cpu", "--epochs", "1"]
+    assert labels.main(command) == 0
+    told = (tmp_path / "labels.md").read_text()
+    assert "| labels | 8 | all |" in told
+    assert f"python examples/labels.py {command[0]}" in told
+    assert (tmp_path / "labels.png").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"8", "all"}
+    first = len(trained)
+    assert first == 6  # a teacher and two students for each number
+    assert labels.main(command) == 0
+    assert len(trained) == first
+
+
+def test_the_table_has_a_column_a_number() -> None:
+    found = {
+        "100": [Row("alone", (10.0, 12.0), None), Row("kd", (60.0,), 49.0)],
+        "all": [Row("alone", (80.0,), None)],
+    }
+    lines = labels.markdown(found, "digits").splitlines()
+    assert lines[2:] == [
+        "| labels | 100 | all |",
+        "| --- | ---: | ---: |",
+        "| alone | 11.00 ± 1.41 | 80.00 |",
+        "| kd | 60.00 | |",
+    ]
+
+
+@pytest.mark.parametrize("text", ["some", "0", "-3"])
+def test_numbers_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert labels.main(["tiny", f"--labels={text}"]) == 2
+    assert "--labels must be numbers such as 100, or all" in capsys.readouterr().err
