@@ -48,7 +48,7 @@ def test_a_job_end_to_end(tmp_path: Path, train: Train, capsys: Shown) -> None:
         assert run["config"]["samples"] == 64
     mean = sum(found["ds", seed]["accuracy"] for seed in (0, 1)) / 2
     assert f"| ds | {mean:.2f} ±" in (tmp_path / "results.md").read_text()
-    for name in ("accuracy", "self_similarity", "tsne", "curves"):
+    for name in ("accuracy", "self_similarity", "tsne", "curves", "samples"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     left = sorted(path.name.split("-resnet")[0] for path in tmp_path.glob("*.pt"))
     assert left == ["student-alone-seed0", "student-ds-seed0", "student-kd-seed0", "teacher"]

@@ -15,6 +15,7 @@ from crossmodal.methods.variants import VARIANTS
 from crossmodal.runs.session import Run, Session
 from crossmodal.runs.store import key, write_atomically
 from crossmodal.tables import figures, matches, published, report
+from crossmodal.tables.samples import draw_samples
 from crossmodal.training import evaluation
 
 _PARTS = re.MULTILINE | re.DOTALL
@@ -161,13 +162,20 @@ def _draw_features(
     distilled = [row.method for row in rows if row.accuracies and row.method != ALONE]
     # The lone student and DS where they were run; else the last method stands for DS.
     chosen = {ALONE, "ds" if "ds" in distilled else (distilled or [ALONE])[-1]}
-    for asked in (asked for asked in job.asked if asked.label in chosen):
+    students = {}
+    for asked in job.asked:
         method, student = asked.label, session.new_student()
         if not session.settings.checkpoint(asked, job.seeds[0]).load_into(student):
             session.say(f"{method}: its weights were not kept, it is left out of the figures")
             continue
+        students[method] = student
+        if method not in chosen:
+            continue
         name = "student alone (poor)" if method == ALONE else f"student, {method} (poor)"
         networks[name] = (student, views.held_out_poor, views.poor)
+    rgb = job.entry.rgb
+    held_out = views.held_out_rich, views.held_out_poor
+    draw_samples(*held_out, views.poor, students, rgb, figure("samples"))
     labels = views.held_out_rich.labels
     shown = torch.from_numpy(stratified(labels.numpy(), _FIGURE_IMAGES, draw=0))
     embeddings, pooled = {}, {}
