@@ -7,6 +7,7 @@ import lightning
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils.agc import adaptive_clip_grad
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -29,6 +30,10 @@ class Distilled(lightning.LightningModule):
         images, target = batch
         output = self.distiller.student(images)
         self.log("accuracy", (output.argmax(1) == target).float().mean())
+
+    def configure_gradient_clipping(self, optimizer, **_):
+        # A strong criterion must not throw the filters of early layers: see the guide.
+        adaptive_clip_grad(self.distiller.student.parameters(), clip_factor=0.1)
 
     def on_train_epoch_end(self):
         self.distiller.step_epoch()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 from integrations import accelerate_loop, lightning_module, timm_task
 from tests.integrations import folders
@@ -74,6 +74,31 @@ def test_lightning(data: Path, teacher: Path, precision: str) -> None:
     names = set(torch.load("last.ckpt", weights_only=True)["state_dict"])
     assert names == {f"distiller.{name}" for name in distiller.state_dict()}
     assert not any("teacher" in name for name in names)
+
+
+def test_lightning_clips_by_the_filter(data: Path, teacher: Path) -> None:
+    shares = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, module) -> None:
+            parameters = module.distiller.student.parameters()
+            stem = next(parameter for parameter in parameters if parameter.dim() == 4)
+
+            def seen(*_: object) -> None:
+                norms = (part.detach().flatten(1).norm(dim=1) for part in (stem.grad, stem))
+                shares.append(float(torch.div(*norms).max()))
+
+            trainer.optimizers[0].register_step_post_hook(seen)
+
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+            for parameter in module.distiller.parameters():
+                parameter.grad.mul_(1e3)
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    options |= {"max_steps": 1, "enable_model_summary": False, "enable_checkpointing": False}
+    lightning_module.main(str(data), str(teacher), batch_size=16, callbacks=[Watch()], **options)
+    assert len(shares) == 1
+    assert shares[0] < 0.11  # a tenth, of the filter before the step
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
