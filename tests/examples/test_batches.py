@@ -12,6 +12,7 @@ from PIL import Image
 from crossmodal.data import Batches, Wanted, open_views
 from crossmodal.data.batches import padded_crops, resized_crops
 from crossmodal.data.draws import permutation, uniform
+from crossmodal.data.images import NO_LABEL
 from crossmodal.data.poverty import Noise
 from crossmodal.recipes import data_sets
 from tests.examples.tiny import opened, pixels, recipe
@@ -120,6 +121,22 @@ def test_fresh_noise_changes_every_epoch_and_fixed_noise_does_not() -> None:
     assert torch.equal(*(by_row(next(still.epoch(n))) for n in (0, 1)))
     with pytest.raises(ValueError, match="fresh_noise needs noise to draw"):
         Batches(recipe(fresh_noise=True), poor=rich)
+
+
+@pytest.mark.parametrize("drawn", [{"pad": 4}, {"fresh_noise": True, "pad": 0}])
+def test_an_image_that_comes_again_in_an_epoch_is_drawn_anew(drawn: dict[str, object]) -> None:
+    rich = pixels(torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8))
+    known = torch.full((32,), NO_LABEL)
+    known[:4] = rich.labels[:4]
+    rich = replace(rich, targets=known)
+    poor = replace(rich.made(Noise(0.5)), like=rich)
+    batches = Batches(recipe(batch_size=4, flip=False, **drawn), poor=poor, rich=rich, labelled=1)
+    seen = list(batches.epoch(0))
+    assert [sorted(batch.index.tolist()) for batch in seen] == [[0, 1, 2, 3]] * 8
+    first = [batch.poor[batch.index.argmin()] for batch in seen]
+    assert len({image.numpy().tobytes() for image in first}) > 6
+    again = list(batches.epoch(0))
+    assert all(torch.equal(one.poor, other.poor) for one, other in zip(seen, again, strict=True))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Batches of one modality or of both, from memory or streamed: the same bits either way.
 
-Whatever is drawn for a sample (its crop, its flip, its noise) depends on the seed, the epoch and
-the sample alone, and the order of an epoch on seed and epoch: neither the number of workers nor
-that of processes changes a batch, and an epoch can be made again without those before it.
+Whatever is drawn for a sample (its crop, its flip, its noise) depends on the seed, the epoch, the
+sample and how often the epoch had it before; the order of an epoch on seed and epoch: neither the
+number of workers nor that of processes changes a batch, and an epoch can be made again without
+those before it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from crossmodal.data.poverty import Noise
 from crossmodal.recipes import Recipe
 
 _ORDER, _CROPS, _OTHER_CROPS, _LABELLED, _UNLABELLED, _MIXED = 21, 22, 23, 24, 25, 26
+_PASS = 1 << 40  # more than any set has samples: parts the draws of an epoch's passes
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop, as torchvision's
 
 
@@ -89,7 +91,7 @@ class Batches:
         yield from self._made(_Epoch(self, number, ids), steps)
 
     def _order(self, number: int) -> list[Tensor]:
-        """The rows of every batch of an epoch.
+        """The rows of every batch of an epoch, further by a length of the set with every pass.
 
         Where chance would give a batch fewer labels than ``labelled``, rows with a label and rows
         without one are drawn apart. Each kind comes in passes of its own, and an epoch has as many
@@ -102,7 +104,7 @@ class Batches:
         size = min(size, len(known))
         many = max(round(self.labelled * size), 1)
         drawn = (
-            _passes(some.nonzero()[:, 0], (*key, kind), len(self) * count).split(count)
+            _passes(some.nonzero()[:, 0], (*key, kind), len(self) * count, len(known)).split(count)
             if count
             else (some.nonzero()[:0, 0],) * len(self)
             for some, kind, count in (
@@ -155,6 +157,8 @@ class _Epoch(Dataset[Batch]):
 
     def __getitem__(self, rows: list[int]) -> Batch:
         of, index = self.of, torch.tensor(rows)
+        # An image that comes again in an epoch is drawn anew, or it is learned by heart.
+        passes, index = index // len(of._led) * _PASS, index % len(of._led)
         recipe, poor, rich = of.recipe, of.poor, of.rich
         images_p = images_t = raw = None
         if poor is not None:
@@ -162,7 +166,7 @@ class _Epoch(Dataset[Batch]):
                 fresh = replace(poor.poverty, seed=recipe.seed, epoch=self.number)
                 poor = replace(poor, poverty=fresh)
             raw = poor.raw(index)
-            images_p = self._image(raw, poor, index, _CROPS)
+            images_p = self._image(raw, poor, index, _CROPS, by=index, passes=passes)
         if rich is not None:
             rows_t = index if self.ids is None else self.ids[index]
             # Poor images are often made from these very ones: read once.
@@ -170,17 +174,19 @@ class _Epoch(Dataset[Batch]):
             raw_t = raw if shared and self.ids is None else rich.raw(rows_t)
             key = _CROPS if of.together else _OTHER_CROPS
             # Drawn by the student's row: a teacher image that serves many is not one crop.
-            images_t = self._image(raw_t, rich, rows_t, key, drawn_by=index)
+            images_t = self._image(raw_t, rich, rows_t, key, by=index, passes=passes)
         return Batch(images_t, images_p, of._led.known()[index], index)
 
     def _image(
-        self, raw: Tensor, images: Images, rows: Tensor, key: int, drawn_by: Tensor | None = None
+        self, raw: Tensor, images: Images, rows: Tensor, key: int, *, by: Tensor, passes: Tensor
     ) -> Tensor:
         recipe, places = self.of.recipe, images.index[rows]
+        if isinstance(images.poverty, Noise) and images.poverty.epoch is not None:
+            places = places + passes
         draws = None
         if self.number is not None:
-            by = self.of._led.index[rows if drawn_by is None else drawn_by]
-            draws = uniform((recipe.seed, key, self.number), by, 5)
+            keys = self.of._led.index[by] + passes
+            draws = uniform((recipe.seed, key, self.number), keys, 5)
             if recipe.crop == "resized":
                 raw = resized_crops(raw, draws, flip=recipe.flip)
         made = raw if images.poverty is None else images.poverty(raw, places)
@@ -190,10 +196,14 @@ class _Epoch(Dataset[Batch]):
         return padded_crops(normal, draws, pad=recipe.pad, flip=recipe.flip)
 
 
-def _passes(rows: Tensor, key: tuple[int, ...], count: int) -> Tensor:
-    """``count`` of the rows: all of them in a drawn order, then all in another, and so on."""
+def _passes(rows: Tensor, key: tuple[int, ...], count: int, length: int) -> Tensor:
+    """``count`` of the rows: all of them in a drawn order, then all in another, and so on.
+
+    Every pass adds ``length``.
+    """
     passes = range(-(-count // len(rows)))
-    return torch.cat([rows[permutation((*key, p), len(rows))] for p in passes])[:count]
+    drawn = [rows[permutation((*key, p), len(rows))] + p * length for p in passes]
+    return torch.cat(drawn)[:count]
 
 
 def padded_crops(images: Tensor, draws: Tensor, *, pad: int, flip: bool) -> Tensor:
