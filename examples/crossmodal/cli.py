@@ -47,7 +47,7 @@ def reported(action: Callable[[], int]) -> int:
     except OSError as error:
         told = f"{error}; what is finished is kept, the same command goes on"
     except (ValueError, TypeError, FloatingPointError) as error:
-        if not _on_purpose(error):
+        if not on_purpose(error):
             raise
         told = str(error)
     print(f"error: {told}", file=sys.stderr)
@@ -112,7 +112,7 @@ def _asked(given: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked,
         found = {label: resolve(text) for group in groups for label, text in group.items()}
     else:
         texts = given.method or (COMPARED if kind == "compare" else TRAINED)
-        plans = [resolve(name) for name in _names("--method", texts, METHODS)]
+        plans = [resolve(name) for name in names("--method", texts, METHODS)]
         found = {made.name: made for made in plans}
     return tuple(
         Asked(k, made, PAIRS if made.parts else VARIANTS[ALONE]) for k, made in found.items()
@@ -125,7 +125,7 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     # Only images that were made poor have rich originals to pair them with.
     known = [name for name in VARIANTS if entry.unpaired or name != "paired"]
     rows = []
-    for name in _names("--variant", given.variant or known, known):
+    for name in names("--variant", given.variant or known, known):
         variant = looked_up("variant", name, VARIANTS)
         made = plan(variant, given.criterion, Weights(*given.weights))
         rows.append(Asked(made.name, made, variant))
@@ -138,7 +138,7 @@ def _given(given: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
     return {name: vars(given)[option] for option, name in options.items() if option in given}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, with the near name of an option that is not known."""
         words = message.rpartition("unrecognized arguments: ")[2].split()
@@ -150,7 +150,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"{kind}.py",
         allow_abbrev=False,
         description=_TEXTS[kind],
@@ -211,7 +211,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _names(option: str, texts: Iterable[str], known: Iterable[str]) -> list[str]:
+def names(option: str, texts: Iterable[str], known: Iterable[str]) -> list[str]:
     """A list of names, by spaces or commas, each once; a name with options keeps its commas."""
     parts = [part for text in texts for part in ([text] if ":" in text else text.split(","))]
     found = dict.fromkeys(part.strip() for part in parts if part.strip())
@@ -232,7 +232,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return found
 
 
-def _on_purpose(error: BaseException) -> bool:
+def on_purpose(error: BaseException) -> bool:
     *_, last = traceback.walk_tb(error.__traceback__)
     return str(last[0].f_globals.get("__name__", "")).split(".")[0] in _OURS
 

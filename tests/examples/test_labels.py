@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from crossmodal.runs.processes import HELPER
 from crossmodal.tables import labels
 from crossmodal.tables.report import Row
 
@@ -25,6 +27,17 @@ def test_a_table_and_a_figure_over_the_numbers_and_a_second_call_trains_nothing(
     assert first == 6  # a teacher and two students for each number
     assert labels.main(command) == 0
     assert len(trained) == first
+
+
+def test_a_helper_works_on_its_own_number_alone(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["tiny", "--method", "alone", "--seeds", "1", "--device", "cpu", "--epochs", "1"]
+    own = shlex.join([*command, "--labels", "8", "--out", str(tmp_path / "8")])
+    monkeypatch.setenv(HELPER, f"python examples/train.py {own}")
+    assert labels.main([*command, "--labels", "8", "12", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"8"}
+    assert "alone seed 0" in trained
 
 
 def test_the_table_has_a_column_a_number() -> None:

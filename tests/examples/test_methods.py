@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from crossmodal.methods import METHODS, Setup, described, resolve, value
+from crossmodal.methods.variants import VARIANTS, Weights
+from crossmodal.methods.variants import plan as plan_of
 from structkd import DSLoss, Features, KDLoss
 
 SETUP = Setup(samples=80, batch_size=6)
@@ -66,6 +68,25 @@ def test_options_override_the_criterion_and_its_weight() -> None:
     torch.testing.assert_close(criterion(student, teacher), expected)
     ds = resolve("ds", {"ds": {"terms": ["SEM-1", "SEM-2"]}}).build(student, teacher, SETUP)
     assert set(ds.terms(student, teacher)) == {"SEM-1", "SEM-2"}
+
+
+def test_the_labels_weight_of_a_method_that_stands_alone() -> None:
+    plan = resolve("ds:supervision=0")
+    assert (plan.name, plan.supervision) == ("ds:supervision=0", 0.0)
+    student, teacher = features((16,)), features((32,))
+    assert described(plan.build(student, teacher, SETUP)) == described(
+        resolve("ds").build(student, teacher, SETUP)
+    )
+    assert resolve("kd", {"kd": {"supervision": 0.5}}).supervision == 0.5
+    with pytest.raises(ValueError, match="stands alone, got kd\\+ds; leave it out"):
+        resolve("kd:supervision=0.5+ds")
+    for wrong in ("-1", "true", "some"):
+        with pytest.raises(ValueError, match="supervision must be a number of at least 0, got"):
+            resolve(f"ds:supervision={wrong}")
+    with pytest.raises(ValueError, match="method 'alone' has no option 'supervision=0'"):
+        resolve("alone:supervision=0")
+    with pytest.raises(ValueError, match="supervision is the first of --weights here"):
+        plan_of(VARIANTS["full"], "kd:supervision=0.5", Weights())
 
 
 def test_a_sum_captures_all_stages_and_one_stage_methods_read_the_last_but_one() -> None:

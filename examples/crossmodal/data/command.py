@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmodal.cli import _Parser, reported
+from crossmodal.cli import Parser, reported
 from crossmodal.data import Wanted
 from crossmodal.data.check import check
 from crossmodal.data.options import add_options, options
@@ -37,7 +37,7 @@ def _checked(given: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="data.py",
         allow_abbrev=False,
         description="Looks at images before anything is trained on them.",

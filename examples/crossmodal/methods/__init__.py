@@ -21,6 +21,8 @@ from structkd import ConvAdapter, Criterion, Features
 
 Options = Mapping[str, Mapping[str, Any]]
 ALONE = "alone"
+# Options of a method rather than of its criterion.
+_WEIGHTS = ("weight", "supervision")
 _HERE = Path(__file__).parent
 
 
@@ -119,7 +121,7 @@ class Plan:
         """The weighted sum of the parts' criteria, from two example passes over the stages."""
         criteria = []
         for name, method in self.parts:
-            options = {k: v for k, v in self.options.get(name, {}).items() if k != "weight"}
+            options = {k: v for k, v in self.options.get(name, {}).items() if k not in _WEIGHTS}
             criterion = method.build(feats_s, feats_t, setup, options)
             criteria.append(self.weight(name, method) * criterion)
         return reduce(add, criteria)
@@ -133,8 +135,9 @@ def resolve(name: str, options: Options | None = None) -> Plan:
     """Look up a method or a sum: ``kd``, ``kd+ds``, ``ds:terms=[SEM-1,SEM-2],gamma=2+kd``.
 
     A sum takes every criterion at its own weight and the cross-entropy at weight 1. Options follow
-    a part's name and are keywords of its criterion, or ``weight``; they are part of the name, as
-    are further ``options`` by part.
+    a part's name and are keywords of its criterion, ``weight``, or ``supervision``, the weight of
+    the cross-entropy, where a method stands alone; they are part of the name, as are further
+    ``options`` by part.
     """
     written: dict[str, dict[str, Any]] = {}
     for part in name.split("+"):
@@ -151,7 +154,7 @@ def resolve(name: str, options: Options | None = None) -> Plan:
         if part not in written:
             raise ValueError(f"options for {part}, but method {name!r} has {', '.join(written)}")
         written[part] |= more
-    supervision = parts[0][1].supervision if len(parts) == 1 else 1.0
+    supervision = _supervision(parts, written)
     title = "+".join(
         part + (":" + ",".join(f"{k}={as_text(v)}" for k, v in own.items()) if own else "")
         for part, own in written.items()
@@ -159,12 +162,27 @@ def resolve(name: str, options: Options | None = None) -> Plan:
     return Plan(title, tuple(p for p in parts if p[1].criterion), supervision, written)
 
 
+def _supervision(parts: tuple[tuple[str, Method], ...], written: Options) -> float:
+    """The weight of the cross-entropy: 1 in a sum, else the method's own or what is written."""
+    given = [own["supervision"] for own in written.values() if "supervision" in own]
+    if not given:
+        return parts[0][1].supervision if len(parts) == 1 else 1.0
+    if len(parts) > 1:
+        raise ValueError(
+            f"supervision is for a method that stands alone, got {'+'.join(written)}; leave it "
+            "out: a sum has the cross-entropy at weight 1"
+        )
+    if isinstance(given[0], bool) or not isinstance(given[0], int | float) or given[0] < 0:
+        raise ValueError(f"supervision must be a number of at least 0, got {given[0]!r}")
+    return float(given[0])
+
+
 def _options(method: str, listed: str) -> dict[str, Any]:
     """``temperature=2,terms=[SEM-1,SEM-2]`` as keywords."""
     found: dict[str, Any] = {}
     known = ["weight"]
     if METHODS[method].criterion:
-        known += getattr(structkd, METHODS[method].criterion).options()
+        known = [*_WEIGHTS, *getattr(structkd, METHODS[method].criterion).options()]
     for item in _split(listed):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:

@@ -67,6 +67,8 @@ def plan(
     chosen = resolve(criterion, options)
     if not chosen.parts:
         raise ValueError(f"--criterion must name a criterion, got {criterion!r}")
+    if any("supervision" in own for own in chosen.options.values()):
+        raise ValueError(f"--criterion {criterion}: supervision is the first of --weights here")
     found = {}
     for name, method in chosen.parts:
         is_share = method.supervision < 1 and abs(method.weight + method.supervision - 1) < 1e-9

@@ -17,7 +17,7 @@ from filelock import Timeout
 
 from crossmodal.runs.store import lock
 
-HELPER = "CROSSMODAL_HELPER"  # set for the processes that --jobs starts
+HELPER = "CROSSMODAL_HELPER"  # set for the processes that --jobs starts, to the job's command
 
 
 def agreed(value: Any) -> Any:
@@ -47,8 +47,13 @@ def held(folder: Path, name: str, *, waiting: Callable[[], object] | None = None
         ours.release()
 
 
-def helpers(count: int) -> list[subprocess.Popen[bytes]]:
-    """So many more processes of this very command; each takes the next free student."""
+def concerns(command: str) -> bool:
+    """Whether this process works on a job: a helper only on the one that it was started for."""
+    return os.environ.get(HELPER, command) == command
+
+
+def helpers(count: int, command: str) -> list[subprocess.Popen[bytes]]:
+    """So many more processes of this very script; each takes the job's next free student."""
     if count < 1:
         return []
     devices = torch.cuda.device_count() if PartialState().device.type == "cuda" else 0
@@ -56,7 +61,7 @@ def helpers(count: int) -> list[subprocess.Popen[bytes]]:
     torch.set_num_threads(threads)
     found = []
     for number in range(1, count + 1):
-        environment = {**os.environ, HELPER: "1", "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, HELPER: command, "OMP_NUM_THREADS": str(threads)}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % devices)
         found.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))

@@ -89,7 +89,8 @@ class Session:
         if missing and not self.helper:
             self._preflight(missing)
         self._train_shared()
-        others = [] if self.helper else helpers(min(self.job.jobs, len(missing)) - 1)
+        count = 0 if self.helper else min(self.job.jobs, len(missing)) - 1
+        others = helpers(count, self.job.command)
         self.show.runs = len(items)
         self._work(items)
         for other in others:

@@ -40,10 +40,11 @@ class Settings:
         common = {"model": self.job.models[role], "dataset": self.job.entry.name}
         return {**common, **images, "training": self.recipes[role].settings}
 
-    def student(self, asked: Asked, seed: int) -> dict[str, Any]:
-        job, views, variant, recipe = self.job, self.views, asked.variant, self.recipes["student"]
-        taught = variant.first != "none"
-        found: dict[str, Any] = {
+    @property
+    def common(self) -> dict[str, Any]:
+        """What a job's students have in common: theirs without the method and the seed."""
+        job, views = self.job, self.views
+        return {
             "model": job.models["student"],
             "dataset": job.entry.name,
             "poor": views.poor.fingerprint,
@@ -51,10 +52,18 @@ class Settings:
             "samples": len(views.poor),
             "evaluate": job.wanted.evaluate,
             "structkd": structkd.__version__,
-            "teacher": f"{job.models['teacher']}-{key(self.teacher)}" if taught else None,
+            "teacher": f"{job.models['teacher']}-{key(self.teacher)}",
+            "training": replace(self.recipes["student"], seed=0).settings,
+        }
+
+    def student(self, asked: Asked, seed: int) -> dict[str, Any]:
+        job, variant, recipe = self.job, asked.variant, self.recipes["student"]
+        found = self.common | {
             "training": replace(recipe, seed=seed).settings,
             "loss": self.losses[asked.label],
         }
+        if variant.first == "none":
+            found["teacher"] = None
         if job.matched:
             again = {"epochs": job.rematching.schedule.epochs(recipe.epochs)}
             again["by"] = job.rematching.by

@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 
 from crossmodal.cli import parse, reported
 from crossmodal.methods import ALONE
+from crossmodal.runs.processes import concerns
 from crossmodal.runs.session import Session
 from crossmodal.runs.store import write_atomically
 from crossmodal.tables import report
@@ -47,6 +48,8 @@ def _run(arguments: list[str]) -> int:
         jobs[number] = parse([*others, *more, "--out", str(out / number)], kind="train")
     console, found, failed, leads = Console(), {}, False, True
     for number, job in jobs.items():
+        if not concerns(job.command):
+            continue
         console.print(f"[bold]labels: {number}[/bold]")
         session = Session(job, console)
         runs = session.run()
