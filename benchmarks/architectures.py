@@ -79,7 +79,8 @@ def criteria() -> list[str]:
         if inspect.isclass(kind := getattr(structkd, name))
         and issubclass(kind, Criterion)
         and kind not in (Criterion, structkd.CriterionSum)
-        and name != "SupervisionLoss"
+        and kind.reads_teacher
+        and name != "BridgeLoss"  # compares by other criteria
     ]
 
 

@@ -26,6 +26,7 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
+from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
 from structkd.matching.semantic import SemanticMatcher
@@ -39,6 +40,7 @@ __all__ = [
     "AdversarialFeatureLoss",
     "AdversarialLogitsLoss",
     "AttentionTransferLoss",
+    "BridgeLoss",
     "CORALLoss",
     "ContrastiveRepresentationLoss",
     "ConvAdapter",

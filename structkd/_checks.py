@@ -102,6 +102,26 @@ def labels(
     return index.long(), labelled
 
 
+def check_rows(which: Tensor, name: str, batch: int) -> None:
+    """Raises where rows of a batch are neither a mask ``(batch,)`` nor positions ``(n,)`` in it."""
+    wanted = f"a bool mask ({batch},) or int64 positions (n,)"
+    if not isinstance(which, Tensor) or which.dtype not in (torch.bool, torch.int64, torch.int32):
+        raise TypeError(f"{name} must be {wanted}, got {describe(which)}")
+    if which.dim() != 1 or (which.dtype == torch.bool and len(which) != batch):
+        raise ValueError(f"{name} must be {wanted}, got {describe(which)}")
+    if which.dtype != torch.bool:
+        in_range(which, name, batch, "the number of rows")
+
+
+def chosen_rows(which: Tensor, name: str, batch: int) -> Tensor:
+    """Returns the positions ``(n,)`` int64 that a mask ``(batch,)`` or a set of positions names.
+
+    A mask on an accelerator makes the host wait for it; one on the CPU does not, nor do positions.
+    """
+    check_rows(which, name, batch)
+    return which.nonzero()[:, 0] if which.dtype == torch.bool else which.long()
+
+
 def in_range(index: Tensor, name: str, size: int, meaning: str) -> None:
     """Raises where a CPU tensor of indices leaves ``[0, size)``; ``meaning`` says what size is."""
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 
 from structkd import _backbone
 from structkd._checks import describe, near
+from structkd._frozen import Frozen, call
 from structkd._modes import evaluating
 from structkd.capture import FeatureCapture
 from structkd.criteria.base import Criterion, same_buffers
 from structkd.criteria.sums import fields_read
 from structkd.features import Features
+from structkd.matching.bridge import BridgeLoss
 from structkd.specs import Spec, build_criterion, needs_example
 
 DistillerT = TypeVar("DistillerT", bound="Distiller")
@@ -103,7 +104,7 @@ class Distiller(nn.Module):
         reads = fields_read(self.criterion)
         self._layers = _only(reads, options_s)
         self._capture: FeatureCapture | None = FeatureCapture(student, **self._layers)
-        self._frozen = _Frozen(teacher, _only(reads, options_t))
+        self._frozen = Frozen(teacher, _only(reads, options_t))
 
     @property
     def teacher(self) -> nn.Module:
@@ -117,6 +118,8 @@ class Distiller(nn.Module):
         x_teacher: Any = None,
         *,
         index: Tensor | None = None,
+        x_matched: Any = None,
+        **rows: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Runs both networks and compares them.
 
@@ -124,10 +127,16 @@ class Distiller(nn.Module):
             x: The student's input: a tensor, a tuple of arguments or a dict of keywords.
             target: Labels ``(B,)`` for criteria that read them, -100 where a row has none.
             x_teacher: The teacher's input, the same samples in the same order; ``x`` by default.
+                With ``paired`` the samples that it names alone, which may be none.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
+            x_matched: The teacher's input for a :class:`BridgeLoss`'s rows with a match, in place
+                of ``matches``.
+            **rows: For a :class:`BridgeLoss`, ``labelled``, ``paired``, ``matches`` and
+                ``matched``, as :meth:`BridgeLoss.terms` takes them.
 
         Returns:
-            The student's output, and the criterion's terms by name.
+            The student's output, and the criterion's terms by name. A :class:`BridgeLoss`'s are the
+            whole loss, the task's included.
 
         Raises:
             RuntimeError: If the Distiller was detached, or as :meth:`FeatureCapture.read` raises.
@@ -135,11 +144,22 @@ class Distiller(nn.Module):
         """
         if self._capture is None:
             raise RuntimeError("this Distiller was detached: call attach() to distil on")
-        feats_t = self._frozen.features(x if x_teacher is None else x_teacher)
-        output = _call(self.student, x)
+        mixed = bool(rows) or x_matched is not None
+        bridge = _as_bridge(self.criterion, rows) if mixed else None
+        apart = "paired" in rows  # the teacher sees these samples alone, if any
+        feats_t: Features | None = None
+        if not apart or x_teacher is not None:
+            feats_t = self._frozen.features(x if x_teacher is None else x_teacher)
+        if x_matched is not None:
+            rows["matches"] = self._frozen.features(x_matched)
+        output = call(self.student, x)
         feats_s = self._capture.read()
         if index is not None:
-            feats_s, feats_t = feats_s.replace(index=index), feats_t.replace(index=index)
+            feats_s = feats_s.replace(index=index)
+            feats_t = feats_t if apart or feats_t is None else feats_t.replace(index=index)
+        if bridge is not None:
+            return output, bridge.terms(feats_s, feats_t, target, **rows)
+        assert feats_t is not None
         return output, self.criterion.terms(feats_s, feats_t, target)
 
     def step_epoch(self) -> None:
@@ -182,51 +202,6 @@ class Distiller(nn.Module):
         return self
 
 
-class _Frozen:
-    """A teacher with its capture, held where ``nn.Module`` does not look for submodules.
-
-    Deep copies (an EMA, a mean teacher) share the teacher, unless they are moved elsewhere.
-    """
-
-    def __init__(self, module: nn.Module, layers: dict[str, Any], *, owned: bool = True) -> None:
-        self.module = module
-        self.layers = layers
-        self.owned = owned
-        self.attach()
-
-    def features(self, x: Any) -> Features:
-        """Runs the teacher and returns what it gives, without gradient."""
-        with torch.no_grad():
-            _call(self.module, x)
-            return self.capture.read()
-
-    def attach(self) -> None:
-        self.capture = FeatureCapture(self.module, **self.layers)
-
-    def detach(self) -> None:
-        self.capture.remove()
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves the teacher; a shared one stays, and a copy of it moves if that changes it."""
-        if not self.owned:
-            probe = next(self.module.parameters(), None)
-            moved = None if probe is None else fn(probe.data)
-            if probe is None or moved is None or _alike(probe, moved):
-                return
-            self.module, self.owned = copy.deepcopy(self.module), True
-            self.attach()
-        self.module._apply(fn)  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
-        shared = _Frozen.__new__(_Frozen)
-        shared.__dict__.update(self.__dict__, owned=False)
-        return shared
-
-
-def _alike(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.device == other.device and tensor.dtype == other.dtype
-
-
 def _check_networks(student: object, teacher: object) -> None:
     for name, module in (("student", student), ("teacher", teacher)):
         if isinstance(module, str | os.PathLike):
@@ -251,10 +226,15 @@ def _check_networks(student: object, teacher: object) -> None:
         )
 
 
-def _call(network: nn.Module, x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return network(**x)
-    return network(*x) if isinstance(x, tuple | list) else network(x)
+def _as_bridge(criterion: Criterion, rows: Mapping[str, Any]) -> BridgeLoss:
+    if not isinstance(criterion, BridgeLoss):
+        given = ", ".join(rows) or "x_matched"
+        raise TypeError(
+            f"{given}: only a BridgeLoss, by itself and in no list or sum, tells rows of a batch "
+            f"apart, but criterion is a {type(criterion).__name__}; put it inside, as "
+            "dict(type='BridgeLoss', pair=...)"
+        )
+    return criterion
 
 
 def _layer_options(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -293,6 +273,6 @@ def _example_features(
     is_pair = isinstance(example, tuple | list) and len(example) == 2
     x_s, x_t = example if is_pair else (example, example)
     with evaluating(capture_s.module, capture_t.module), torch.no_grad():
-        _call(capture_s.module, x_s)
-        _call(capture_t.module, x_t)
+        call(capture_s.module, x_s)
+        call(capture_t.module, x_t)
     return capture_s.read(), capture_t.read()

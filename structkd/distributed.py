@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# The sizes of all ranks' shards, where who calls has read them already.
+_known_sizes: list[int] | None = None
 
 
 def world_size() -> int:
@@ -79,18 +83,60 @@ def shard_sizes(count: int, device: torch.device) -> list[int]:
     world = world_size()
     if world == 1:
         return [count]
-    own = torch.tensor([count], device=device)
-    counts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(counts, own)
-    together = torch.cat(counts)
+    if _known_sizes is not None and _known_sizes[rank()] == count:
+        return _known_sizes
+    together = _all_counts([count], device)
     if device.type == "cpu":
         return [int(size) for size in together]
     torch._assert_async(
-        (together == own).all(),
+        (together == count).all(),
         "the ranks hold different numbers of samples, which gather=True cannot take on an "
         "accelerator: use DistributedSampler(drop_last=True) and drop_last=True in the DataLoader",
     )
     return [count] * world
+
+
+def counts_of_ranks(counts: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Returns every rank's number for each of ``counts``, which the host waits for.
+
+    Args:
+        counts: This rank's numbers, as many on all ranks.
+        device: Where the collective runs.
+    """
+    if world_size() == 1:
+        return [[count] for count in counts]
+    columns: list[list[int]] = _all_counts(counts, device).T.tolist()
+    return columns
+
+
+@contextmanager
+def unequal_shards(sizes: list[int]) -> Iterator[None]:
+    """Criteria that run inside know what each rank holds, and may hold nothing on some.
+
+    :func:`shard_sizes` then asks nobody, and an accelerator takes different numbers as well.
+
+    Args:
+        sizes: The number of samples of every rank, of which one at least has any.
+    """
+    global _known_sizes
+    before, _known_sizes = _known_sizes, sizes
+    try:
+        yield
+    finally:
+        _known_sizes = before
+
+
+def whole_batch(count: int) -> int:
+    """Returns the samples of all ranks inside :func:`unequal_shards`, elsewhere ``count``."""
+    return count if _known_sizes is None else sum(_known_sizes)
+
+
+def _all_counts(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Returns the counts of all ranks, ``(world, len(counts))``."""
+    own = torch.tensor([counts], device=device)
+    found = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(found, own)
+    return torch.cat(found)
 
 
 def gather_batch(shard: Tensor, sizes: list[int] | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from structkd._checks import describe
+from structkd._checks import chosen_rows, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,33 @@ class Features:
     def replace(self, **changes: Any) -> Features:
         """Returns a copy with some fields changed, ``feats.replace(index=index)`` for example."""
         return replace(self, **changes)
+
+    def rows(self, which: Tensor) -> Features:
+        """Returns the features of some samples of the batch, in the order that is asked for.
+
+        Args:
+            which: A bool mask ``(B,)``, or int64 positions ``(n,)``; none of them gives fields of
+                zero rows, which keep their width.
+
+        Raises:
+            TypeError: If ``which`` is neither.
+            ValueError: If a mask is of another length than a field, or a position is out of range.
+
+        Example:
+            >>> import torch
+            >>> feats = Features(logits=torch.eye(3), index=torch.tensor([7, 8, 9]))
+            >>> feats.rows(torch.tensor([True, False, True])).index
+            tensor([7, 9])
+        """
+
+        def taken(value: Tensor, name: str) -> Tensor:
+            chosen = chosen_rows(which, f"which, the rows of Features.{name},", len(value))
+            return value.index_select(0, chosen.to(value.device))
+
+        held = {name: getattr(self, name) for name in ("logits", "embedding", "index")}
+        kept = {name: taken(value, name) for name, value in held.items() if value is not None}
+        maps = [taken(value, f"intermediate[{i}]") for i, value in enumerate(self.intermediate)]
+        return self.replace(**kept, intermediate=maps)
 
     def __repr__(self) -> str:
         parts = []

@@ -1,4 +1,4 @@
-"""Rows scaled to unit length, and means over the rows that have a label."""
+"""Rows scaled to unit length, and means over rows that may be few or none."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def unit(values: Tensor, dim: int = 1) -> Tensor:
     return torch.where(empty, 0, values / torch.where(empty, 1, length))
 
 
+def mean_of_rows(values: Tensor) -> Tensor:
+    """Returns the mean of ``(B,)`` values, and 0 where this process has no row at all.
+
+    torch's mean of nothing is NaN, and so is its product with a gradient of 0.
+    """
+    return values.mean() if len(values) else values.sum()
+
+
 def labelled_mean(values: Tensor, labelled: Tensor, *, gather: bool) -> Tensor:
     """Returns the mean of ``(B,)`` values over rows that have a label, 0 where none has.
 
@@ -34,6 +42,11 @@ def labelled_mean(values: Tensor, labelled: Tensor, *, gather: bool) -> Tensor:
             of one rank as much weight as the many of another.
     """
     kept = torch.where(labelled, values, 0).sum()
-    both = torch.stack([kept, labelled.sum().to(kept.dtype)])
+    return mean_of_sums(kept, labelled.sum(), gather=gather)
+
+
+def mean_of_sums(total: Tensor, count: Tensor, *, gather: bool) -> Tensor:
+    """Returns a sum divided by how many it is of, both of all processes under ``gather``."""
+    both = torch.stack([total, count.to(total.dtype)])
     total, count = (sum_over_ranks(both) if gather else both).unbind()
     return total / count.clamp_min(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import describe, near, number
-from structkd.distributed import gather_batch, shard_sizes
+from structkd.distributed import gather_batch, shard_sizes, whole_batch
 from structkd.features import Features
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ class Criterion(nn.Module):
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no option {name!r}; {near(name, known)}")
-        feats_s, feats_t = _wrapped(feats_s, "feats_s", cls), _wrapped(feats_t, "feats_t", cls)
+        feats_s, feats_t = (
+            as_features(feats_s, "feats_s", cls),
+            as_features(feats_t, "feats_t", cls),
+        )
         given = {name: value for name, value in options.items() if name not in cls.build_options}
         criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **given})
         for _, tensor in [*_named(feats_s, "feats_s"), *_named(feats_t, "feats_t")]:
@@ -167,7 +170,7 @@ class Criterion(nn.Module):
             student, teacher = _gathered(student, sizes), _gathered(teacher, sizes)
             target = None if target is None else gather_batch(target, sizes)
         if not self.sums_over_ranks:
-            self._check_batch(batch)
+            self._check_batch(whole_batch(batch))
         student = _map(student, lambda tensor: tensor.to(dtype))
         teacher = _map(teacher, lambda tensor: _constant(tensor).to(dtype))
         with torch.autocast(device.type, enabled=False):
@@ -204,7 +207,7 @@ class Criterion(nn.Module):
 
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""
-        features = _wrapped(given, name, self)
+        features = as_features(given, name, self)
         found: dict[str, Tensor | tuple[Tensor, ...]] = {}
         for field in self.reads:
             value = getattr(features, field)
@@ -326,17 +329,7 @@ def missing(reader: str, name: str, features: Features, field: str) -> str:
     return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
 
 
-def same_buffers(module: nn.Module) -> list[str]:
-    """Returns the dotted names of a module's buffers that all ranks hold alike by construction."""
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in module.named_modules()
-        if isinstance(part, Criterion)
-        for name in part.same_on_all_ranks
-    ]
-
-
-def _wrapped(given: Input, name: str, reader: Criterion | type[Criterion]) -> Features:
+def as_features(given: Input, name: str, reader: Criterion | type[Criterion]) -> Features:
     """Returns features; bare tensors become the first field that the criterion reads."""
     if isinstance(given, Features):
         return given
@@ -347,6 +340,16 @@ def _wrapped(given: Input, name: str, reader: Criterion | type[Criterion]) -> Fe
     if not isinstance(given, Tensor) and not is_maps:
         raise TypeError(f"{name} must be Features or a tensor, got {describe(given)}")
     return Features(**{field: given})  # type: ignore[arg-type]
+
+
+def same_buffers(module: nn.Module) -> list[str]:
+    """Returns the dotted names of a module's buffers that all ranks hold alike by construction."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if isinstance(part, Criterion)
+        for name in part.same_on_all_ranks
+    ]
 
 
 def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:

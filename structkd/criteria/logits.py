@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import labels, number
-from structkd.criteria._rows import labelled_mean
+from structkd.criteria._rows import labelled_mean, mean_of_rows
 from structkd.criteria.base import Criterion, pair
 from structkd.features import Features
 
@@ -242,7 +242,7 @@ def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float |
     divergence = _divergence(
         F.log_softmax(logits_s / temperature, dim=1), F.log_softmax(logits_t / temperature, dim=1)
     )
-    return temperature**2 * divergence.mean()
+    return temperature**2 * mean_of_rows(divergence)
 
 
 def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:

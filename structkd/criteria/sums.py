@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from structkd._checks import describe, near, number, whole
+from structkd.criteria._weights import Weighted
 from structkd.criteria.base import Criterion, Input
 from structkd.features import Features
 
 
-class CriterionSum(Criterion):
+class CriterionSum(Weighted):
     """A weighted sum of criteria, written ``a + 0.5 * b``.
 
     Every member reads its own fields, so pass :class:`Features`. Members have names, those of their
@@ -35,7 +34,7 @@ class CriterionSum(Criterion):
         TypeError: If a member is no criterion.
 
     Example:
-        >>> import structkd
+        >>> import torch, structkd
         >>> criterion = structkd.KDLoss() + 0.5 * structkd.CORALLoss()
         >>> feats = structkd.Features(logits=torch.eye(4), embedding=torch.eye(4))
         >>> list(criterion.terms(feats, feats))
@@ -45,9 +44,6 @@ class CriterionSum(Criterion):
         >>> criterion.set_weight("CORALLoss", 0.1)
     """
 
-    same_on_all_ranks: ClassVar[tuple[str, ...]] = ("_weights",)
-    _weights: Tensor
-
     def __init__(
         self, members: Mapping[str, Criterion], weights: Mapping[str, float] | None = None
     ) -> None:
@@ -55,14 +51,11 @@ class CriterionSum(Criterion):
         if not members:
             raise ValueError("a sum needs at least one criterion, got none")
         self.criteria = nn.ModuleDict()
-        values: list[float] = []
+        values: dict[str, float] = {}
         for name, weight, member in _flattened(members, weights or {}):
-            self.criteria[_unused(name, self.criteria)] = member
-            values.append(weight)
-        # float64, so that 0.1 is as near to 0.1 as a Python number.
-        self.register_buffer(
-            "_weights", torch.tensor(values, dtype=torch.float64), persistent=False
-        )
+            unused = _unused(name, self.criteria)
+            self.criteria[unused], values[unused] = member, weight
+        self._weigh(values)
 
     @classmethod
     def of(cls, *criteria: Criterion) -> CriterionSum:
@@ -76,22 +69,6 @@ class CriterionSum(Criterion):
         """Returns a sum of the same members, every weight times ``factor``."""
         weights = {name: factor * weight for name, weight in self.weights.items()}
         return CriterionSum(dict(self._members()), weights)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights by member; reading them waits for the device."""
-        return dict(zip(self.criteria, self._weights.tolist(), strict=True))
-
-    def set_weight(self, name: str, weight: float) -> None:
-        """Changes the weight of a member.
-
-        Raises:
-            ValueError: If there is no such member, or the weight is not finite.
-        """
-        names = list(self.criteria)
-        if name not in names:
-            raise ValueError(f"the sum has no member {name!r}; {near(name, names)}")
-        self._weights[names.index(name)].fill_(number("weight", weight))
 
     def terms(
         self, student: Input, teacher: Input, target: Tensor | None = None
