@@ -17,13 +17,14 @@ from rich.console import Console
 from crossmodal.data import Wanted
 from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
-from crossmodal.methods.variants import PAIRS, VARIANTS, Weights, plan
+from crossmodal.methods.variants import BRIDGE, PAIRS, VARIANTS, Weights, row
 from crossmodal.near import did_you_mean, looked_up
 from crossmodal.recipes import ROLES, DataSet, Recipe, data_sets
 from crossmodal.runs.job import Asked, Job
 from crossmodal.training.matching import BYS, Rematching
 from structkd import RematchSchedule
 
+BRIDGES = (BRIDGE, f"{BRIDGE}+dense")  # rows without pairs, beside the variants
 TRAINED = (ALONE, "kd", "ds")  # train.py's methods, where none are named
 # The paper's rows, then those that it does not have.
 COMPARED = (*(name for name in METHODS if name != "ska"), "kd+ds")
@@ -123,11 +124,19 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     if given.method is not None:
         raise ValueError(f"--method is for pairs; {entry.name} has --variant and --criterion")
     # Only images that were made poor have rich originals to pair them with.
-    known = [name for name in VARIANTS if entry.unpaired or name != "paired"]
+    known = {k: v for k, v in VARIANTS.items() if entry.unpaired or k != "paired"}
+    default = [ALONE, *BRIDGES]
+    if given.labels is None:
+        default += [name for name in known if name != ALONE]
     rows = []
-    for name in names("--variant", given.variant or known, known):
-        variant = looked_up("variant", name, VARIANTS)
-        made = plan(variant, given.criterion, Weights(*given.weights))
+    for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
+        weights = Weights(*given.weights, match=given.match_weight)
+        variant, made = row(name, given.criterion, weights, known)
+        if given.labels is not None and variant.first != "none":
+            raise ValueError(
+                f"--labels: {name} matches every image by its label, also those that have none; "
+                f"rows without matches are {ALONE}, {BRIDGE} and {BRIDGE}+METHOD"
+            )
         rows.append(Asked(made.name, made, variant))
     return tuple(rows)
 
@@ -179,10 +188,18 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--seeds", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
     matched = parser.add_argument_group("without pairs")
     add = matched.add_argument
-    add("--variant", "--variants", nargs="+", metavar="NAME", help=", ".join(VARIANTS))
+    add(
+        "--variant",
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT",
+    )
     add("--criterion", default="kd", metavar="NAME", help="any method (default: kd)")
     add("--weights", nargs=3, type=float, metavar=("TASK", "KD", "SKA"), default=[],
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip
+    told = "of the criterion over matches beside free pairs (0.1)"
+    add("--match-weight", type=float, default=0.1, metavar="W", help=told)
     told = "DynM's predictions: those of training (epoch), or of a pass of its own (pass)"
     add("--rematch-by", choices=BYS, default=BYS[0], help=told)
     machine = parser.add_argument_group("machine and folder")

@@ -102,8 +102,21 @@ def test_a_larger_choice_of_labels_holds_a_smaller_and_the_teacher_knows_no_more
     assert "8 of the poor training images have labels" in few.summary()
     with pytest.raises(ValueError, match="--labels must lie between 4"):
         opened(labels=3)
-    with pytest.raises(ValueError, match="--labels needs pairs"):
-        opened("unpaired-tiny", labels=8)
+
+
+def test_without_pairs_the_labels_are_the_students_own() -> None:
+    views = opened("unpaired-tiny", labels=8)
+    assert int((views.poor.known() != NO_LABEL).sum()) == 8
+    assert torch.equal(views.rich.known(), views.rich.labels)
+
+
+def test_free_pairs_may_be_made_poor_otherwise_than_the_students_images() -> None:
+    views = opened("unpaired-tiny", pseudo="noise:0.9")
+    kept = [float((i.pixels % 255 > 0).float().mean()) for i in (views.poor, views.pseudo)]
+    assert kept[0] == pytest.approx(0.8, abs=0.05)
+    assert kept[1] == pytest.approx(0.1, abs=0.05)
+    with pytest.raises(ValueError, match="--pseudo says how the teacher's images are made poor"):
+        opened(pseudo="noise:0.9")
 
 
 def test_halves_share_no_image_and_keep_their_classes() -> None:

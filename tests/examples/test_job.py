@@ -199,18 +199,35 @@ def test_an_unpaired_job_end_to_end_and_again(
     tmp_path: Path, train: Train, trained: list[str], capsys: Shown
 ) -> None:
     assert train("--seeds", "1", "--epochs", "2", name="unpaired-tiny") == 0
-    titles = [variant.title.format("kd") for variant in VARIANTS.values()]
+    alone, *others = [variant.title.format("kd") for variant in VARIANTS.values()]
+    titles = [alone, "bridge", "bridge + dense", *others]
     assert trained == ["teacher resnet8", "matcher", *(f"{title} seed 0" for title in titles)]
     assert "Re-matching: " in capsys.readouterr().out
     for run in runs(tmp_path):
         assert run["loss"] == pytest.approx(sum(run["terms"].values()), rel=1e-4)
-        assert len(run["trace"].get("transport", [])) == (0 if run["method"] == "alone" else 3)
+        unmatched = run["method"] in titles[:3]
+        assert len(run["trace"].get("transport", [])) == (0 if unmatched else 3)
     assert (tmp_path / "transport.png").read_bytes().startswith(b"\x89PNG")
     trained.clear()
     # Another matcher moves those that it matches, and nobody else.
     more = ("--seeds", "1", "--variant", "alone", "random", "ssm", "--matcher-epochs", "1")
     assert train(*more, "--epochs", "2", name="unpaired-tiny") == 0
     assert trained == ["matcher", "kd matching (SSM) seed 0"]
+    trained.clear()
+    # Rows without matches need no matcher.
+    rows = ("--variant", "bridge+fitnets", "bridge+kd+ds+ssm+dynm", "--seeds", "1", "--epochs", "2")
+    assert train(*rows, name="unpaired-tiny") == 0
+    assert trained == [
+        "bridge + fitnets seed 0",
+        "bridge + kd+ds + kd matching + DynM (full without SKA) seed 0",
+    ]
+    trained.clear()
+    few = ("--labels", "8", "--variant", "alone", "bridge", "bridge+kd", "--seeds", "1")
+    assert train(*few, "--epochs", "1", "--out", str(tmp_path / "few"), name="unpaired-tiny") == 0
+    assert trained == [
+        "teacher resnet8",
+        *(f"{t} seed 0" for t in ("alone", "bridge", "bridge + kd")),
+    ]
 
 
 def test_grey_students_have_one_channel(

@@ -2,6 +2,16 @@
 
 from crossmodal.data.batches import Batch, Batches
 from crossmodal.data.images import NO_LABEL, Images
+from crossmodal.data.mixed import MixedBatches
 from crossmodal.data.views import Views, Wanted, open_views
 
-__all__ = ["NO_LABEL", "Batch", "Batches", "Images", "Views", "Wanted", "open_views"]
+__all__ = [
+    "NO_LABEL",
+    "Batch",
+    "Batches",
+    "Images",
+    "MixedBatches",
+    "Views",
+    "Wanted",
+    "open_views",
+]

@@ -39,12 +39,14 @@ class Batch:
     poor: Tensor | None
     target: Tensor
     index: Tensor
+    pairs: Batch | None = None  # images of other samples, which have both modalities
 
     def to(self, device: str | torch.device, channels_last: bool) -> Batch:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         both = self.rich, self.poor
         rich, poor = (i if i is None else i.to(device, memory_format=layout) for i in both)
-        return Batch(rich, poor, self.target.to(device), self.index.to(device))
+        pairs = None if self.pairs is None else self.pairs.to(device, channels_last)
+        return Batch(rich, poor, self.target.to(device), self.index.to(device), pairs)
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,8 @@ def add_options(parser: Any) -> None:
     poor = f"what makes one modality poor: {EXAMPLES}; for pairs, the poor side's folder"
     add("--poor", metavar="KIND|DIR", help=poor)
     add("--amount", type=float, metavar="A", help="fraction of the pixels that noise replaces")
+    told = "without pairs, what makes the teacher's images poor for a bridge (as --poor)"
+    add("--pseudo", default="", metavar="KIND", help=told)
     add("--rich", metavar="DIR", help="the rich side's folder, for pairs")
     add("--size", type=int, metavar="N", help="bring images to NxN, their middle kept")
     add("--classes", metavar="FILE", help="the classes of imagenet100, an id a line")

@@ -103,6 +103,7 @@ class Wanted:
     evaluate: str = "test"  # or "val", a fixed stratified tenth of the training images
     poor: str = ""  # what makes them poor, see ``poverty``; empty for the recipe's
     amount: float | None = None  # of the noise
+    pseudo: str = ""  # without pairs, what makes the free pairs poor; empty for what ``poor`` is
     rgb: Sequence[int] | None = None  # positions of red, green and blue among the bands
     options: Mapping[str, Any] = field(default_factory=dict)  # of the data set's reader
 
@@ -117,8 +118,14 @@ def open_views(entry: DataSet, wanted: Wanted) -> Views:
         amount = entry.amount if wanted.amount is None else wanted.amount
         made_poor = poverty(wanted.poor or entry.poor, amount)
         views, own = _paired(entry, wanted, made_poor)
+        if wanted.pseudo and (own or not entry.unpaired):
+            raise ValueError(
+                f"--pseudo says how the teacher's images are made poor where nothing is paired and "
+                f"the poor modality is made: not for {entry.name}"
+            )
         if entry.unpaired:
-            views = _halved(views, entry.name, None if own else made_poor)
+            pseudo = poverty(wanted.pseudo, amount) if wanted.pseudo else made_poor
+            views = _halved(views, entry.name, None if own else (made_poor, pseudo))
     return views if wanted.labels is None else _labelled(views, wanted.labels)
 
 
@@ -171,10 +178,11 @@ def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> tuple[Views, 
     return views, own
 
 
-def _halved(views: Views, name: str, made_poor: Poverty | None) -> Views:
+def _halved(views: Views, name: str, made: tuple[Poverty, Poverty] | None) -> Views:
     """A paired set made unpaired: the teacher gets one half rich, the student the other poor.
 
-    Where the poor modality is a sensor of its own, ``made_poor`` is None.
+    ``made`` is what makes the student's images poor, and the teacher's; None where the poor
+    modality is a sensor of its own.
     """
     parts = halves(views.rich.labels)
     rich, originals = (views.rich.chosen(rows) for rows in parts)
@@ -182,10 +190,10 @@ def _halved(views: Views, name: str, made_poor: Poverty | None) -> Views:
         if counts(half).min() < 1:
             few = f"{len(views.rich)} images leave a class of {name} without an image in a half"
             raise ValueError(f"{few}; fix: a larger --limit")
-    if made_poor is None:
+    if made is None:
         pseudo, poor = (views.poor.chosen(rows) for rows in parts)
     else:
-        pseudo, poor = rich.made(made_poor), originals.made(made_poor)
+        poor, pseudo = originals.made(made[0]), rich.made(made[1])
     return replace(
         views,
         rich=rich,
@@ -201,9 +209,10 @@ def _scenes(entry: DataSet, wanted: Wanted) -> Views:
 
     ``val`` takes a tenth of the rest instead.
     """
-    if wanted.amount is not None or wanted.poor or wanted.download:
+    if wanted.amount is not None or wanted.poor or wanted.download or wanted.pseudo:
         own = f"{entry.name} has a poor modality of its own"
-        raise ValueError(f"--amount, --poor and --download are for sets of one modality: {own}")
+        options = "--amount, --poor, --pseudo and --download"
+        raise ValueError(f"{options} are for sets of one modality: {own}")
     rgb = wanted.rgb or entry.rgb
     if not all(0 <= band < entry.bands for band in rgb):
         got = " ".join(map(str, rgb))
@@ -265,14 +274,14 @@ def _labelled(views: Views, count: int) -> Views:
     """The same, with labels for ``count`` training images of each side and -100 for the rest.
 
     Pairs keep their labels together. Students are distilled from the images without a label all the
-    same; a teacher trains on those that have one.
+    same; a teacher trains on those that have one. Without pairs the labels are the student's alone.
     """
-    if not views.paired:
-        raise ValueError("--labels needs pairs: what is not paired is matched by its label")
-    labels = views.rich.labels
-    known = _some("--labels", count, labels.numpy(), len(views.rich.classes), _LABELS)
+    labels = views.poor.labels
+    known = _some("--labels", count, labels.numpy(), len(views.poor.classes), _LABELS)
     targets = torch.full_like(labels, NO_LABEL)
     targets[known] = labels[known]
+    if not views.paired:
+        return replace(views, poor=replace(views.poor, targets=targets))
     rich = replace(views.rich, targets=targets)
     like = None if views.poor.like is None else rich
     base = None if views.poor.base is None else rich

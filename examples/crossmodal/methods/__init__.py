@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -106,10 +106,18 @@ class Plan:
     supervision: float = 1.0  # weight of the cross-entropy
     options: Options = field(default_factory=dict)  # overrides by part
     weights: Mapping[str, float] = field(default_factory=dict)  # where not the methods' own
+    bridged: bool = False  # the parts are for the free pairs of a mixed batch
+    match: Plan | None = None  # there, what is minimised over matches of the other images
+
+    @property
+    def taught(self) -> bool:
+        """Whether it needs a teacher."""
+        return bool(self.parts) or self.match is not None
 
     def stages(self, names: list[str]) -> list[str]:
         """Which of a network's to capture: all if any part wants them, else the last but one."""
-        if any(method.layers == "all" for _, method in self.parts):
+        parts = self.parts if self.match is None else self.parts + self.match.parts
+        if any(method.layers == "all" for _, method in parts):
             return names
         return [names[max(len(names) - 2, 0)]]
 
@@ -118,7 +126,17 @@ class Plan:
         return float(self.options.get(part, {}).get("weight", own))
 
     def build(self, feats_s: Features, feats_t: Features, setup: Setup) -> Criterion:
-        """The weighted sum of the parts' criteria, from two example passes over the stages."""
+        """The weighted sum of the parts' criteria, from two example passes over the stages.
+
+        Over a mixed batch it is a ``BridgeLoss``, the cross-entropy included.
+        """
+        if self.bridged:
+            pair = replace(self, bridged=False, match=None) if self.parts else None
+            pair_loss, match_loss = (
+                None if plan is None else plan.build(feats_s, feats_t, setup)
+                for plan in (pair, self.match)
+            )
+            return structkd.BridgeLoss(pair_loss, match_loss, task_weight=self.supervision)
         criteria = []
         for name, method in self.parts:
             options = {k: v for k, v in self.options.get(name, {}).items() if k not in _WEIGHTS}

@@ -1,4 +1,7 @@
-"""Which teacher image a student image gets, and what is minimised: an unpaired table's rows."""
+"""Which teacher image a student image gets, and what is minimised: an unpaired table's rows.
+
+A row over the bridge mixes in the teacher's images made poor. They are free pairs, with labels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
+from crossmodal.near import looked_up
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,22 @@ VARIANTS: Mapping[str, Variant] = {
     "planned": Variant("{} full, planned matching", dynamic=True, aligned=True, planned=True),
     "paired": Variant("{} paired (reference)", "itself"),
 }
+BRIDGE = "bridge"  # labels only on the free pairs; bridge+METHOD distils over them, ...
+# ... and bridge+METHOD+VARIANT has matches of the own images besides.
 PAIRS = Variant("{}", "itself")  # what every method of a paired job is
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of cross-entropy, criterion and alignment; the published ones by default."""
+    """Of cross-entropy, criterion and alignment; the published ones by default.
+
+    ``match`` is the criterion's over matches where a bridge is there, with cross-entropy at 1.
+    """
 
     task: float = 0.3
     kd: float = 0.4
     ska: float = 0.3 * 0.01
+    match: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -79,3 +89,35 @@ def plan(
         found["ska"] = weights.ska
     title = variant.title.format(chosen.name)
     return Plan(title, parts, weights.task, chosen.options, found)
+
+
+def row(
+    name: str, criterion: str, weights: Weights, known: Mapping[str, Variant]
+) -> tuple[Variant, Plan]:
+    """A row of the table by its name: a variant, ``bridge``, or ``bridge+METHOD+VARIANT``.
+
+    METHOD, which may be a sum, is for the free pairs and VARIANT for the own images; either can be
+    left out.
+
+    Raises:
+        ValueError: a part of the name is not known.
+    """
+    bridge, *rest = name.split("+")
+    if bridge.strip().lower() != BRIDGE:
+        variant = looked_up("variant", name, known, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
+        return variant, plan(variant, criterion, weights)
+    matching = {k: v for k, v in known.items() if v.first != "none"}
+    # The longest end that names a variant: ssm+dynm is one.
+    ends = ["+".join(rest[cut:]) for cut in range(len(rest))]
+    end = next((end for end in ends if end in matching), "")
+    method = "+".join(rest[: len(rest) - len(end.split("+"))] if end else rest)
+    variant = matching[end] if end else known[ALONE]
+    made = resolve(method or ALONE)
+    if any("supervision" in own for own in made.options.values()):
+        raise ValueError(f"row {name!r}: the labels weigh 1 over a bridge; leave supervision out")
+    match = None
+    if end:
+        match = plan(variant, criterion, replace(weights, task=1.0, kd=weights.match))
+    shown = [BRIDGE, *([made.name] if method else []), *([match.name] if match else [])]
+    bridged = replace(made, name=" + ".join(shown), supervision=1.0, bridged=True, match=match)
+    return variant, bridged

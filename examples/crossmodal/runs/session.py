@@ -148,7 +148,8 @@ class Session:
 
     @property
     def _shared(self) -> tuple[str, ...]:
-        return ("teacher", "matcher") if self.job.matched else ("teacher",)
+        chosen = any(asked.variant.first != "none" for asked in self.job.asked)
+        return ("teacher", "matcher") if self.job.matched and chosen else ("teacher",)
 
     def _train_shared(self) -> None:
         """The teacher, and the matcher where one is needed: from their checkpoints, or trained."""

@@ -62,7 +62,7 @@ class Settings:
             "training": replace(recipe, seed=seed).settings,
             "loss": self.losses[asked.label],
         }
-        if variant.first == "none":
+        if not asked.plan.taught:
             found["teacher"] = None
         if job.matched:
             again = {"epochs": job.rematching.schedule.epochs(recipe.epochs)}
@@ -71,6 +71,9 @@ class Settings:
             found["planner"] = [EPSILON, CAPACITY] if variant.planned else None
             found["rematching"] = again if variant.dynamic else None
             found["matcher"] = key(self.matcher) if variant.first == "semantic" else None
+            if asked.plan.bridged:
+                pseudo = self.views.pseudo
+                found["bridge"] = None if pseudo is None else pseudo.fingerprint
         return found
 
     def shared_checkpoint(self, role: str) -> Checkpoint:

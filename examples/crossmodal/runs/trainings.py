@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from crossmodal.data import Batches, Images, Views
+from crossmodal.data import Batches, Images, MixedBatches, Views
 from crossmodal.methods import Setup
 from crossmodal.recipes import Recipe
 from crossmodal.runs.job import Asked, Job
@@ -46,14 +46,20 @@ class Trainings:
         """A student's; without pairs its chooser is still to come."""
         recipe, poor = replace(self.recipes["student"], seed=seed), self.views.poor
         network, label = self.network("student", seed), f"{asked.label} seed {seed}"
-        if asked.variant.first == "none":
-            batches = self._batches(recipe, poor=poor, labelled=1.0)
-            return Training(label, Supervised(network, "poor"), batches, recipe)
-        rich = self.taught_from(asked)
+        rich = None if asked.variant.first == "none" else self.taught_from(asked)
         both = {"poor": poor, "rich": rich, "together": self.views.paired}
-        batches = self._batches(recipe, **both, labelled=recipe.labelled)
+        # An own image without a label has nothing to learn from where there are no pairs.
+        labelled = recipe.labelled if asked.plan.taught and not asked.plan.bridged else 1.0
+        batches: Batches | MixedBatches = self._batches(recipe, **both, labelled=labelled)
+        if asked.plan.bridged:
+            pseudo = self.views.pseudo
+            pairs = self._batches(recipe, poor=pseudo, rich=self.views.rich, together=True)
+            batches = MixedBatches.of(batches, pairs)
+        if not asked.plan.taught:
+            return Training(label, Supervised(network, "poor"), batches, recipe)
         example = batches.first(2).to(torch.device("cpu"), False)
-        setup = Setup(len(poor), recipe.batch_size)
+        samples = len(poor) if self.views.paired else max(len(poor), len(self.views.rich))
+        setup = Setup(samples, recipe.batch_size)
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)
         return Training(label, step, batches, recipe)
 

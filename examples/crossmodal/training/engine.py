@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from crossmodal.data import NO_LABEL, Batches
+from crossmodal.data import NO_LABEL, Batches, MixedBatches
 from crossmodal.recipes import Recipe
 from crossmodal.runs.epochs import Epochs
 from crossmodal.runs.progress import Show, shown
@@ -35,7 +35,7 @@ class Training:
 
     label: str  # what progress calls it
     step: Step  # what is minimised
-    batches: Batches
+    batches: Batches | MixedBatches
     recipe: Recipe
     choose: Chooser | None = None  # which teacher image stands beside each student image
     keeper: Epochs | None = None  # where epochs are kept

@@ -53,14 +53,22 @@ class Supervised(Step):
         self.network, self.modality = network, modality
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        logits = self.network(getattr(batch, self.modality))
-        return logits, {"CE": cross_entropy(logits, batch.target)}
+        images, target = getattr(batch, self.modality), batch.target
+        if batch.pairs is None:
+            logits = self.network(images)
+            return logits, {"CE": cross_entropy(logits, target)}
+        images, target, _ = mixed(batch)
+        logits = self.network(images)
+        return logits[: len(batch.target)], {"CE": cross_entropy(logits, target)}
 
 
 class Distilled(Step):
     """A student on poor images, its frozen teacher on the rich ones.
 
     loss = supervision * CE(student, labels) + criterion(student's features, teacher's features)
+
+    Of a mixed batch, the student sees own images and free pairs in one pass, and the teacher the
+    pairs, and the matches of the own images where these have any.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Distilled(Step):
             torch.manual_seed(_CRITERION_SEED + seed)
             return plan.build(feats_s, feats_t, setup)
 
-        both = example.poor, example.rich
+        both = (example.pairs or example).poor, (example.pairs or example).rich
         layers, teacher_layers = (
             {"intermediate": plan.stages(models.stage_names(net))} for net in (student, teacher)
         )
@@ -91,11 +99,24 @@ class Distilled(Step):
         return self.distiller.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
+        if batch.pairs is not None:
+            return self._mixed(batch, batch.pairs)
         logits, terms = self.distiller(
             batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
         )
         supervised = {"CE": self.supervision * cross_entropy(logits, batch.target)}
         return logits, supervised | {name: self.left * term for name, term in terms.items()}
+
+    def _mixed(self, batch: Batch, pairs: Batch) -> tuple[Tensor, Terms]:
+        images, target, index = mixed(batch)
+        own = torch.arange(len(batch.target))
+        rows = {"paired": torch.arange(len(own), len(target))}
+        if batch.rich is not None:
+            rows |= {"x_matched": batch.rich, "matched": own}
+        logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
+        # As elsewhere, only the distillation falls, not the labels' part.
+        falling = {k: v if k == "task" else self.left * v for k, v in terms.items()}
+        return logits[: len(own)], falling
 
 
 class Matching(Step):
@@ -107,6 +128,16 @@ class Matching(Step):
 
     def forward(self, batch: Batch) -> tuple[None, Terms]:
         return None, {"SSM": self.network(batch.rich, batch.poor)}
+
+
+def mixed(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's images of a mixed batch, own ones first; their targets and rows."""
+    assert batch.pairs is not None
+    parts = batch, batch.pairs
+    images = torch.cat([part.poor for part in parts])
+    # torch's cat keeps the memory format of its first tensor.
+    target, index = (torch.cat([getattr(p, name) for p in parts]) for name in ("target", "index"))
+    return images, target, index
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
