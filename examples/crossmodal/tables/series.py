@@ -1,0 +1,123 @@
+"""A job a value of one option: a table with a column a value, and accuracy over the values."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from crossmodal.cli import parse
+from crossmodal.methods import ALONE
+from crossmodal.runs.processes import concerns
+from crossmodal.runs.session import Session
+from crossmodal.runs.store import write_atomically
+from crossmodal.tables import report
+from crossmodal.tables.figures import drawing, palette
+from crossmodal.tables.write import write
+
+Found = Mapping[str, Sequence[report.Row]]  # rows by value
+_ALONE = "#CC6677"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The option that differs from job to job."""
+
+    script: str  # for the record: labels
+    name: str  # of files and of the first column
+    values: Mapping[str, Sequence[str]]  # options of train.py by what a value is called
+    label: str  # of the figure's axis
+    logarithmic: bool = False
+    # The value whose lone student is drawn as a dotted line; its place is the number of images.
+    whole: str = ""
+
+    def places(self, images: int) -> dict[str, float]:
+        """Where the values stand: at their numbers, or side by side where some are none."""
+        numbers: dict[str, float] = {}
+        for place, value in enumerate(self.values):
+            try:
+                numbers[value] = images if value == self.whole else float(value.rpartition(":")[2])
+            except ValueError:
+                return {value: float(place) for place, value in enumerate(self.values)}
+        return (
+            numbers
+            if len(set(numbers.values())) == len(numbers)
+            else dict(zip(numbers, map(float, range(len(numbers))), strict=True))
+        )
+
+
+def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[str]) -> int:
+    """Run the jobs, each in a folder of its own; 1 where a method failed."""
+    jobs = {}
+    for value, more in axis.values.items():
+        job = parse([*others, *more, "--out", "-"], kind="train")
+        folder = out or Path("runs") / f"{axis.script}-{job.entry.name}"
+        place = str(folder / value.replace(":", "-"))
+        jobs[value] = parse([*others, *more, "--out", place], kind="train")
+    console, found, failed, leads = Console(), {}, False, True
+    for value, job in jobs.items():
+        if not concerns(job.command):
+            continue
+        console.print(f"[bold]{axis.name}: {value}[/bold]")
+        session = Session(job, console)
+        runs = session.run()
+        leads = session.leads and not session.helper
+        if leads:
+            write(session, runs, "train")
+        found[value] = report.rows(runs)
+        failed = failed or any("failed" in run for run in runs)
+    if leads:
+        body = f"{markdown(axis, found, job.title)}\nMade by `python examples/{axis.script}.py "
+        body += f"{shlex.join(command)}`.\n"
+        write_atomically(folder / f"{axis.name}.md", lambda file: file.write_text(body))
+        places = axis.places(len(session.views.poor))
+        draw(axis, found, places, folder / f"{axis.name}.png", title=job.title)
+        console.print(Markdown(body))
+    return int(failed)
+
+
+def markdown(axis: Axis, found: Found, title: str) -> str:
+    """A row a method and a column a value."""
+    methods = dict.fromkeys(row.method for rows in found.values() for row in rows)
+    by = {value: {row.method: row for row in rows} for value, rows in found.items()}
+    lines = [
+        [method, *(row.accuracy if (row := rows.get(method)) else "" for rows in by.values())]
+        for method in methods
+    ]
+    return report.table(f"{title}, by {axis.name}", [axis.name, *found], lines)
+
+
+def draw(axis: Axis, found: Found, places: Mapping[str, float], path: Path, *, title: str) -> None:
+    """A line a method over the values; dotted, what the lone student has at the whole."""
+    methods = list(dict.fromkeys(row.method for rows in found.values() for row in rows))
+    with drawing(path, (6.4, 3.6)) as figure:
+        axes = figure.subplots()
+        for method, colour in zip(methods, palette(len(methods)), strict=False):
+            shown = [
+                (places[value], row)
+                for value, rows in found.items()
+                for row in rows
+                if row.method == method and row.accuracies
+            ]
+            if not shown:
+                continue
+            at, rows = zip(*shown, strict=True)
+            means, errors = [row.mean for row in rows], [row.std or 0.0 for row in rows]
+            colour = _ALONE if method == ALONE else colour
+            axes.errorbar(at, means, errors, marker="o", color=colour, capsize=3, label=method)
+        lone = {row.method: row for row in found.get(axis.whole, [])}.get(ALONE)
+        if lone is not None and lone.accuracies:
+            axes.axhline(lone.mean, color=_ALONE, linestyle=":", linewidth=1)
+        if axis.logarithmic:
+            axes.set_xscale("log")
+        told = [f"{places[v]:,.0f}" if axis.logarithmic else v for v in found]
+        axes.set_xticks([places[value] for value in found], told)
+        axes.minorticks_off()
+        axes.set(xlabel=axis.label, ylabel="accuracy, %")
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.legend(loc="best")
+        figure.suptitle(title, fontsize=9)

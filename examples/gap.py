@@ -1,0 +1,6 @@
+"""How far free pairs may be: ``python examples/gap.py unpaired-mnist --pseudo noise:0.3 noise:0.7``."""
+
+from crossmodal.tables.gap import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
