@@ -26,6 +26,7 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
+from structkd.matching import views
 from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
@@ -81,4 +82,5 @@ __all__ = [
     "VariationalInformationLoss",
     "diagnostics",
     "falling",
+    "views",
 ]

@@ -17,8 +17,8 @@ from tests.test_distiller_ddp import NAMES, OPTIONS, Net
 
 BATCH, CLASSES, WORLD = 10, 4, 2
 PAIRS = [name for name in NAMES if name not in ("BridgeLoss", "SupervisionLoss")]
-# The rows of rank 0 end here, and these have a pair (4 or none: one criterion is built for a size), a
-# match, a label.
+# Rank 0 has the rows before this one. Of the whole batch these have a pair (4 or none, as one
+# criterion is built for a size), a match, a label.
 CUT = 6
 CASES = {
     "uneven": ([0, 1, 4, 8], [2, 6, 7, 9], [0, 3, 7]),
