@@ -278,8 +278,8 @@ def fits(own: Tensor, pseudo: Tensor, name: str, name_pseudo: str) -> None:
 def _checked(images: Tensor, name: str = "images") -> Tensor:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(
-            f"{name} must be a floating-point tensor (B, C, H, W), got {describe(images)}; if it is "
-            "of 8 bits make it images.float() / 255"
+            f"{name} must be a floating-point tensor (B, C, H, W), got {describe(images)}; where "
+            "that is of 8 bits, images.float() / 255"
         )
     if images.dim() != 4:
         raise ValueError(f"{name} must be (B, C, H, W), got {describe(images)}")
