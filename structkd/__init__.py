@@ -26,9 +26,12 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
+from structkd.matching import views
 from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
+from structkd.matching.neighbours import NeighbourMatcher
+from structkd.matching.reliable import reliable_teachers
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
@@ -66,6 +69,7 @@ __all__ = [
     "Match",
     "MatchedDataset",
     "MatchedSample",
+    "NeighbourMatcher",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",
@@ -81,4 +85,6 @@ __all__ = [
     "VariationalInformationLoss",
     "diagnostics",
     "falling",
+    "reliable_teachers",
+    "views",
 ]

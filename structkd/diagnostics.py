@@ -16,6 +16,20 @@ from structkd._checks import describe, number
 from structkd.criteria._closed_form import cut_at, predicted_share
 from structkd.criteria._maps import common_positions
 from structkd.criteria._moments import Columns, moments
+from structkd.matching.gap import ModalityGap, ModalityGapWarning, modality_gap
+
+__all__ = [
+    "FilterDirections",
+    "ModalityGap",
+    "ModalityGapWarning",
+    "effective_rank",
+    "filter_collapse",
+    "modality_gap",
+    "predictable_share",
+    "self_similarity",
+    "transport_cost",
+    "uniformity",
+]
 
 # Far more than a few thousand rows need; POT's default of 1e5 stops there.
 SIMPLEX_PIVOTS = 10_000_000

@@ -289,7 +289,7 @@ class ContrastiveRepresentationLoss(Criterion):
 def _gathered_products(unit: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Returns ``<unit_b, bank[rows_bk]>`` as ``(B, K + 1)``."""
     step = max(1, SCORES_AT_ONCE // bank.shape[0])
-    slices = [slice(first, first + step) for first in range(0, unit.shape[0], step)]
+    slices = [slice(first, first + step) for first in range(0, max(len(unit), 1), step)]
     return torch.cat([(unit[part] @ bank.T).gather(1, rows[part]) for part in slices])
 
 

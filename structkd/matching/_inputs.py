@@ -6,6 +6,20 @@ import torch
 from torch import Tensor
 
 from structkd._checks import describe
+from structkd.features import Features
+
+
+def queries_of(features: Features | Tensor, metric: str) -> Tensor:
+    """Returns what a gallery of this metric is asked with: logits for ``kl``, else embeddings."""
+    if isinstance(features, Tensor):
+        return features
+    if not isinstance(features, Features):
+        raise TypeError(f"features must be Features or a tensor, got {describe(features)}")
+    field = "logits" if metric == "kl" else "embedding"
+    queries: Tensor | None = getattr(features, field)
+    if queries is None:
+        raise ValueError(f"features.{field} is missing, which a {metric!r} gallery reads")
+    return queries
 
 
 def whole_numbers(values: Tensor, name: str, count: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from structkd._checks import describe, number, whole
 from structkd.features import Features
-from structkd.matching._inputs import usable_vectors, whole_numbers
+from structkd.matching._inputs import queries_of, usable_vectors, whole_numbers
 from structkd.matching._planned import cost_of, planned
 from structkd.matching._ranks import gather_rows, rank, share_of_classes, together
 from structkd.matching.gallery import RetrievalGallery
@@ -127,7 +127,7 @@ class SemBridgeMatcher(nn.Module):
         Warns:
             ConvergenceWarning: Once, if a plan did not converge.
         """
-        match = self._match(self._queries(features), labels)
+        match = self._match(queries_of(features, self.gallery.metric), labels)
         self._warn(match.converged)
         return match
 
@@ -190,7 +190,7 @@ class SemBridgeMatcher(nn.Module):
             rows = share_of_classes(labels)
             own = together(lambda: self._match(queries[rows], labels[rows]))
             order = gather_rows(rows).argsort()
-        device = self._queries(features).device
+        device = queries_of(features, self.gallery.metric).device
         ids, scores, weights = (
             gather_rows(part)[order].to(device) for part in (own.ids, own.scores, own.weights)
         )
@@ -217,7 +217,7 @@ class SemBridgeMatcher(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns this rank's queries, labels and positions on the CPU after checking them."""
         queries = usable_vectors(
-            self._queries(features),
+            queries_of(features, self.gallery.metric),
             "queries",
             self.gallery.dim,
             directed=self.gallery.metric == "cosine",
@@ -264,19 +264,6 @@ class SemBridgeMatcher(nn.Module):
             ConvergenceWarning,
             stacklevel=4,  # the caller of match() and of its no_grad
         )
-
-    def _queries(self, features: Features | Tensor) -> Tensor:
-        if isinstance(features, Tensor):
-            return features
-        if not isinstance(features, Features):
-            raise TypeError(f"features must be Features or a tensor, got {describe(features)}")
-        field = "logits" if self.gallery.metric == "kl" else "embedding"
-        queries: Tensor | None = getattr(features, field)
-        if queries is None:
-            raise ValueError(
-                f"features.{field} is missing, which a {self.gallery.metric!r} gallery reads"
-            )
-        return queries
 
     def _nearest(self, queries: Tensor, labels: Tensor) -> Match:
         scores, ids = self._found(queries, labels, 1)
