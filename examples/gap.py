@@ -1,4 +1,4 @@
-"""How far free pairs may be: ``python examples/gap.py unpaired-mnist --pseudo noise:0.3 noise:0.7``."""
+"""How far free pairs may be: ``python examples/gap.py unpaired-mnist --pseudo noise:0.7 grey``."""
 
 from crossmodal.tables.gap import main
 
