@@ -22,8 +22,10 @@ from crossmodal.data.scenes import open_scenes
 from crossmodal.data.sources import Images as Half
 from crossmodal.data.sources import Rows, Source, stratified
 from crossmodal.recipes import DataSet
+from structkd.matching.gap import modality_gap
 
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+_LOOKED_AT = 1000  # images of a side that the gap of free pairs is measured on
 # Fixed draws, apart from every training seed: the same images are held out for everybody.
 _VAL, _LIMIT, _HALVES, _TEST, _SCENES_VAL, _SCENES_LIMIT, _LABELS = 2, 3, 4, 6, 7, 8, 10
 
@@ -86,6 +88,15 @@ class Views:
                     f"warning: rich images are {sizes[0]}, poor ones {sizes[1]}: crops from a "
                     "padded border move both by as many pixels; fix: --size N or --pad 0"
                 )
+        if self.pseudo is not None and self.pseudo.shape == self.poor.shape:
+            # Both are normalised by their own moments, so a warning is no verdict.
+            some = (
+                images.take(torch.arange(min(len(images), _LOOKED_AT))).float()
+                for images in (self.pseudo, self.poor)
+            )
+            gap = modality_gap(*some)
+            prefix = "warning: " if gap.far.any() else ""
+            lines += [f"{prefix}free pairs: {line}" for line in gap.describe().splitlines()[:4]]
         unlabelled = int((self.poor.known() == NO_LABEL).sum())
         if unlabelled:
             lines.append(f"{len(self.poor) - unlabelled} of the poor training images have labels")
