@@ -6,6 +6,7 @@ from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLog
 from structkd.criteria.alignment import SemanticAlignmentLoss
 from structkd.criteria.base import Criterion
 from structkd.criteria.calibration import SemanticCalibrationLoss
+from structkd.criteria.classwise import ClassCORALLoss, ClassMeanKDLoss
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss
 from structkd.criteria.coral import CORALLoss
 from structkd.criteria.correlation import CrossCorrelationLoss
@@ -45,6 +46,8 @@ __all__ = [
     "AttentionTransferLoss",
     "BridgeLoss",
     "CORALLoss",
+    "ClassCORALLoss",
+    "ClassMeanKDLoss",
     "ContrastiveRepresentationLoss",
     "ConvAdapter",
     "ConvergenceWarning",

@@ -79,26 +79,32 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def labels(
-    target: Tensor | None, batch: int, classes: int, *, reader: str
+    target: Tensor | None,
+    batch: int,
+    classes: int,
+    *,
+    reader: str,
+    of: str = "the number of classes in logits",
+    name: str = "target",
 ) -> tuple[Tensor, Tensor]:
     """Returns class indices ``(B,)`` and which rows have one, after checking both.
 
     A row without a label, -100, has the index 0 and False beside it. The range is read on the CPU
     only: on an accelerator that would stall the stream, so there the device's own assertion speaks.
+    ``of`` says what ``classes`` is, ``name`` what the argument is called.
     """
     if target is None:
         raise ValueError(
-            f"{reader} needs target, the class indices (B,) with {NO_LABEL} where a row has none: "
+            f"{reader} needs {name}, the class indices (B,) with {NO_LABEL} where a row has none: "
             "pass it as 3rd argument"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be an int64 tensor of class indices, got {describe(target)}")
+        raise TypeError(f"{name} must be an int64 tensor of class indices, got {describe(target)}")
     if target.shape != (batch,):
-        raise ValueError(f"target must have shape ({batch},), got {tuple(target.shape)}")
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(target.shape)}")
     labelled = target != NO_LABEL
     index = torch.where(labelled, target, 0)
-    meaning = f"or be {NO_LABEL}, no label; the number of classes in logits"
-    in_range(index, "target", classes, meaning)
+    in_range(index, name, classes, f"or be {NO_LABEL}, no label; {of}")
     return index.long(), labelled
 
 

@@ -31,6 +31,8 @@ OPTIONS = {
     "AdversarialFeatureLoss": {"weight": 0.1},
     "RelationalLoss": {"weight": 0.1},
     "DistilVPRLoss": {"weight": 0.1},
+    "ClassMeanKDLoss": {"logits": torch.eye(9, CLASSES), "labels": torch.arange(9) % CLASSES},
+    "ClassCORALLoss": {"embedding": torch.eye(9, 7), "labels": torch.arange(9) % CLASSES},
 }
 
 

@@ -139,6 +139,13 @@ def fields_read(criterion: Criterion) -> tuple[str, ...]:
     return tuple(dict.fromkeys(field for fields in found for field in fields))
 
 
+def reads_teacher(criterion: Criterion) -> bool:
+    """Tells whether a criterion, or one inside it, looks at the teacher's features."""
+    inner = [part for part in criterion.modules() if isinstance(part, Criterion)]
+    # What holds others reads by them.
+    return any(part.reads_teacher for part in (inner[1:] or inner))
+
+
 def _flattened(
     members: Mapping[str, Criterion], weights: Mapping[str, float]
 ) -> Iterable[tuple[str, float, Criterion]]:

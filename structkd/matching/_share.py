@@ -9,6 +9,7 @@ from torch import Tensor
 
 from structkd._checks import chosen_rows, describe
 from structkd.criteria.base import Criterion, Input, as_features
+from structkd.criteria.sums import reads_teacher
 from structkd.distributed import (
     counts_of_ranks,
     rank,
@@ -50,7 +51,8 @@ def share_of(
         student: Features of the whole batch, with logits.
         target: Labels of the whole batch.
         given: The teacher's features of these rows.
-        which: The rows, a mask or positions; all of them where there are features but no rows.
+        which: The rows, a mask or positions; where none are given all of them, if there are
+            features or the criterion reads none.
     """
     assert student.logits is not None
     batch = len(student.logits)
@@ -58,6 +60,8 @@ def share_of(
     rows = None if which is None else chosen_rows(which, name_which, batch)
     if criterion is None:
         return None
+    if given is None and not reads_teacher(criterion):
+        given = Features()
     if given is None:
         if rows is not None and len(rows):
             raise ValueError(

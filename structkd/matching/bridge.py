@@ -179,7 +179,8 @@ class BridgeLoss(Weighted):
             paired: Which rows have a pair: a mask, or positions in the order of ``teacher``. All by
                 default, if ``teacher`` is given. On an accelerator leave masks on the CPU, or give
                 positions, so that nothing waits.
-            matches: The teacher's features of the rows that have a match, such as a matcher gives.
+            matches: The teacher's features of the rows that have a match, such as a matcher gives;
+                for a criterion that reads none of them, :class:`ClassMeanKDLoss`, not needed.
             matched: Which rows have a match; all by default, if ``matches`` is given.
 
         Returns:

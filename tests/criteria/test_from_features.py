@@ -19,6 +19,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdversarialFeatureLoss": {"source": "intermediate"},
     "SemanticAlignmentLoss": {"heads": 2},
     "DSLoss": {"srm": True},
+    # Of a teacher's whole set: 10 samples, the teacher's embedding being 8 wide.
+    "ClassMeanKDLoss": {"logits": torch.eye(10, CLASSES), "labels": torch.arange(10) % CLASSES},
+    "ClassCORALLoss": {"embedding": torch.eye(10, 8), "labels": torch.arange(10) % CLASSES},
 }
 SHAPES = {
     "maps": lambda width: ((width, 4, 4), (2 * width, 2, 2)),

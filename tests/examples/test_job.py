@@ -222,6 +222,15 @@ def test_an_unpaired_job_end_to_end_and_again(
         "bridge + kd+ds + kd matching + DynM (full without SKA) seed 0",
     ]
     trained.clear()
+    # Matches of ours, for the bridge alone.
+    names = [f"bridge+{name}" for name in ("sure", "neighbours", "class")]
+    assert train("--variant", *names, *rows[3:], name="unpaired-tiny") == 0
+    assert trained == [
+        "bridge + kd of sure teachers, planned seed 0",
+        "bridge + kd of neighbours' mean seed 0",
+        "bridge + kd of the class's mean seed 0",
+    ]
+    trained.clear()
     few = ("--labels", "8", "--variant", "alone", "bridge", "bridge+kd", "--seeds", "1")
     assert train(*few, "--epochs", "1", "--out", str(tmp_path / "few"), name="unpaired-tiny") == 0
     assert trained == [

@@ -6,7 +6,8 @@ A row over the bridge mixes in the teacher's images made poor. They are free pai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
 from crossmodal.near import looked_up
@@ -19,6 +20,8 @@ class Variant:
     ``first`` is the first matching: ``none`` trains without a teacher, ``each epoch`` draws in the
     class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and ``itself``
     the student's own image in the rich modality, which without pairs only a reference has.
+    ``neighbours`` and ``class`` are means of what the teacher says: of the images that the matcher
+    finds nearest in the class, and of the whole class.
     """
 
     title: str  # its name in the table; {} is the criterion
@@ -26,6 +29,23 @@ class Variant:
     dynamic: bool = False  # the student chooses again while it learns (DynM)
     aligned: bool = False  # SKA is added
     planned: bool = False  # matches come from a plan that limits a teacher image's share
+    reliable: bool = False  # only teacher images that are right and sure are matched
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the matcher chooses."""
+        return self.first in ("semantic", "neighbours")
+
+    @property
+    def soft(self) -> bool:
+        """Whether a mean over teacher images, not one of them, is the target."""
+        return self.first in ("neighbours", "class")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on; a new field at its default leaves old results known."""
+        found = {k: v for k, v in asdict(self).items() if k != "title"}
+        return found if self.reliable else {k: v for k, v in found.items() if k != "reliable"}
 
 
 # "full without SKA" is the row ssm+dynm.
@@ -41,7 +61,12 @@ VARIANTS: Mapping[str, Variant] = {
     "paired": Variant("{} paired (reference)", "itself"),
 }
 BRIDGE = "bridge"  # labels only on the free pairs; bridge+METHOD distils over them, ...
-# ... and bridge+METHOD+VARIANT has matches of the own images besides.
+# ... and bridge+METHOD+VARIANT has matches of the own images besides. These are ours, for it alone:
+MATCHES: Mapping[str, Variant] = {
+    "sure": Variant("{} of sure teachers, planned", dynamic=True, planned=True, reliable=True),
+    "neighbours": Variant("{} of neighbours' mean", "neighbours"),
+    "class": Variant("{} of the class's mean", "class"),
+}
 PAIRS = Variant("{}", "itself")  # what every method of a paired job is
 
 
@@ -106,7 +131,7 @@ def row(
     if bridge.strip().lower() != BRIDGE:
         variant = looked_up("variant", name, known, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
         return variant, plan(variant, criterion, weights)
-    matching = {k: v for k, v in known.items() if v.first != "none"}
+    matching = {k: v for k, v in known.items() if v.first != "none"} | MATCHES
     # The longest end that names a variant: ssm+dynm is one.
     ends = ["+".join(rest[cut:]) for cut in range(len(rest))]
     end = next((end for end in ends if end in matching), "")

@@ -238,7 +238,9 @@ class Session:
         training.step.to(PartialState().device)
         if self.job.matched:
             run["trace"] = {}
-            if asked.variant.first != "none":
+            if asked.variant.soft:
+                training.step.soft = self.galleries.soft(asked.variant.first)
+            elif asked.variant.first != "none":
                 training.choose = self.trainings.chooser(asked, training, self.galleries)
         outcome = self._fit(training, where)
         let_go(training)

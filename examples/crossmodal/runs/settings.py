@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,10 +67,10 @@ class Settings:
         if job.matched:
             again = {"epochs": job.rematching.schedule.epochs(recipe.epochs)}
             again["by"] = job.rematching.by
-            found["variant"] = {k: v for k, v in asdict(variant).items() if k != "title"}
+            found["variant"] = variant.settings
             found["planner"] = [EPSILON, CAPACITY] if variant.planned else None
             found["rematching"] = again if variant.dynamic else None
-            found["matcher"] = key(self.matcher) if variant.first == "semantic" else None
+            found["matcher"] = key(self.matcher) if variant.chosen else None
             if asked.plan.bridged:
                 pseudo = self.views.pseudo
                 found["bridge"] = None if pseudo is None else pseudo.fingerprint

@@ -46,7 +46,8 @@ class Trainings:
         """A student's; without pairs its chooser is still to come."""
         recipe, poor = replace(self.recipes["student"], seed=seed), self.views.poor
         network, label = self.network("student", seed), f"{asked.label} seed {seed}"
-        rich = None if asked.variant.first == "none" else self.taught_from(asked)
+        alone = asked.variant.first == "none" or asked.variant.soft
+        rich = None if alone else self.taught_from(asked)
         both = {"poor": poor, "rich": rich, "together": self.views.paired}
         # An own image without a label has nothing to learn from where there are no pairs.
         labelled = recipe.labelled if asked.plan.taught and not asked.plan.bridged else 1.0
@@ -61,6 +62,8 @@ class Trainings:
         samples = len(poor) if self.views.paired else max(len(poor), len(self.views.rich))
         setup = Setup(samples, recipe.batch_size)
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)
+        if asked.variant.soft:  # to be filled when there is a teacher
+            step.soft = torch.zeros(len(poor), len(poor.classes))
         return Training(label, step, batches, recipe)
 
     def chooser(self, asked: Asked, training: Training, galleries: Galleries) -> Chooser:

@@ -56,7 +56,7 @@ def draw_accuracy(
         axes.set_yticks(range(len(methods)), [textwrap.shorten(r.method, 44) for r in methods])
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-        caption = "; ".join(f"{name}: {accuracy:.2f} %" for name, accuracy in teacher)
+        caption = "; ".join(f"{name}: {accuracy:.2f}\u00a0%" for name, accuracy in teacher)
         axes.set_xlabel(f"accuracy, %\n{_wrapped(caption, width)}".strip())
         figure.suptitle(_wrapped(title, width), fontsize=9)
 

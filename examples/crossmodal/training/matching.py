@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import structkd
 from crossmodal import models
 from crossmodal.data import Images, Views
 from crossmodal.data.sources import stratified
 from crossmodal.methods.variants import Variant
 from crossmodal.recipes import Recipe
 from crossmodal.training.evaluation import still
-from structkd import LagrangianPlanner, RematchSchedule, RetrievalGallery, SemBridgeMatcher
+from structkd import (
+    Features,
+    LagrangianPlanner,
+    NeighbourMatcher,
+    RematchSchedule,
+    RetrievalGallery,
+    SemBridgeMatcher,
+    reliable_teachers,
+)
 from structkd.diagnostics import transport_cost
 from structkd.matching.semantic import SemanticMatcher
 
 # Of the planned matching, in units of the score: cosine, and KL at temperature 3.
 EPSILON, CAPACITY = 0.05, 2.0
+# Of means over teacher images: how many neighbours, and KD's temperature in methods.toml.
+NEIGHBOURS, _TEMPERATURE = 16, 4.0
 BYS = ("epoch", "pass")
 _MATCH_SEED = 3_000_000
 _SAMPLE, _SAMPLE_DRAW = 500, 5  # images whose transport cost is followed; exact solvers take N^3
@@ -63,10 +74,12 @@ class Galleries:
     """All that a choice of teacher images reads; ids are rows of the rich images."""
 
     semantic: RetrievalGallery  # the rich images by the matcher's embedding
+    embedded: Tensor  # the same embeddings, (M, D)
     queries: Tensor  # the student images' embeddings by the matcher, (N, D)
     logits: RetrievalGallery  # the rich images by the teacher's logits
     teacher_logits: Tensor  # the same logits, (M, K)
     labels: Tensor  # the student images' classes
+    teacher_labels: Tensor
     teacher: nn.Module
 
     @classmethod
@@ -82,10 +95,33 @@ class Galleries:
         queries = outputs(matcher.embed_student, views.poor, device)
         logits = outputs(teacher, views.rich, device)
         semantic = RetrievalGallery(embedded.shape[1])
-        semantic.add(embedded, views.rich.labels)
+        semantic.add(embedded, views.rich.labels, features=Features(logits=logits))
         by_logits = RetrievalGallery(logits.shape[1], metric="kl")
         by_logits.add(logits, views.rich.labels)
-        return cls(semantic, queries, by_logits, logits, views.poor.labels, teacher)
+        labels = views.poor.labels, views.rich.labels
+        return cls(semantic, embedded, queries, by_logits, logits, *labels, teacher)
+
+    def reliable(self) -> Galleries:
+        """The same, of the rich images alone that the teacher is right and sure about."""
+        kept = reliable_teachers(self.teacher_logits, self.teacher_labels)
+        logits, labels = self.teacher_logits[kept], self.teacher_labels[kept]
+        semantic = RetrievalGallery(self.queries.shape[1])
+        semantic.add(self.embedded[kept], labels, ids=kept)
+        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
+        by_logits.add(logits, labels, ids=kept)
+        return replace(self, semantic=semantic, logits=by_logits)
+
+    def soft(self, of: str) -> Tensor:
+        """Logits for every student image: the mean of its neighbours' predictions, or its class's.
+
+        The means are of probabilities at KD's temperature.
+        """
+        nearest = NeighbourMatcher(self.semantic, NEIGHBOURS, temperature=_TEMPERATURE)
+        if of == "neighbours":
+            return nearest(self.queries, self.labels).logits
+        known = self.teacher_logits, self.teacher_labels
+        means = structkd.ClassMeanKDLoss(*known, temperature=_TEMPERATURE).log_mean
+        return _TEMPERATURE * means[self.labels]
 
     def first(self, *, planned: bool) -> Tensor:
         """The matcher's choice: nearest in class, or by a plan."""
@@ -155,6 +191,8 @@ class Chooser:
 
     def __post_init__(self) -> None:
         dynamic, labels = self.variant.dynamic, self.views.poor.labels
+        if self.variant.reliable:
+            self.galleries = self.galleries.reliable()
         self.trace = Trace()
         self._epochs = self.rematching.schedule.epochs(self.recipe.epochs) if dynamic else ()
         shape = len(labels), len(self.views.poor.classes)

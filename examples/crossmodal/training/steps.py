@@ -77,6 +77,7 @@ class Distilled(Step):
     ) -> None:  # fmt: skip
         super().__init__()
         self.supervision = plan.supervision
+        self.soft: Tensor | None = None  # logits that teach the own images, a row for each
 
         def build(feats_s: Features, feats_t: Features) -> Criterion:
             torch.manual_seed(_CRITERION_SEED + seed)
@@ -113,6 +114,8 @@ class Distilled(Step):
         rows = {"paired": torch.arange(len(own), len(target))}
         if batch.rich is not None:
             rows |= {"x_matched": batch.rich, "matched": own}
+        elif self.soft is not None:
+            rows |= {"matches": Features(logits=self.soft[batch.index]), "matched": own}
         logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
         # As elsewhere, only the distillation falls, not the labels' part.
         falling = {k: v if k == "task" else self.left * v for k, v in terms.items()}
