@@ -21,6 +21,7 @@ from structkd._checks import describe
 from structkd.criteria.base import Criterion, same_buffers
 from structkd.distiller import Distiller
 from structkd.integrations._extra import missing_extra
+from structkd.integrations._images import images_of_both
 from structkd.specs import Spec, criterion_classes
 
 try:
@@ -191,7 +192,11 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
                 "dict(type='PackInputs')"
             )
         self._follow_epochs()
-        x, x_teacher = self._inputs(inputs)
+        x, x_teacher = images_of_both(
+            inputs,
+            self._renormalise,
+            "inputs must be one batch of images or a pair (the student's, the teacher's)",
+        )
         losses, terms = self.distiller(
             {"inputs": x, "data_samples": data_samples, "mode": "loss"},
             _target(data_samples),
@@ -227,20 +232,6 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._epoch = None
-
-    def _inputs(self, given: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(given, Tensor):
-            return given, self._renormalise(given)
-        is_pair = isinstance(given, tuple | list) and len(given) == 2
-        if not is_pair or not all(isinstance(part, Tensor) for part in given):
-            came = describe(given)
-            if isinstance(given, tuple | list):
-                came = f"{len(given)} of ({', '.join(describe(part) for part in given)})"
-            raise ValueError(
-                "inputs must be one batch of images or a pair (the student's, the teacher's) of "
-                f"batches of the same samples, got {came}"
-            )
-        return given[0], given[1]
 
 
 def default_layers(classifier: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from structkd._checks import describe, near
 from structkd.distiller import Distiller
 from structkd.integrations._extra import missing_extra
+from structkd.integrations._images import images_of_both
 from structkd.specs import Spec
 
 try:
@@ -237,7 +238,11 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
             target: What the task loss takes; a criterion that reads labels gets it too.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
         """
-        x, x_teacher = self._inputs(input)
+        x, x_teacher = images_of_both(
+            input,
+            self._renormalised,
+            "the loader must yield (image, target) or ((student's image, teacher's image), target)",
+        )
         output, terms = self.trainable_module(x, target, x_teacher, index=index)
         if torch.is_grad_enabled():
             self.distiller.epoch_open = True
@@ -247,22 +252,12 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
         parts = {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
         return {**parts, **terms}
 
-    def _inputs(self, given: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(given, Tensor):
-            if not self.renormalises:
-                return given, given
-            unit = given * self.student_std + self.student_mean
-            return given, (unit - self.teacher_mean) / self.teacher_std
-        is_pair = isinstance(given, tuple | list) and len(given) == 2
-        if not is_pair or not all(isinstance(part, Tensor) for part in given):
-            came = describe(given)
-            if isinstance(given, tuple | list):
-                came = f"{len(given)} of ({', '.join(describe(part) for part in given)})"
-            raise ValueError(
-                "the loader must yield (image, target) or ((student's image, teacher's image), "
-                f"target), both images batches of the same samples; as images came {came}"
-            )
-        return given[0], given[1]
+    def _renormalised(self, images: Tensor) -> Tensor:
+        if not self.renormalises:
+            return images
+        unit = images * self.student_std + self.student_mean
+        renormalised: Tensor = (unit - self.teacher_mean) / self.teacher_std
+        return renormalised
 
 
 def read_spec(path: str | Path) -> dict[str, Any]:
