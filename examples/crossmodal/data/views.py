@@ -22,7 +22,7 @@ from crossmodal.data.scenes import open_scenes
 from crossmodal.data.sources import Images as Half
 from crossmodal.data.sources import Rows, Source, stratified
 from crossmodal.recipes import DataSet
-from structkd.matching.gap import modality_gap
+from structkd.diagnostics import modality_gap
 
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 _LOOKED_AT = 1000  # images of a side that the gap of free pairs is measured on

@@ -19,6 +19,7 @@ from crossmodal.tables.samples import draw_samples
 from crossmodal.training import evaluation
 
 _PARTS = re.MULTILINE | re.DOTALL
+_PREDICTED_IMAGES = 256
 _FIGURE_IMAGES = 1000  # t-SNE of more takes minutes and shows less
 FAMILIES: Mapping[str, str] = {
     "logits": "on logits",
@@ -50,6 +51,8 @@ def write(session: Session, runs: Sequence[Run], kind: str) -> None:
     if job.matched:
         told = filter(None, [matches.rematching_time(runs), _in_the_paper(job.entry.name)])
         body += "".join(f"\n{note}\n" for note in told)
+    if kind == "train" and not job.matched:
+        body += _predictable(session)
     session.console.print(Markdown(body))
     number = _put(job.out / "results.md", body, job.command)
 
@@ -148,6 +151,26 @@ def _theirs(method: str, printed: Mapping[str, float]) -> str:
 
 def _arrow(gain: float) -> str:
     return f"{'↓' if gain < 0 else '↑'}{abs(gain):.2f}"
+
+
+def _predictable(session: Session) -> str:
+    """What the lone student's maps tell of the teacher's, where it was trained."""
+    job, views, student = session.job, session.views, session.new_student()
+    asked = next((asked for asked in job.asked if asked.label == ALONE), None)
+    if asked is None:
+        return ""
+    if not session.settings.checkpoint(asked, job.seeds[0]).load_into(student):
+        return ""
+    labels = views.held_out_rich.labels
+    rows = torch.from_numpy(stratified(labels.numpy(), _PREDICTED_IMAGES, draw=0))
+    sides = (images.chosen(rows) for images in (views.held_out_poor, views.held_out_rich))
+    like = views.poor, views.rich
+    shares = evaluation.predictable(student, session.teacher, *sides, like)
+    told = ", ".join(f"{100 * share:.0f} %" for share in shares)
+    return (
+        f"\nOf the teacher's maps, a linear map of the lone student's predicts {told} (stage by "
+        "stage, held-out images).\n"
+    )
 
 
 # Figures of the first seed's networks.

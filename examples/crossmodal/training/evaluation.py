@@ -14,6 +14,7 @@ from crossmodal import models
 from crossmodal.data import Batch, Batches, Images
 from crossmodal.recipes import Recipe
 from structkd import FeatureCapture
+from structkd.diagnostics import predictable_share
 
 _STILL = Recipe(pad=0, flip=False)
 
@@ -52,3 +53,27 @@ def features(
             (stage,) = feats.intermediate
             pooled.append(stage.mean((2, 3) if stage.ndim == 4 else 1).float().cpu())
     return torch.cat(embeddings), torch.cat(pooled)
+
+
+@torch.no_grad()
+def predictable(
+    student: nn.Module, teacher: nn.Module, poor: Images, rich: Images, like: tuple[Images, Images]
+) -> list[float]:
+    """The share of the teacher's maps, stage by stage, that a linear map of the student's predicts.
+
+    It is the mean over channels, in [0, 1], on pairs; ``like`` has what each side was trained on.
+    """
+    batches = zip(still(poor, like[0]), still(rich, like[1]), strict=True)
+    captures = [
+        FeatureCapture(net.cpu().eval(), intermediate=models.stage_names(net))
+        for net in (student, teacher)
+    ]
+    found = []
+    for pair in batches:
+        both = (capture(batch.poor) for capture, batch in zip(captures, pair, strict=True))
+        found.append([feats.intermediate for feats in both])
+    for capture in captures:
+        capture.remove()
+    stages = zip(*(zip(*side, strict=True) for side in zip(*found, strict=True)), strict=False)
+    shares = (predictable_share(torch.cat(maps_s), torch.cat(maps_t)) for maps_s, maps_t in stages)
+    return [float(share.clamp_min(0).mean()) for share in shares]
