@@ -9,30 +9,49 @@ from dataclasses import dataclass
 from torch import nn
 
 INPUT = ":input"
-# Where a wrapper keeps the network; torch.compile's is OptimizedModule.
+_COMPILED = "OptimizedModule"  # torch.compile's wrapper
+# Where a wrapper keeps the network.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
+    _COMPILED: "_orig_mod",
 }
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the network inside DDP, FSDP and torch.compile wrappers."""
-    while attribute := _WRAPPERS.get(type(module).__name__):
-        module = getattr(module, attribute)
-    return module
+    return _nested(module)[-1]
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Tells whether a network, or the network in a wrapper, was given to ``torch.compile``."""
-    while True:
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            return True
-        attribute = _WRAPPERS.get(type(module).__name__)
-        if attribute is None:
-            return False
-        module = getattr(module, attribute)
+    return any(
+        type(part).__name__ == _COMPILED or part._compiled_call_impl is not None
+        for part in _nested(module)
+    )
+
+
+def averaging_wrapper(module: nn.Module) -> nn.Module | None:
+    """Returns the DDP or FSDP wrapper around a network, which averages its gradients, if any."""
+    for part in _nested(module)[:-1]:
+        if type(part).__name__ != _COMPILED:
+            return part
+    return None
+
+
+def averages_gradients(module: nn.Module) -> bool:
+    """Tells whether a network is wrapped or sharded so that processes average its gradients."""
+    # fully_shard wraps nothing: it makes a class of its own of the network's, FSDPResNet.
+    sharded = type(unwrapped(module)).__name__.startswith("FSDP")
+    return sharded or averaging_wrapper(module) is not None
+
+
+def _nested(module: nn.Module) -> list[nn.Module]:
+    """Returns a module and what its wrappers hold, from the outside in: the network is last."""
+    found = [module]
+    while attribute := _WRAPPERS.get(type(found[-1]).__name__):
+        found.append(getattr(found[-1], attribute))
+    return found
 
 
 @dataclass(frozen=True)

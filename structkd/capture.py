@@ -275,10 +275,9 @@ class FeatureCapture:
                 )
 
     def _check_wrapped(self) -> None:
-        wrapped = type(self.module).__name__ in ("DistributedDataParallel",) or (
-            "FSDP" in type(self.module).__name__ or "FullySharded" in type(self.module).__name__
-        )
-        if world_size() == 1 or wrapped or not torch.is_grad_enabled():
+        if world_size() == 1 or not torch.is_grad_enabled():
+            return
+        if _backbone.averages_gradients(self.module):
             return
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             raise RuntimeError(

@@ -213,9 +213,10 @@ def _check_networks(student: object, teacher: object) -> None:
             raise TypeError(f"{name} must be an nn.Module, got {describe(module)}")
     assert isinstance(student, nn.Module)
     assert isinstance(teacher, nn.Module)
-    if type(student).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+    wrapper = _backbone.averaging_wrapper(student)
+    if wrapper is not None:
         raise TypeError(
-            f"student is a {type(student).__name__}: give the bare network, and wrap the "
+            f"student is a {type(wrapper).__name__}: give the bare network, and wrap the "
             "Distiller itself, so that the criterion's parameters are averaged too"
         )
     trained = {id(parameter) for parameter in student.parameters()}

@@ -261,8 +261,10 @@ def _bare_capture_worker(rank: int, out: str) -> None:
     with torch.no_grad():
         frozen = capture(torch.randn(2, 3, 4, 4)).embedding.shape  # nothing to average
     wrapped = FeatureCapture(ddp, embedding="fc:input")(torch.randn(2, 3, 4, 4)).embedding.shape
+    compiled = FeatureCapture(torch.compile(ddp, backend="eager"), embedding="fc:input")
+    within = compiled(torch.randn(2, 3, 4, 4)).embedding.shape  # DDP averages under the compiler's
     if rank == 0:
-        torch.save([said, list(read), list(frozen), list(wrapped)], out)
+        torch.save([said, list(read), list(frozen), list(wrapped), list(within)], out)
 
 
 def test_calling_the_bare_network_under_several_processes_is_named(tmp_path: Path) -> None:
@@ -271,4 +273,4 @@ def test_calling_the_bare_network_under_several_processes_is_named(tmp_path: Pat
     said, *shapes = torch.load(out, weights_only=True)
     assert "gradients nobody averages" in said
     assert "FeatureCapture(ddp)" in said
-    assert shapes == [[2, 5]] * 3
+    assert shapes == [[2, 5]] * 4

@@ -16,7 +16,7 @@ from structkd.distributed import average_gradients, world_size
 from tests.processes import start
 
 BATCH = 8
-SHARES = ([4, 4], [1, 7], [2, 5, 1])  # batch sizes a rank
+SHARES = ([4, 4], [1, 7], [2, 5, 1], [0, 8])  # batch sizes a rank
 
 
 def _ds(**options: object) -> Criterion:
@@ -35,6 +35,14 @@ def _sem(**options: object) -> Criterion:
     return structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True, **options)
 
 
+def _fitnet_log() -> Criterion:
+    return structkd.FitNetLoss(5, 6, form="log", kernel_size=3, gather=True)
+
+
+def _three_stages() -> Criterion:
+    return structkd.DenseStructureLoss([3, 5, 6], [6, 6, 6], gather=True)
+
+
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "ds-aligned": lambda: _ds(aligned=True),
     "ds-measured": lambda: _ds(),
@@ -47,6 +55,7 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "dense-wide": lambda: _dense(7),
     "dense-closed": lambda: _dense(adapter="closed_form", split=False),
     "dense-split": lambda: _dense(adapter="closed_form", split=True),
+    "fitnet-log": _fitnet_log,
 }
 
 
@@ -94,7 +103,7 @@ def test_shares_of_any_size_change_nothing(ranks, name: str) -> None:
     torch.testing.assert_close(together, grads["maps"], **exact)
 
 
-def _count_worker(rank: int, out: str) -> None:
+def _count_worker(rank: int, widths: list[int], build: Callable[[], Criterion], out: str) -> None:
     counted = {"calls": 0}
     reduce = dist.all_reduce
 
@@ -103,9 +112,9 @@ def _count_worker(rank: int, out: str) -> None:
         return reduce(*args, **kwargs)
 
     dist.all_reduce = counting
-    stages = [torch.randn(2 + rank, c, 4, 4, requires_grad=True) for c in (3, 5, 6)]
-    criterion = structkd.DenseStructureLoss([3, 5, 6], [4, 4, 4], gather=True)
-    value = criterion(stages, [torch.randn(2 + rank, 4, 4, 4) for _ in stages])
+    stages = [torch.randn(2 + rank, c, 4, 4, requires_grad=True) for c in widths]
+    criterion = build()
+    value = criterion(stages, [torch.randn(2 + rank, 6, 4, 4) for _ in stages])
     forward = counted["calls"]
     value.backward()
     dist.all_reduce = reduce
@@ -113,7 +122,8 @@ def _count_worker(rank: int, out: str) -> None:
         Path(out).write_text(f"{forward} {counted['calls'] - forward}")
 
 
-def test_dense_structure_needs_two_reduces_forward_and_one_backward(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("widths", "build"), [([3, 5, 6], _three_stages), ([5], _fitnet_log)])
+def test_two_reduces_forward_and_one_backward_are_enough(tmp_path: Path, widths, build) -> None:
     out = tmp_path / "count"
-    start(_count_worker, tmp_path, 2, str(out))
+    start(_count_worker, tmp_path, 2, widths, build, str(out))
     assert out.read_text() == "2 1"

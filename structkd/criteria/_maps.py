@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structkd._checks import describe, whole
 from structkd.criteria.base import missing
+from structkd.distributed import world_size
 from structkd.features import Features
 
 Layers = int | Sequence[int] | None
@@ -141,6 +142,20 @@ def check_positions(first: Tensor, second: Tensor, reader: str) -> None:
             "or rows), where it is 0 whatever they hold: capture an earlier layer with positions, "
             "leave this one out with layer=[...], or take a criterion on channels such as "
             f"FitNetLoss; the maps came down to {describe(first)} and {describe(second)}"
+        )
+
+
+def check_several(features: Tensor, reader: str, *, gather: bool) -> None:
+    """Raises where all samples of ``(B, C, H, W)`` together have fewer than two positions.
+
+    Not under ``gather`` where there are several processes: others may have them.
+    """
+    count = features.shape[0] * features.shape[2] * features.shape[3]
+    if count < 2 and not (gather and world_size() > 1):
+        raise ValueError(
+            f"{reader} compares positions over the batch: it needs at least 2, got {count} (one "
+            "sample and a map of 1 x 1, or a row); use drop_last=True in the DataLoader, or "
+            "capture an earlier layer"
         )
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from structkd.distributed import sum_over_ranks
 
+# The share of a variance that nothing can know: log(share + 0.01) stays finite.
+UNKNOWABLE = 0.01
+
 
 class Columns(NamedTuple):
     """A pair of matrices with a row for every channel and a column for every sample.
@@ -77,6 +80,30 @@ def moments(
             several = [_without_rounding(value, *levels[position]) for value in several]
         found.append(tuple(several))
     return found
+
+
+def error_and_variance(error: Tensor, teacher: Tensor, *, gather: bool) -> tuple[Tensor, Tensor]:
+    """Returns the mean squared error of all elements, and every channel's variance ``(C,)``.
+
+    As in :func:`moments`, channels are shifted by their mean first, and one whose deviations are
+    the rounding of its mean has a variance of 0.
+
+    Args:
+        error: ``(B, C, H, W)``.
+        teacher: ``(B, C, H, W)``, a constant.
+        gather: Over the samples of all processes, of which each may hold another number: one
+            all-reduce of the means and one of the sums, and backward one of the error's gradient.
+    """
+    channels = teacher.shape[1]
+    count = teacher.new_full((1,), teacher.numel() // channels)
+    ((count, level),) = _total([[count, teacher.sum(dim=(0, 2, 3))]], gather)
+    level = level / count
+    shifted = teacher - level[:, None, None]
+    own = [shifted.square().sum(dim=(0, 2, 3)), shifted.sum(dim=(0, 2, 3))]
+    ((wrong, second, first),) = _total([[error.square().sum(), *own]], gather)
+    variance = (second / count - (first / count).square()).clamp_min(0)
+    variance = torch.where(_is_rounding(variance, level), 0, variance)
+    return wrong / (count[0] * channels), variance
 
 
 def inverse_scale(square: Tensor, floor: float) -> Tensor:

@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from structkd._checks import choice, number, whole
 from structkd.criteria._closed_form import cut_at, predicted_share
 from structkd.criteria._gram import off_diagonal
-from structkd.criteria._maps import Layers, channels, checked_layers, common_positions, map_pairs
-from structkd.criteria._moments import Columns, Moments, inverse_scale, moments
+from structkd.criteria._maps import (
+    Layers,
+    channels,
+    check_several,
+    checked_layers,
+    common_positions,
+    map_pairs,
+)
+from structkd.criteria._moments import UNKNOWABLE, Columns, Moments, inverse_scale, moments
 from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion
-from structkd.distributed import rank, shard_sizes, world_size
+from structkd.distributed import rank, shard_sizes
 from structkd.features import Features
 
 ADAPTERS = ("conv", "closed_form")
 DIAGONALS = ("information", "squared")
 TERMS = ("Dense-1", "Dense-2")
-# The share of a channel that nothing can know: log(u + 0.01) stays finite.
-_UNKNOWABLE = 0.01
 
 
 class DenseStructureLoss(Criterion):
@@ -173,14 +178,8 @@ class DenseStructureLoss(Criterion):
             common_positions(map_s, map_t, "student and teacher intermediate")
             for map_s, map_t in map_pairs(student, teacher, name, self.layer)
         ]
-        alone = world_size() == 1 or not self.gather
         for map_s, _ in maps:
-            if alone and map_s.shape[0] * map_s.shape[2] * map_s.shape[3] < 2:
-                raise ValueError(
-                    f"{name} compares positions over the batch: it needs at least 2, got 1 (one "
-                    "sample and a map of 1 x 1, or a row); use drop_last=True in the DataLoader, "
-                    "or capture an earlier layer"
-                )
+            check_several(map_s, name, gather=self.gather)
         if self.adapter == "closed_form":
             return {"Dense-1": torch.stack(self._closed_form(maps)).sum()}
         stages = self._correlations(maps)
@@ -206,7 +205,7 @@ class DenseStructureLoss(Criterion):
     def _diagonal(self, correlation: Tensor) -> Tensor:
         if self.diagonal == "squared":
             return (1 - correlation).square()
-        return torch.log(1 - correlation.clamp_min(0).square() + _UNKNOWABLE)
+        return torch.log(1 - correlation.clamp_min(0).square() + UNKNOWABLE)
 
     def _correlations(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Returns C of every stage, ``(d, d)``."""
@@ -243,7 +242,7 @@ class DenseStructureLoss(Criterion):
             predicted_share(halves, ridge=self.ridge, floor=self.floor)
             for halves in moments(pairs, gather=self.gather)
         ]
-        return [torch.log(1 - share + _UNKNOWABLE).mean() for share in shares]
+        return [torch.log(1 - share + UNKNOWABLE).mean() for share in shares]
 
     def _check_channels(self, maps: list[tuple[Tensor, Tensor]]) -> None:
         name = type(self).__name__

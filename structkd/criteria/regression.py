@@ -10,12 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structkd._checks import number, whole
-from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair
+from structkd._checks import choice, number, whole
+from structkd.criteria._maps import (
+    channels,
+    check_several,
+    checked_layer,
+    common_positions,
+    map_pair,
+)
+from structkd.criteria._moments import UNKNOWABLE, error_and_variance
 from structkd.criteria.base import Criterion
+from structkd.distributed import whole_batch
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
 
+FORMS = ("squared", "log")
 # Keeps VID's variance from reaching zero.
 _FLOOR = 1e-5
 
@@ -70,48 +79,96 @@ class FitNetLoss(_MapRegression):
     with r a convolution to the teacher's channels, linear for tokens and rows, trained with the
     student. Maps of other sizes are average-pooled to a common size before r. Term: ``FitNets``.
 
+    That is ``form="squared"``, the default, whose size goes with the square of the teacher's scale,
+    and so does the weight that suits it. ``form="log"`` is the logarithm of the error's share of
+    the teacher's variance,
+
+    .. math::
+        L = \log \Big( \frac{\mathrm{mean} \, (r(F_s) - F_t)^2}
+            {\mathrm{mean}_c \, \mathrm{var}(F_{t,c})} + 0.01 \Big)
+
+    with the variance of each of the teacher's channels over the positions of all samples, about its
+    mean. The scale of the teacher cancels, so one weight means the same on every teacher, and the
+    pull does not fade as the error falls until a hundredth of the variance is left. The share is 1
+    for a regressor that knows the teacher's mean and no more. A channel that is constant, but for
+    the rounding of its mean, has a variance of 0; where all channels are, there is nothing to
+    learn, and the share counts as 1, without a gradient.
+
     Args:
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
+        form: ``squared`` or ``log``.
         kernel_size: Odd size of the convolution.
         layer: Position in ``Features.intermediate`` of the map to read.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Take the sums inside the logarithm over the samples of all processes, whatever
+            number each holds: two all-reduces forward and one backward. Without effect on
+            ``squared``, where no sample meets another.
 
     Shape:
         maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any two kinds, any float
-        dtype; output a scalar in float32 (float64 for float64 inputs).
+        dtype; output a scalar in float32 (float64 for float64 inputs), of ``log`` not below
+        log 0.01.
 
     Raises:
-        ValueError: If channels are not those it was built for, or tokens that would need a grid
-            have none.
+        ValueError: If channels are not those it was built for, tokens that would need a grid have
+            none, ``form`` is none of the two, or ``log`` meets one position only.
 
     References:
         Romero et al., *FitNets: Hints for Thin Deep Nets*, 2015, Eq. 3, as a mean over elements;
-        the CRD benchmark's weight is 100.
+        the CRD benchmark's weight is 100. The logarithm is this library's own.
 
     Example:
         >>> criterion = FitNetLoss(8, 16)
         >>> criterion(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)).shape
         torch.Size([])
+        >>> scaled = FitNetLoss(8, 16, form="log")
+        >>> _ = torch.nn.init.zeros_(scaled.regressor.conv.weight)
+        >>> _ = torch.nn.init.zeros_(scaled.regressor.conv.bias)
+        >>> teacher = torch.randn(64, 16, 4, 4)
+        >>> teacher = teacher - teacher.mean(dim=(0, 2, 3), keepdim=True)
+        >>> scaled(torch.randn(64, 8, 4, 4), 1000 * teacher)  # log 1.01: the mean, and no more
+        tensor(0.0100, grad_fn=<SumBackward0>)
     """
+
+    # Of the log form; the mean of the squared one needs the rows of nobody else.
+    couples = True
+    sums_over_ranks = True
 
     def __init__(
         self,
         student_channels: int,
         teacher_channels: int,
         *,
+        form: str = "squared",
         kernel_size: int = 1,
         layer: int = -1,
         gather: bool = False,
     ) -> None:
         super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
+        self.form = choice("form", form, FORMS)
         self.regressor = ConvAdapter(student_channels, teacher_channels, kernel_size=kernel_size)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         map_s, map_t = self._maps(student, teacher)
-        return {"FitNets": F.mse_loss(self.regressor(map_s), map_t)}
+        if self.form == "squared":
+            self._check_batch(whole_batch(len(map_s)))
+            return {"FitNets": F.mse_loss(self.regressor(map_s), map_t)}
+        check_several(map_s, type(self).__name__, gather=self.gather)
+        error, variance = error_and_variance(
+            self.regressor(map_s) - map_t, map_t, gather=self.gather
+        )
+        variance = variance.mean()
+        # Written so that NaN stays NaN: a comparison with it is false, and 0 times it is NaN.
+        constant = variance <= 0
+        error = torch.where(constant, 1 + 0 * error, error)
+        variance = torch.where(constant, 1, variance)
+        # No quotient, which would leave float32 where the variance nearly does.
+        return {"FitNets": torch.log(error + UNKNOWABLE * variance) - torch.log(variance)}
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}"
 
 
 class VariationalInformationLoss(_MapRegression):

@@ -16,11 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structkd import _backbone
 from structkd._checks import describe
 from structkd.criteria.base import Criterion, same_buffers
 from structkd.distiller import Distiller
 from structkd.integrations._extra import missing_extra
+from structkd.integrations._images import images_of_both
+from structkd.integrations._mm_stated import (
+    Renormalise,
+    default_layers,
+    index_of,
+    labels_of,
+    names_weights,
+    stated_size,
+)
 from structkd.specs import Spec, criterion_classes
 
 try:
@@ -33,6 +41,8 @@ try:
     from mmpretrain.registry import MODELS as CLASSIFIERS
 except ImportError as error:
     raise missing_extra("mmpretrain", error) from error
+
+__all__ = ["MODELS", "DistilledClassifier", "default_layers"]
 
 MODELS = Registry("model", parent=ROOT, scope="structkd", locations=[__name__])
 for _name, _criterion in criterion_classes().items():
@@ -125,7 +135,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
             train_cfg = student.get("train_cfg")  # its Mixup, which a preprocessor of ours does
         super().__init__(init_cfg, _preprocessor(data_preprocessor, train_cfg, student_net))
         teacher_net = _teacher(teacher, teacher_checkpoint)
-        sizes = [tuple(example_size or _stated_size(net)) for net in (student_net, teacher_net)]
+        sizes = [tuple(example_size or stated_size(net)) for net in (student_net, teacher_net)]
         images = [{"inputs": torch.zeros((2, *size)), "mode": "tensor"} for size in sizes]
         self.distiller = Distiller(
             student_net,
@@ -138,7 +148,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
                 **((layers if teacher_layers is None else teacher_layers) or {}),
             },
         )
-        self._renormalise = _Renormalise(self.data_preprocessor, teacher_net)
+        self._renormalise = Renormalise(self.data_preprocessor, teacher_net)
         # The epoch that is being trained, so that its end is seen once, after a resume too.
         self.register_buffer("epoch", torch.tensor(-1))
         self._epoch: int | None = None
@@ -191,12 +201,16 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
                 "dict(type='PackInputs')"
             )
         self._follow_epochs()
-        x, x_teacher = self._inputs(inputs)
+        x, x_teacher = images_of_both(
+            inputs,
+            self._renormalise,
+            "inputs must be one batch of images or a pair (the student's, the teacher's)",
+        )
         losses, terms = self.distiller(
             {"inputs": x, "data_samples": data_samples, "mode": "loss"},
-            _target(data_samples),
+            labels_of(data_samples),
             {"inputs": x_teacher, "mode": "tensor"},
-            index=_index(data_samples, x.device),
+            index=index_of(data_samples, x.device),
         )
         named = {"loss_student" if key == "loss" else key: value for key, value in losses.items()}
         return named | {f"loss_{name}": value for name, value in terms.items()}
@@ -227,84 +241,6 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._epoch = None
-
-    def _inputs(self, given: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(given, Tensor):
-            return given, self._renormalise(given)
-        is_pair = isinstance(given, tuple | list) and len(given) == 2
-        if not is_pair or not all(isinstance(part, Tensor) for part in given):
-            came = describe(given)
-            if isinstance(given, tuple | list):
-                came = f"{len(given)} of ({', '.join(describe(part) for part in given)})"
-            raise ValueError(
-                "inputs must be one batch of images or a pair (the student's, the teacher's) of "
-                f"batches of the same samples, got {came}"
-            )
-        return given[0], given[1]
-
-
-def default_layers(classifier: nn.Module) -> dict[str, Any]:
-    """Returns what to capture of an mmpretrain classifier where nothing else is asked for.
-
-    Args:
-        classifier: An ``ImageClassifier`` or a ``TimmClassifier``; of others nothing is known.
-    """
-    backbone, head = getattr(classifier, "backbone", None), getattr(classifier, "head", None)
-    if backbone is None:  # TimmClassifier holds a timm model that has its head in it
-        return _timm_layers("model", getattr(classifier, "model", None))
-    found: dict[str, Any] = {}
-    if isinstance(head, nn.Module):
-        linear = [name for name, part in head.named_modules() if isinstance(part, nn.Linear)]
-        found["logits"] = "head"
-        if linear:
-            found["embedding"] = f"head.{linear[-1]}{_backbone.INPUT}"
-    timm_model = getattr(backbone, "timm_model", None)
-    if timm_model is not None:
-        return {**_timm_layers("backbone.timm_model", timm_model), **found}
-    stages = getattr(backbone, "res_layers", None)  # names, in the ResNet family
-    if stages is None:
-        parts = getattr(backbone, "stages", None)
-        stages = [f"stages.{position}" for position in range(len(parts or ()))]
-    if stages:
-        found["intermediate"] = "backbone." + (stages[-2:-1] or stages)[0]
-    return found
-
-
-def _timm_layers(prefix: str, model: object) -> dict[str, Any]:
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_classifier"):
-        return {}
-    embedding = _backbone.default_embedding(model)
-    names = [f"{prefix}.{name}" for name in _backbone.default_intermediate(model)]
-    found: dict[str, Any] = {"logits": prefix}
-    if embedding:
-        found["embedding"] = f"{prefix}.{embedding}"
-    if names:
-        found["intermediate"] = names
-    return found
-
-
-class _Renormalise:
-    """Takes images as the student's preprocessor gives them to what the teacher's would give."""
-
-    def __init__(self, student: Any, teacher: nn.Module) -> None:
-        other: Any = getattr(teacher, "data_preprocessor", None)
-        self.pair = None
-        if all(getattr(network, "_enable_normalize", False) for network in (student, other)):
-            self.flips = bool(student.to_rgb) != bool(other.to_rgb)
-            numbers = [student.mean, student.std, other.mean, other.std]
-            if self.flips or not (
-                torch.equal(numbers[0], numbers[2]) and torch.equal(numbers[1], numbers[3])
-            ):
-                self.pair = [number.tolist() for number in numbers]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.pair is None:
-            return images
-        mean_s, std_s, mean_t, std_t = (images.new_tensor(numbers) for numbers in self.pair)
-        pixels = images * std_s + mean_s
-        if self.flips:
-            pixels = pixels.flip(1)
-        return (pixels - mean_t) / std_t
 
 
 def _registered(spec: Any) -> Any:
@@ -357,7 +293,7 @@ def _teacher(given: object, checkpoint: str | None) -> nn.Module:
                 f"teacher_checkpoint={checkpoint!r} does not fit the teacher's config: {error}"
             ) from error
     elif isinstance(given, Mapping):
-        if not _names_weights(given):
+        if not names_weights(given):
             raise ValueError(
                 "the teacher has no weights: pass teacher_checkpoint (a path or URL), or name them "
                 "in its config, teacher=dict(..., pretrained=...)"
@@ -365,17 +301,6 @@ def _teacher(given: object, checkpoint: str | None) -> nn.Module:
         initialise: Any = getattr(classifier, "init_weights", lambda: None)
         initialise()
     return classifier
-
-
-def _names_weights(config: object) -> bool:
-    """Tells whether a config names pretrained weights anywhere."""
-    if isinstance(config, Mapping):
-        if config.get("type") == "Pretrained" or config.get("pretrained"):
-            return True
-        return any(_names_weights(value) for value in config.values())
-    if isinstance(config, list | tuple):
-        return any(_names_weights(value) for value in config)
-    return False
 
 
 def _preprocessor(
@@ -391,30 +316,3 @@ def _preprocessor(
     config = {"type": "ClsDataPreprocessor", "batch_augments": augments, **(given or {})}
     built: nn.Module = CLASSIFIERS.build(config)
     return built
-
-
-def _stated_size(classifier: nn.Module) -> tuple[int, int, int]:
-    """Returns the channels that the first convolution takes, and the image size if it is stated."""
-    backbone = getattr(classifier, "backbone", getattr(classifier, "model", classifier))
-    first = next((part for part in backbone.modules() if isinstance(part, nn.Conv2d)), None)
-    size = getattr(backbone, "img_size", None)
-    if not isinstance(size, tuple | list | int):
-        size = 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return 3 if first is None else first.in_channels, int(height), int(width)
-
-
-def _target(data_samples: Sequence[Any]) -> Tensor | None:
-    """Returns labels, the scores that Mixup leaves in their place, or nothing."""
-    if all("gt_score" in sample for sample in data_samples):
-        return torch.stack([sample.gt_score for sample in data_samples])
-    if all("gt_label" in sample for sample in data_samples):
-        return torch.cat([sample.gt_label for sample in data_samples])
-    return None
-
-
-def _index(data_samples: Sequence[Any], device: torch.device) -> Tensor | None:
-    found = [sample.get("sample_idx") for sample in data_samples]
-    if any(not isinstance(index, int) for index in found):
-        return None
-    return torch.tensor(found, device=device)

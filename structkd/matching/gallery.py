@@ -12,11 +12,11 @@ from structkd._checks import describe, whole
 from structkd.features import Features
 from structkd.matching import _file
 from structkd.matching._faiss import IndexSpec
-from structkd.matching._ids import IdTable
 from structkd.matching._index import ClassIndex
-from structkd.matching._inputs import refuse_ids, twice, usable_vectors, whole_numbers
+from structkd.matching._inputs import usable_vectors, whole_numbers
 from structkd.matching._metric import make_metric
-from structkd.matching._store import Column, FeatureStore, by_class
+from structkd.matching._samples import SampleTable
+from structkd.matching._store import by_class
 
 
 class RetrievalGallery:
@@ -90,13 +90,10 @@ class RetrievalGallery:
         self.index, self.parameters, self.device = index, parameters, device
         self._spec = IndexSpec(self._metric.width(self.dim), index, parameters, str(device))
         self._classes: dict[int, ClassIndex] = {}
-        self._vectors = Column(torch.empty(0, self.dim, dtype=torch.float32))
-        self._labels = Column(torch.empty(0, dtype=torch.int64))
-        self._ids = IdTable()
-        self._features = FeatureStore()
+        self._samples = SampleTable(self.dim)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._samples)
 
     def __repr__(self) -> str:
         return (
@@ -141,9 +138,9 @@ class RetrievalGallery:
         vectors = self._checked(vectors, "vectors")
         count = len(vectors)
         labels = whole_numbers(labels, "labels", count)
-        ids = self._new_ids(ids, count)
-        parts = self._features.check(features, count, len(self))
-        self._put(self._ids.add(ids), vectors, labels, parts)
+        ids = self._samples.new_ids(ids, count)
+        parts = self._samples.checked_features(features, count)
+        self._put(self._samples.add(ids), vectors, labels, parts)
 
     def remove(self, ids: Tensor) -> None:
         """Removes teacher samples; a class without any is gone.
@@ -160,18 +157,9 @@ class RetrievalGallery:
             ValueError: If an id is unknown or comes twice.
             TypeError: If ``ids`` is no int64 tensor.
         """
-        rows = self._distinct_rows(ids)
+        rows = self._samples.distinct_rows(ids)
         self._take(rows)
-        self._ids.free(rows)
-        self._vectors.write(rows, torch.zeros(1))
-        self._features.clear(rows)
-        if not len(self):
-            # Nothing is left that later features would have to be like.
-            following = self._ids.following
-            self._vectors, self._labels = (
-                Column(column.value[:0].clone()) for column in (self._vectors, self._labels)
-            )
-            self._ids, self._features = IdTable(following=following), FeatureStore()
+        self._samples.free(rows)
 
     def update(
         self,
@@ -194,18 +182,18 @@ class RetrievalGallery:
                 some are given, or as :meth:`add`. The gallery is then what it was.
             TypeError: If a tensor has the wrong dtype.
         """
-        rows = self._distinct_rows(ids)
+        rows = self._samples.distinct_rows(ids)
         vectors = self._checked(vectors, "vectors")
         if len(vectors) != len(rows):
             raise ValueError(
                 f"vectors must hold one row for each of {len(rows)} ids, got {describe(vectors)}"
             )
         labels = (
-            self._labels.value[rows]
+            self._samples.labels[rows]
             if labels is None
             else whole_numbers(labels, "labels", len(rows))
         )
-        parts = {} if features is None else self._features.check(features, len(rows), len(self))
+        parts = {} if features is None else self._samples.checked_features(features, len(rows))
         self._take(rows)
         self._put(rows, vectors, labels, parts)
 
@@ -234,7 +222,7 @@ class RetrievalGallery:
         ids = torch.empty(len(queries), k, dtype=torch.int64)
         for label, members in by_class(labels):
             scores[members], ids[members] = self._classes[label].search(
-                self._metric, queries[members], self._vectors.value, self._ids.value, k
+                self._metric, queries[members], self._samples.vectors, self._samples.ids, k
             )
         return scores.float().to(device), ids.to(device)
 
@@ -246,7 +234,7 @@ class RetrievalGallery:
         """
         device = queries.device if isinstance(queries, Tensor) else None
         queries = self._checked(queries, "queries")
-        vectors = self._vectors.value[self._rows(ids)]
+        vectors = self._samples.vectors[self._samples.rows(ids)]
         product = self._metric.queries(queries) @ self._metric.rows(vectors).T
         return product.to(device)
 
@@ -254,7 +242,7 @@ class RetrievalGallery:
         """Returns the ids of a class in rising order, ``(N,)`` int64; none for an unknown class."""
         if label not in self._classes:
             return torch.empty(0, dtype=torch.int64)
-        return self._ids.value[self._classes[label].rows].sort().values
+        return self._samples.ids[self._classes[label].rows].sort().values
 
     def features(self, ids: Tensor) -> Features:
         """Returns what :meth:`add` kept of the samples ``ids (M,)``, with the ids as ``index``.
@@ -262,7 +250,7 @@ class RetrievalGallery:
         Raises:
             ValueError: If an id is unknown or no features were kept.
         """
-        return self._features.read(self._rows(ids), ids)
+        return self._samples.features(ids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to one file, atomically, with a version and a checksum."""
@@ -298,20 +286,14 @@ class RetrievalGallery:
             "index": self.index,
             "parameters": self.parameters,
             "device": self.device,
-            "vectors": self._vectors.share(),
-            "labels": self._labels.share(),
-            "ids": self._ids.share(),
-            "following": self._ids.following,
-            "features": self._features.state(),
+            **self._samples.state(),
             "classes": {label: index.state() for label, index in self._classes.items()},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         names = ("metric", "temperature", "index", "parameters", "device")
         RetrievalGallery.__init__(self, state["dim"], **{name: state[name] for name in names})
-        self._vectors, self._labels = Column(state["vectors"]), Column(state["labels"])
-        self._ids = IdTable(state["ids"], state["following"])
-        self._features = FeatureStore(state["features"])
+        self._samples = SampleTable(self.dim, state)
         self._classes = {
             label: ClassIndex.from_state(self._spec, part, self._metric, state["vectors"])
             for label, part in state["classes"].items()
@@ -319,9 +301,7 @@ class RetrievalGallery:
 
     def _put(self, rows: Tensor, vectors: Tensor, labels: Tensor, parts: dict[str, Tensor]) -> None:
         """Writes checked samples to their rows and to the indexes of their classes."""
-        self._vectors.write(rows, vectors)
-        self._labels.write(rows, labels)
-        self._features.write(rows, parts)
+        self._samples.write(rows, vectors, labels, parts)
         for label, members in by_class(labels):
             if label not in self._classes:
                 self._classes[label] = ClassIndex(self._spec)
@@ -329,12 +309,12 @@ class RetrievalGallery:
 
     def _take(self, rows: Tensor) -> None:
         """Takes rows out of the indexes of their classes."""
-        for label, members in by_class(self._labels.value[rows]):
+        for label, members in by_class(self._samples.labels[rows]):
             index = self._classes[label]
             if len(members) == len(index):
                 del self._classes[label]
             else:
-                index.remove(rows[members], self._metric, self._vectors.value)
+                index.remove(rows[members], self._metric, self._samples.vectors)
 
     def _checked(self, vectors: Tensor, name: str) -> Tensor:
         return usable_vectors(vectors, name, self.dim, directed=self.metric == "cosine")
@@ -351,25 +331,3 @@ class RetrievalGallery:
                 f"{sorted(self._classes)}: leave those students out, or add teachers"
             )
         return queries, labels
-
-    def _new_ids(self, ids: Tensor | None, count: int) -> Tensor:
-        if ids is None:
-            return torch.arange(self._ids.following, self._ids.following + count)
-        ids = whole_numbers(ids, "ids", count)
-        if count and int(ids.min()) < 0:
-            raise ValueError(f"ids must be >= 0 (-1 means none), got {int(ids.min())}")
-        double = torch.cat([twice(ids), ids[self._ids.find(ids) >= 0]])
-        refuse_ids(double, "ids must be new and distinct, got again:")
-        return ids
-
-    def _distinct_rows(self, ids: Tensor) -> Tensor:
-        rows = self._rows(ids)
-        refuse_ids(self._ids.value[twice(rows)], "ids must be distinct, got again:")
-        return rows
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        """Returns the positions in the gallery of known ids."""
-        ids = whole_numbers(ids, "ids")
-        rows = self._ids.find(ids)
-        refuse_ids(ids[rows < 0], "ids are not in the gallery:")
-        return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,15 @@ class TransportPlan:
     potentials: tuple[Tensor, Tensor]
     converged: Tensor
     iterations: int
+
+
+class _Limits(NamedTuple):
+    """What may be given beside the cost, as :meth:`LagrangianPlanner.forward` says."""
+
+    row_mass: Tensor | None
+    column_mass: Tensor | None
+    capacity: Tensor | float | None
+    mask: Tensor | None
 
 
 class _Given(NamedTuple):
@@ -161,7 +170,7 @@ class LagrangianPlanner(nn.Module):
                 nowhere.
         """
         with _full_precision(cost):
-            given = self._given(cost, row_mass, column_mass, capacity, mask)
+            given = self._given(cost, _Limits(row_mass, column_mass, capacity, mask))
             dual, iterations = self._dual(given)
             log_plan = (given.scores + dual[..., None, :]).log_softmax(-1)
             log_plan = log_plan + given.row_mass.log()[..., None]
@@ -180,8 +189,8 @@ class LagrangianPlanner(nn.Module):
         Half the work, for loops that move mass at every step and look at nothing else.
         """
         with _full_precision(cost):
-            share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
-            return share * row_mass[..., None]
+            share, mass = self._shares(cost, _Limits(row_mass, column_mass, capacity, mask))
+            return share * mass[..., None]
 
     def received(
         self,
@@ -193,34 +202,29 @@ class LagrangianPlanner(nn.Module):
     ) -> Tensor:
         """Returns what every column receives, ``(..., M)``: the plan's sum over its rows."""
         with _full_precision(cost):
-            share, row_mass = self._shares(cost, row_mass, column_mass, capacity, mask)
-            return (row_mass[..., None, :] @ share)[..., 0, :]
+            share, mass = self._shares(cost, _Limits(row_mass, column_mass, capacity, mask))
+            return (mass[..., None, :] @ share)[..., 0, :]
 
-    def _shares(self, cost: Tensor, *limits: Any) -> tuple[Tensor, Tensor]:
+    def _shares(self, cost: Tensor, limits: _Limits) -> tuple[Tensor, Tensor]:
         """Returns the plan's rows as shares of their mass, and that mass."""
-        given = self._given(cost, *limits)
+        given = self._given(cost, limits)
         scores = given.scores
         if given.limit is not None:
             scores = scores + self._dual(given)[0][..., None, :]
         return scores.softmax(-1), given.row_mass
 
-    def _given(
-        self,
-        cost: Tensor,
-        row_mass: Tensor | None,
-        column_mass: Tensor | None,
-        capacity: Tensor | float | None,
-        mask: Tensor | None,
-    ) -> _Given:
+    def _given(self, cost: Tensor, limits: _Limits) -> _Given:
         """Returns the problem after checking that it has a solution."""
         dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
         cost = (cost.detach() if self.gradient == "none" else cost).to(dtype)
-        mask = open_pairs(mask, cost)
-        default = row_mass is None
-        row_mass = masses_of_rows(row_mass, mask, cost)
+        mask = open_pairs(limits.mask, cost)
+        row_mass = masses_of_rows(limits.row_mass, mask, cost)
         reach = None if mask is None else (mask & (row_mass > 0)[..., None]).any(dim=-2)
-        limit = column_limit(self.constraint, column_mass, capacity, row_mass, reach, cost)
-        if mask is not None and reach is not None and not (default and limit is None):
+        limit = column_limit(
+            self.constraint, limits.column_mass, limits.capacity, row_mass, reach, cost
+        )
+        default = limits.row_mass is None and limit is None
+        if mask is not None and reach is not None and not default:
             limit = check_ways(self.constraint, mask, row_mass, limit, reach)
         source = cost if self.gradient == "unrolled" else cost.detach()
         scores = _scores(source / -self.epsilon, row_mass, limit, mask)

@@ -41,13 +41,13 @@ def _regression(build, oracle, kind: str):
     return make, ("intermediate",), definition
 
 
-def _fitnet(kind: str, kernel_size: int = 1):
+def _fitnet(kind: str, distance=maps.mean_square, **options: object):
     def oracle(criterion: FitNetLoss, map_s: Tensor, map_t: Tensor) -> Tensor:
         conv = criterion.regressor.conv
-        return maps.mean_square(maps.convolve(map_s, conv.weight, conv.bias), map_t)
+        return distance(maps.convolve(map_s, conv.weight, conv.bias), map_t)
 
     def build(student: Features, teacher: Features) -> FitNetLoss:
-        return FitNetLoss.from_features(student, teacher, kernel_size=kernel_size)
+        return FitNetLoss.from_features(student, teacher, **options)
 
     return _regression(build, oracle, kind)
 
@@ -129,6 +129,10 @@ CASES = [
     Case("fitnet-3x3", *_fitnet("maps", kernel_size=3)),
     Case("fitnet-tokens", *_fitnet("tokens")),
     Case("fitnet-rows", *_fitnet("rows")),
+    Case("fitnet-log", *_fitnet("maps", maps.log_share, form="log", kernel_size=3)),
+    Case("fitnet-log-tokens", *_fitnet("tokens", maps.log_share, form="log")),
+    # One position a sample: a batch of one would have no variance.
+    Case("fitnet-log-rows", *_fitnet("rows", maps.log_share, form="log"), min_batch=2),
     Case("vid-maps", *_vid("maps")),
     Case("vid-tokens", *_vid("tokens")),
     Case("vid-rows", *_vid("rows")),

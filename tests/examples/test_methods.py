@@ -8,7 +8,7 @@ import torch
 from crossmodal.methods import METHODS, Setup, described, resolve, value
 from crossmodal.methods.variants import VARIANTS, Weights
 from crossmodal.methods.variants import plan as plan_of
-from structkd import DSLoss, Features, KDLoss
+from structkd import ConvAdapter, DSLoss, Features, KDLoss
 
 SETUP = Setup(samples=80, batch_size=6)
 
@@ -181,6 +181,22 @@ def test_fitnets_has_the_benchmarks_regressor() -> None:
     )
 
 
+def test_one_weight_of_the_logarithm_fits_a_teacher_of_any_scale() -> None:
+    student, teacher = features(), features((16, 32, 64))
+    plan = resolve("fitnets_all:form=log,weight=5")
+    assert plan.name == "fitnets_all:form=log,weight=5"
+    criterion = plan.build(student, teacher, SETUP)
+    for part in criterion.modules():
+        if isinstance(part, ConvAdapter):  # batch norm and ReLU follow, so the regressor says 0
+            torch.nn.init.zeros_(part.conv.weight)
+            torch.nn.init.zeros_(part.conv.bias)
+    louder = teacher.replace(intermediate=tuple(100 * value for value in teacher.intermediate))
+    value = criterion(student, teacher)
+    torch.testing.assert_close(criterion(student, louder), value)
+    # log 1.01 of each of three stages where the means are 0, which they nearly are.
+    assert 0 < float(value.detach()) < 3 * 5 * 0.05
+
+
 def test_a_description_changes_with_every_option() -> None:
     student, teacher = features((16,)), features((32,))
 
@@ -199,5 +215,6 @@ def test_a_description_changes_with_every_option() -> None:
         description("ds", terms=["SEM-1", "DCM-1", "DCM-2"]),
         description("fitnets"),
         description("fitnets", kernel_size=3),
+        description("fitnets", form="log"),
     ]
     assert all(variants[i] != other for i in range(len(variants)) for other in variants[:i])

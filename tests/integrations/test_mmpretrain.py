@@ -373,7 +373,7 @@ def _wrong(kind: str) -> Any:
         ("no config", TypeError, "student must be a classifier's config"),
         ("no classifier", TypeError, "must be an mmpretrain classifier, got a ResNet_CIFAR"),
         ("no samples", ValueError, "data_samples are missing.*PackInputs"),
-        ("triple", ValueError, "one batch of images or a pair.*got 3 of"),
+        ("triple", ValueError, "one batch of images or a pair.*came 3 of"),
     ],
 )
 def test_bad_input_says_what_to_do(kind: str, error: Any, message: str) -> None:

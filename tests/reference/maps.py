@@ -71,6 +71,16 @@ def mean_square(left: Tensor, right: Tensor) -> Tensor:
     return total / count
 
 
+def log_share(left: Tensor, right: Tensor) -> Tensor:
+    """The logarithm of the error's share of the variance of the right one's channels."""
+    spread = zero(right)
+    for c in range(right.shape[1]):
+        values = list(right[:, c].flatten())
+        mean = sum(values) / len(values)
+        spread = spread + sum((v - mean) ** 2 for v in values) / len(values)
+    return torch.log(mean_square(left, right) / (spread / right.shape[1]) + 0.01)
+
+
 def attention(maps: Tensor, p: float) -> Tensor:
     """mean_c |F_c|^p, (B, 1, H, W)."""
     channels = maps.shape[1]

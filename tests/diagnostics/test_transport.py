@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from structkd import diagnostics
-from structkd.diagnostics import transport_cost
+from structkd.diagnostics import transport, transport_cost
 
 seeds = st.integers(0, 2**16)
 orders = st.sampled_from([1.0, 1.5, 2.0, 4.0])
@@ -78,7 +77,7 @@ def test_what_is_not_finite_gives_nan(junk: float) -> None:
 
 
 def test_an_early_stop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnostics, "SIMPLEX_PIVOTS", 1)
+    monkeypatch.setattr(transport, "SIMPLEX_PIVOTS", 1)
     with (
         pytest.warns(UserWarning, match="numItermax"),
         pytest.raises(RuntimeError, match="stopped early"),

@@ -1,0 +1,19 @@
+"""What a diagnosis takes as rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structkd._checks import describe
+
+
+def rows_of(features: Tensor) -> Tensor:
+    """Returns ``(N, D)`` features in float32 at least, after checking that they are that."""
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise TypeError(f"expected a floating-point tensor, got {describe(features)}")
+    if features.dim() != 2:
+        raise ValueError(
+            f"expected 2-D (N, D), got {describe(features)}; pool or flatten maps first"
+        )
+    return features if features.dtype == torch.float64 else features.float()
