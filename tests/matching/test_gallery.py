@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 
 import pytest
@@ -424,7 +425,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     gallery = _filled("cosine", torch.eye(2), torch.tensor([0, 1]))
     gallery.save(path)
     before = path.read_bytes()
-    monkeypatch.setattr("structkd.matching._file.os.fsync", lambda _: 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
     gallery.add(torch.eye(2), torch.tensor([0, 1]))
     with pytest.raises(ZeroDivisionError):
         gallery.save(path)
