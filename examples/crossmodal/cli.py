@@ -17,14 +17,14 @@ from rich.console import Console
 from crossmodal.data import Wanted
 from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
-from crossmodal.methods.variants import BRIDGE, PAIRS, VARIANTS, Weights, row
+from crossmodal.methods.variants import BRIDGE, FREE_PAIRS, PAIRS, VARIANTS, Weights, row
 from crossmodal.near import did_you_mean, looked_up
 from crossmodal.recipes import ROLES, DataSet, Recipe, data_sets
 from crossmodal.runs.job import Asked, Job
 from crossmodal.training.matching import BYS, Rematching
 from structkd import RematchSchedule
 
-BRIDGES = (BRIDGE, f"{BRIDGE}+dense")  # rows without pairs, beside the variants
+BRIDGES = (BRIDGE, f"{BRIDGE}+{FREE_PAIRS}")  # rows without pairs, beside the variants
 TRAINED = (ALONE, "kd", "ds")  # train.py's methods, where none are named
 # The paper's rows, then those that it does not have.
 COMPARED = (*(name for name in METHODS if name != "ska"), "kd+ds")

@@ -200,7 +200,7 @@ def test_an_unpaired_job_end_to_end_and_again(
 ) -> None:
     assert train("--seeds", "1", "--epochs", "2", name="unpaired-tiny") == 0
     alone, *others = [variant.title.format("kd") for variant in VARIANTS.values()]
-    titles = [alone, "bridge", "bridge + dense", *others]
+    titles = [alone, "bridge", "bridge + dense:weight=5", *others]
     assert trained == ["teacher resnet8", "matcher", *(f"{title} seed 0" for title in titles)]
     assert "Re-matching: " in capsys.readouterr().out
     for run in runs(tmp_path):

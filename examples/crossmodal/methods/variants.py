@@ -60,6 +60,7 @@ VARIANTS: Mapping[str, Variant] = {
     "planned": Variant("{} full, planned matching", dynamic=True, aligned=True, planned=True),
     "paired": Variant("{} paired (reference)", "itself"),
 }
+FREE_PAIRS = "dense:weight=5"  # what won over them on validation images, see docs/unpaired.md
 BRIDGE = "bridge"  # labels only on the free pairs; bridge+METHOD distils over them, ...
 # ... and bridge+METHOD+VARIANT has matches of the own images besides. These are ours, for it alone:
 MATCHES: Mapping[str, Variant] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crossmodal.cli import reported
 from crossmodal.methods import ALONE
-from crossmodal.methods.variants import BRIDGE
+from crossmodal.methods.variants import BRIDGE, FREE_PAIRS
 from crossmodal.tables.series import Axis, run
 
 
@@ -33,7 +33,7 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(
             "--pseudo names what makes the free pairs poor, such as noise:0.3 noise:0.7"
         )
-    rows = own.variant or [ALONE, BRIDGE, f"{BRIDGE}+dense"]
+    rows = own.variant or [ALONE, BRIDGE, f"{BRIDGE}+{FREE_PAIRS}"]
     return run(axis(own.pseudo or []), [*others, "--variant", *rows], own.out, arguments)
 
 
