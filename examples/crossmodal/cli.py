@@ -124,14 +124,14 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     if given.method is not None:
         raise ValueError(f"--method is for pairs; {entry.name} has --variant and --criterion")
     # Only images that were made poor have rich originals to pair them with.
-    known = {k: v for k, v in VARIANTS.items() if entry.unpaired or k != "paired"}
+    known = [name for name in VARIANTS if entry.unpaired or name != "paired"]
     default = [ALONE, *BRIDGES]
     if given.labels is None:
         default += [name for name in known if name != ALONE]
     rows = []
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
         weights = Weights(*given.weights, match=given.match_weight)
-        variant, made = row(name, given.criterion, weights, known)
+        variant, made = row(name, given.criterion, weights)
         if given.labels is not None and variant.first != "none":
             raise ValueError(
                 f"--labels: {name} matches every image by its label, also those that have none; "

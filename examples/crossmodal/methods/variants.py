@@ -117,9 +117,7 @@ def plan(
     return Plan(title, parts, weights.task, chosen.options, found)
 
 
-def row(
-    name: str, criterion: str, weights: Weights, known: Mapping[str, Variant]
-) -> tuple[Variant, Plan]:
+def row(name: str, criterion: str, weights: Weights) -> tuple[Variant, Plan]:
     """A row of the table by its name: a variant, ``bridge``, or ``bridge+METHOD+VARIANT``.
 
     METHOD, which may be a sum, is for the free pairs and VARIANT for the own images; either can be
@@ -130,14 +128,14 @@ def row(
     """
     bridge, *rest = name.split("+")
     if bridge.strip().lower() != BRIDGE:
-        variant = looked_up("variant", name, known, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
+        variant = looked_up("variant", name, VARIANTS, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
         return variant, plan(variant, criterion, weights)
-    matching = {k: v for k, v in known.items() if v.first != "none"} | MATCHES
+    matching = {k: v for k, v in VARIANTS.items() if v.first != "none"} | MATCHES
     # The longest end that names a variant: ssm+dynm is one.
     ends = ["+".join(rest[cut:]) for cut in range(len(rest))]
     end = next((end for end in ends if end in matching), "")
     method = "+".join(rest[: len(rest) - len(end.split("+"))] if end else rest)
-    variant = matching[end] if end else known[ALONE]
+    variant = matching[end] if end else VARIANTS[ALONE]
     made = resolve(method or ALONE)
     if any("supervision" in own for own in made.options.values()):
         raise ValueError(f"row {name!r}: the labels weigh 1 over a bridge; leave supervision out")
