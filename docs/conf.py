@@ -12,6 +12,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True

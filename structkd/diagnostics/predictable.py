@@ -16,11 +16,11 @@ def predictable_share(
 ) -> Tensor:
     """Share of every teacher channel's variance that a linear map of the student's predicts.
 
-    Taken once between a student trained *without* a teacher and the teacher, on some hundreds of
-    images, it says beforehand what :class:`structkd.DenseStructureLoss` can gain. What no map
-    predicts, the student's modality may not show, and pulling on it costs; what is predicted
-    already leaves little to learn. Positions of maps are samples. The map is the ridge regression
-    of the closed form there, and so is the rule for few positions: below 10 a student channel it is
+    Between a student trained *without* a teacher and the teacher it says how much of the teacher's
+    maps the student shows already. What no map predicts, the student's modality may not show, or
+    the student may not have learned to see: it does not foretell by itself what
+    :class:`structkd.DenseStructureLoss` gains. Positions of maps are
+    samples. The map is the ridge regression of the closed form there, and so is the rule for few positions: below 10 a student channel it is
     fitted on one half of them and measured on the other, both ways.
 
     Args:
