@@ -19,9 +19,11 @@ def predictable_share(
     Between a student trained *without* a teacher and the teacher it says how much of the teacher's
     maps the student shows already. What no map predicts, the student's modality may not show, or
     the student may not have learned to see: it does not foretell by itself what
-    :class:`structkd.DenseStructureLoss` gains. Positions of maps are
-    samples. The map is the ridge regression of the closed form there, and so is the rule for few positions: below 10 a student channel it is
-    fitted on one half of them and measured on the other, both ways.
+    :class:`structkd.DenseStructureLoss` gains.
+
+    Positions of maps are samples. The map is the ridge regression of the closed form there, and so
+    is the rule for few positions: below 10 a student channel it is fitted on one half of them and
+    measured on the other, both ways.
 
     Args:
         features_s: Maps ``(B, C_s, H, W)``, tokens ``(B, N, C_s)`` or rows ``(B, C_s)``.
