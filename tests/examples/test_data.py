@@ -236,3 +236,14 @@ def test_batches_that_are_no_pickle(batches: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(CIFAR10, "test_list", [["test", hashlib.md5(b"junk").hexdigest()]])
     with pytest.raises(ValueError, match="damaged or incomplete"):
         cifar(batches)
+
+
+def test_the_gap_of_free_pairs_is_measured_on_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossmodal.data.views._LOOKED_AT", 8)
+    views = opened("unpaired-tiny")
+    order = views.poor.labels.argsort()  # as folders are read, class by class
+    dark = views.poor.pixels.clone()
+    dark[views.poor.labels > 0] = 0
+    poor = replace(views.poor, pixels=dark).chosen(order)
+    (told,) = (line for line in replace(views, poor=poor).summary() if "the made" in line)
+    assert told.startswith("warning: free pairs: the made poor images are far")

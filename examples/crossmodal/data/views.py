@@ -91,7 +91,7 @@ class Views:
         if self.pseudo is not None and self.pseudo.shape == self.poor.shape:
             # Both are normalised by their own moments, so a warning is no verdict.
             some = (
-                images.take(torch.arange(min(len(images), _LOOKED_AT))).float()
+                torch.cat(list(images.chunks(_LOOKED_AT))).float()
                 for images in (self.pseudo, self.poor)
             )
             gap = modality_gap(*some)
