@@ -346,3 +346,15 @@ def test_the_model_names_are_timms() -> None:
     assert models.create("resnet10t", num_classes=5, in_chans=1)(
         torch.randn(2, 1, 32, 32)
     ).shape == (2, 5)
+
+
+def test_soft_targets_move_with_the_step_and_are_no_part_of_what_is_kept(
+    teacher: nn.Module, views: Views
+) -> None:
+    example = Batches(recipe(), poor=views.poor, rich=views.rich).take(torch.arange(2))
+    student = fresh("resnet8x0_5", views.poor, 0)
+    step = Distilled(student, teacher, resolve("kd"), example, Setup(80, 16), 0)
+    step.soft = torch.zeros(80, 4)
+    assert step.to(torch.float64).soft.dtype == torch.float64
+    assert "soft" not in step.state_dict()
+    assert "soft" in step._ddp_params_and_buffers_to_ignore

@@ -239,7 +239,7 @@ class Session:
         if self.job.matched:
             run["trace"] = {}
             if asked.variant.soft:
-                training.step.soft = self.galleries.soft(asked.variant.first)
+                training.step.soft.copy_(self.galleries.soft(asked.variant.first))
             elif asked.variant.first != "none":
                 training.choose = self.trainings.chooser(asked, training, self.galleries)
         outcome = self._fit(training, where)

@@ -54,10 +54,8 @@ class Supervised(Step):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
         images, target = getattr(batch, self.modality), batch.target
-        if batch.pairs is None:
-            logits = self.network(images)
-            return logits, {"CE": cross_entropy(logits, target)}
-        images, target, _ = mixed(batch)
+        if batch.pairs is not None:
+            images, target, _ = mixed(batch)
         logits = self.network(images)
         return logits[: len(batch.target)], {"CE": cross_entropy(logits, target)}
 
@@ -71,13 +69,15 @@ class Distilled(Step):
     pairs, and the matches of the own images where these have any.
     """
 
+    soft: Tensor | None  # logits that teach the own images, a row for each
+
     def __init__(
         self, student: nn.Module, teacher: nn.Module, plan: Plan, example: Batch, setup: Setup,
         seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.supervision = plan.supervision
-        self.soft: Tensor | None = None  # logits that teach the own images, a row for each
+        self.register_buffer("soft", None, persistent=False)
 
         def build(feats_s: Features, feats_t: Features) -> Criterion:
             torch.manual_seed(_CRITERION_SEED + seed)
@@ -90,6 +90,10 @@ class Distilled(Step):
         self.distiller = structkd.Distiller(
             student, teacher, build, example=both, layers=layers, teacher_layers=teacher_layers
         )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return [*same_buffers(self), "soft"]
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
@@ -137,8 +141,8 @@ def mixed(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The student's images of a mixed batch, own ones first; their targets and rows."""
     assert batch.pairs is not None
     parts = batch, batch.pairs
-    images = torch.cat([part.poor for part in parts])
     # torch's cat keeps the memory format of its first tensor.
+    images = torch.cat([part.poor for part in parts])
     target, index = (torch.cat([getattr(p, name) for p in parts]) for name in ("target", "index"))
     return images, target, index
 
