@@ -17,14 +17,13 @@ from rich.console import Console
 from crossmodal.data import Wanted
 from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
-from crossmodal.methods.variants import BRIDGE, FREE_PAIRS, PAIRS, VARIANTS, Weights, row
+from crossmodal.methods.variants import BRIDGE, BRIDGES, PAIRS, VARIANTS, Weights, row
 from crossmodal.near import did_you_mean, looked_up
 from crossmodal.recipes import ROLES, DataSet, Recipe, data_sets
 from crossmodal.runs.job import Asked, Job
 from crossmodal.training.matching import BYS, Rematching
 from structkd import RematchSchedule
 
-BRIDGES = (BRIDGE, f"{BRIDGE}+{FREE_PAIRS}")  # rows without pairs, beside the variants
 TRAINED = (ALONE, "kd", "ds")  # train.py's methods, where none are named
 # The paper's rows, then those that it does not have.
 COMPARED = (*(name for name in METHODS if name != "ska"), "kd+ds")
@@ -188,13 +187,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--seeds", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
     matched = parser.add_argument_group("without pairs")
     add = matched.add_argument
-    add(
-        "--variant",
-        "--variants",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT",
-    )
+    told = f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT"
+    add("--variant", "--variants", nargs="+", metavar="NAME", help=told)
     add("--criterion", default="kd", metavar="NAME", help="any method (default: kd)")
     add("--weights", nargs=3, type=float, metavar=("TASK", "KD", "SKA"), default=[],
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip

@@ -68,6 +68,7 @@ MATCHES: Mapping[str, Variant] = {
     "neighbours": Variant("{} of neighbours' mean", "neighbours"),
     "class": Variant("{} of the class's mean", "class"),
 }
+BRIDGES = (BRIDGE, f"{BRIDGE}+{FREE_PAIRS}")  # the rows over it that a table has by default
 PAIRS = Variant("{}", "itself")  # what every method of a paired job is
 
 

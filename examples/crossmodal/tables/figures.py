@@ -22,7 +22,8 @@ from structkd.diagnostics import effective_rank, self_similarity
 # Paul Tol's "muted" scheme: ten hues that stay apart for colour-blind readers.
 PALETTE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
            "#DDCC77", "#CC6677", "#882255", "#AA4499", "#888888")  # fmt: skip
-_INK, _ALONE, _DISTILLED = "#222222", "#CC6677", "#332288"
+LONE = "#CC6677"  # the lone student
+_INK, _DISTILLED = "#222222", "#332288"
 _STYLE: Any = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
 _STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
 _STYLE |= {"savefig.dpi": 200}
@@ -43,14 +44,14 @@ def draw_accuracy(
             if not row.accuracies:
                 axes.text(0.02, place, "failed", transform=axes.get_yaxis_transform(), va="center")
                 continue
-            colour = _ALONE if row.method == ALONE else _DISTILLED
+            colour = LONE if row.method == ALONE else _DISTILLED
             dots = np.full(len(row.accuracies), place)
             axes.errorbar(row.mean, place, xerr=row.std, fmt="|", color=_INK, capsize=3)
             axes.scatter(row.accuracies, dots, s=22, color=colour, alpha=0.7, linewidths=0)
             told = (1.02, place)
             axes.text(*told, row.accuracy, transform=axes.get_yaxis_transform(), va="center")
             if row.method == ALONE:
-                axes.axvline(row.mean, color=_ALONE, linestyle=":", linewidth=1, zorder=0)
+                axes.axvline(row.mean, color=LONE, linestyle=":", linewidth=1, zorder=0)
         axes.margins(x=0.08)
         axes.set_ylim(len(methods) - 0.4, -0.6)
         axes.set_yticks(range(len(methods)), [textwrap.shorten(r.method, 44) for r in methods])

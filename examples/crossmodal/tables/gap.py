@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from crossmodal.cli import reported
 from crossmodal.methods import ALONE
-from crossmodal.methods.variants import BRIDGE, FREE_PAIRS
-from crossmodal.tables.series import Axis, run
+from crossmodal.methods.variants import BRIDGES
+from crossmodal.tables.series import Axis, own_options, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gap.py", allow_abbrev=False, add_help=False, exit_on_error=False
-    )
+    parser = own_options("gap.py")
     parser.add_argument("--pseudo", nargs="+", metavar="KIND")
     parser.add_argument("--variant", "--variants", nargs="+", default=[])
-    parser.add_argument("--out", type=Path)
     own, others = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(others):
         print("gap.py DATASET --pseudo KIND [KIND ...] and every option of train.py, which has:\n")
@@ -33,7 +28,7 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(
             "--pseudo names what makes the free pairs poor, such as noise:0.3 noise:0.7"
         )
-    rows = own.variant or [ALONE, BRIDGE, f"{BRIDGE}+{FREE_PAIRS}"]
+    rows = own.variant or [ALONE, *BRIDGES]
     return run(axis(own.pseudo or []), [*others, "--variant", *rows], own.out, arguments)
 
 

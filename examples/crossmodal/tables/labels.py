@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from crossmodal.cli import reported
-from crossmodal.tables.series import Axis, run
+from crossmodal.tables.series import Axis, own_options, run
 
 ALL = "all"
 
@@ -20,11 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="labels.py", allow_abbrev=False, add_help=False, exit_on_error=False
-    )
+    parser = own_options("labels.py")
     parser.add_argument("--labels", nargs="+", default=["100", "400", "1600", ALL])
-    parser.add_argument("--out", type=Path)
     own, others = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(others):
         print("labels.py DATASET [--labels N|all ...] and every option of train.py, which has:\n")

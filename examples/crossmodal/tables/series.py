@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ from crossmodal.runs.processes import concerns
 from crossmodal.runs.session import Session
 from crossmodal.runs.store import write_atomically
 from crossmodal.tables import report
-from crossmodal.tables.figures import drawing, palette
+from crossmodal.tables.figures import LONE, drawing, palette
 from crossmodal.tables.write import write
 
 Found = Mapping[str, Sequence[report.Row]]  # rows by value
-_ALONE = "#CC6677"
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,25 @@ class Axis:
 
     def places(self, images: int) -> dict[str, float]:
         """Where the values stand: at their numbers, or side by side where some are none."""
-        numbers: dict[str, float] = {}
-        for place, value in enumerate(self.values):
-            try:
-                numbers[value] = images if value == self.whole else float(value.rpartition(":")[2])
-            except ValueError:
-                return {value: float(place) for place, value in enumerate(self.values)}
-        return (
-            numbers
-            if len(set(numbers.values())) == len(numbers)
-            else dict(zip(numbers, map(float, range(len(numbers))), strict=True))
-        )
+        try:
+            places = [
+                float(images if value == self.whole else value.rpartition(":")[2])
+                for value in self.values
+            ]
+        except ValueError:
+            places = []
+        if len(set(places)) < len(self.values):
+            places = [float(place) for place in range(len(self.values))]
+        return dict(zip(self.values, places, strict=True))
+
+
+def own_options(script: str) -> argparse.ArgumentParser:
+    """A parser of a script's own options, with ``--out``; the others are for ``train.py``'s."""
+    parser = argparse.ArgumentParser(
+        prog=script, allow_abbrev=False, add_help=False, exit_on_error=False
+    )
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[str]) -> int:
@@ -107,11 +115,11 @@ def draw(axis: Axis, found: Found, places: Mapping[str, float], path: Path, *, t
                 continue
             at, rows = zip(*shown, strict=True)
             means, errors = [row.mean for row in rows], [row.std or 0.0 for row in rows]
-            colour = _ALONE if method == ALONE else colour
+            colour = LONE if method == ALONE else colour
             axes.errorbar(at, means, errors, marker="o", color=colour, capsize=3, label=method)
         lone = {row.method: row for row in found.get(axis.whole, [])}.get(ALONE)
         if lone is not None and lone.accuracies:
-            axes.axhline(lone.mean, color=_ALONE, linestyle=":", linewidth=1)
+            axes.axhline(lone.mean, color=LONE, linestyle=":", linewidth=1)
         if axis.logarithmic:
             axes.set_xscale("log")
         told = [f"{places[v]:,.0f}" if axis.logarithmic else v for v in found]

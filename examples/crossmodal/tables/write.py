@@ -155,10 +155,11 @@ def _arrow(gain: float) -> str:
 
 def _predictable(session: Session) -> str:
     """What the lone student's maps tell of the teacher's, where it was trained."""
-    job, views, student = session.job, session.views, session.new_student()
+    job, views = session.job, session.views
     asked = next((asked for asked in job.asked if asked.label == ALONE), None)
     if asked is None:
         return ""
+    student = session.new_student()
     if not session.settings.checkpoint(asked, job.seeds[0]).load_into(student):
         return ""
     labels = views.held_out_rich.labels

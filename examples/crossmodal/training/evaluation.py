@@ -63,17 +63,14 @@ def predictable(
 
     It is the mean over channels, in [0, 1], on pairs; ``like`` has what each side was trained on.
     """
-    batches = zip(still(poor, like[0]), still(rich, like[1]), strict=True)
-    captures = [
-        FeatureCapture(net.cpu().eval(), intermediate=models.stage_names(net))
-        for net in (student, teacher)
-    ]
-    found = []
-    for pair in batches:
-        both = (capture(batch.poor) for capture, batch in zip(captures, pair, strict=True))
-        found.append([feats.intermediate for feats in both])
-    for capture in captures:
-        capture.remove()
-    stages = zip(*(zip(*side, strict=True) for side in zip(*found, strict=True)), strict=False)
-    shares = (predictable_share(torch.cat(maps_s), torch.cat(maps_t)) for maps_s, maps_t in stages)
+    both = _maps(student, poor, like[0]), _maps(teacher, rich, like[1])
+    shares = (predictable_share(*maps) for maps in zip(*both, strict=False))
     return [float(share.clamp_min(0).mean()) for share in shares]
+
+
+def _maps(network: nn.Module, images: Images, like: Images) -> list[Tensor]:
+    """The maps of all images, a tensor a stage."""
+    names = models.stage_names(network)
+    with FeatureCapture(network.cpu().eval(), intermediate=names) as capture:
+        passes = [capture(batch.poor).intermediate for batch in still(images, like)]
+    return [torch.cat(stage) for stage in zip(*passes, strict=True)]

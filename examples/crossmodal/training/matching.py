@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import structkd
 from crossmodal import models
 from crossmodal.data import Images, Views
 from crossmodal.data.sources import stratified
@@ -18,6 +18,7 @@ from crossmodal.methods.variants import Variant
 from crossmodal.recipes import Recipe
 from crossmodal.training.evaluation import still
 from structkd import (
+    ClassMeanKDLoss,
     Features,
     LagrangianPlanner,
     NeighbourMatcher,
@@ -94,21 +95,16 @@ class Galleries:
         # sensors need not agree on brightness.
         queries = outputs(matcher.embed_student, views.poor, device)
         logits = outputs(teacher, views.rich, device)
-        semantic = RetrievalGallery(embedded.shape[1])
-        semantic.add(embedded, views.rich.labels, features=Features(logits=logits))
-        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
-        by_logits.add(logits, views.rich.labels)
+        semantic, by_logits = _galleries(embedded, logits, views.rich.labels)
         labels = views.poor.labels, views.rich.labels
         return cls(semantic, embedded, queries, by_logits, logits, *labels, teacher)
 
+    @cached_property
     def reliable(self) -> Galleries:
         """The same, of the rich images alone that the teacher is right and sure about."""
         kept = reliable_teachers(self.teacher_logits, self.teacher_labels)
-        logits, labels = self.teacher_logits[kept], self.teacher_labels[kept]
-        semantic = RetrievalGallery(self.queries.shape[1])
-        semantic.add(self.embedded[kept], labels, ids=kept)
-        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
-        by_logits.add(logits, labels, ids=kept)
+        known = self.embedded[kept], self.teacher_logits[kept], self.teacher_labels[kept]
+        semantic, by_logits = _galleries(*known, ids=kept)
         return replace(self, semantic=semantic, logits=by_logits)
 
     def soft(self, of: str) -> Tensor:
@@ -116,11 +112,11 @@ class Galleries:
 
         The means are of probabilities at KD's temperature.
         """
-        nearest = NeighbourMatcher(self.semantic, NEIGHBOURS, temperature=_TEMPERATURE)
         if of == "neighbours":
+            nearest = NeighbourMatcher(self.semantic, NEIGHBOURS, temperature=_TEMPERATURE)
             return nearest(self.queries, self.labels).logits
         known = self.teacher_logits, self.teacher_labels
-        means = structkd.ClassMeanKDLoss(*known, temperature=_TEMPERATURE).log_mean
+        means = ClassMeanKDLoss(*known, temperature=_TEMPERATURE).log_mean
         return _TEMPERATURE * means[self.labels]
 
     def first(self, *, planned: bool) -> Tensor:
@@ -130,6 +126,17 @@ class Galleries:
     def again(self, student_logits: Tensor, rows: Tensor, *, planned: bool) -> Tensor:
         """The choice of these student images, ``rows``, by what the student predicts for them."""
         return _matcher(self.logits, planned).match(student_logits, self.labels[rows]).ids
+
+
+def _galleries(
+    embedded: Tensor, logits: Tensor, labels: Tensor, ids: Tensor | None = None
+) -> tuple[RetrievalGallery, RetrievalGallery]:
+    """Rich images by the matcher's embedding, which also gives their logits, and by these."""
+    semantic = RetrievalGallery(embedded.shape[1])
+    semantic.add(embedded, labels, ids=ids, features=Features(logits=logits))
+    by_logits = RetrievalGallery(logits.shape[1], metric="kl")
+    by_logits.add(logits, labels, ids=ids)
+    return semantic, by_logits
 
 
 def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
@@ -192,7 +199,7 @@ class Chooser:
     def __post_init__(self) -> None:
         dynamic, labels = self.variant.dynamic, self.views.poor.labels
         if self.variant.reliable:
-            self.galleries = self.galleries.reliable()
+            self.galleries = self.galleries.reliable
         self.trace = Trace()
         self._epochs = self.rematching.schedule.epochs(self.recipe.epochs) if dynamic else ()
         shape = len(labels), len(self.views.poor.classes)
