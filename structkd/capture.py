@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from structkd import _backbone
-from structkd._checks import describe, near
+from structkd._checks import describe
 from structkd._hook import Hook, drop_spent_hooks, ends_of
+from structkd._layer_names import check_layer, chosen_layers, layer_names, layer_of
 from structkd._layout import MapReader, stated_layouts
 from structkd.distributed import world_size
 from structkd.features import Features
-
-ALL = "all"  # every stage of a timm model
 
 
 class FeatureCapture:
@@ -96,9 +95,9 @@ class FeatureCapture:
         inner = _backbone.unwrapped(module)
         layers = dict(inner.named_modules())
         self._absent: dict[str, str] = {}
-        names = _names(intermediate, inner)
+        names = layer_names(intermediate, inner)
         if intermediate is None:
-            names = self._kept(names, layers)
+            names, self._absent = chosen_layers(names, layers)
         self.intermediate = names
         self.embedding = _backbone.default_embedding(inner) if embedding is None else embedding
         self.logits = logits
@@ -111,9 +110,9 @@ class FeatureCapture:
         self._fields += [("embedding", self.embedding)] if self.embedding else []
         self._fields += [("logits", logits)] if logits else []
         for field, name in self._fields:
-            _check_layer(field, name, layers)
+            check_layer(field, name, layers)
         self._readers = [
-            MapReader(name, layers[_layer_of(name)], inner, stated)
+            MapReader(name, layers[layer_of(name)], inner, stated)
             for name, stated in zip(names, stated_layouts(layout, names), strict=True)
         ]
         self._forget()
@@ -124,7 +123,7 @@ class FeatureCapture:
         self._handles.append(Hook(self, inner, "start").attach())
         for name in dict.fromkeys(name for _, name in self._fields):
             kind = "input" if name.endswith(_backbone.INPUT) else "output"
-            for layer in ends_of(layers[_layer_of(name)], kind):
+            for layer in ends_of(layers[layer_of(name)], kind):
                 self._handles.append(Hook(self, layer, kind, name).attach())
         self._handles.append(Hook(self, inner, "finish").attach())
         if _backbone.is_compiled(module):
@@ -222,16 +221,6 @@ class FeatureCapture:
         self._image: tuple[int, int] | None = None
         self._ran = self._runs = self._with_grad = False
 
-    def _kept(self, names: tuple[str, ...], layers: dict[str, nn.Module]) -> tuple[str, ...]:
-        """Returns the automatically chosen names if all are layers, and none of them otherwise."""
-        missing = [name for name in names if name not in layers]
-        if missing:
-            self._absent["intermediate"] = (
-                f"the model's feature_info names {missing[0]!r}, which is no layer of it; name a "
-                "layer yourself, intermediate=..."
-            )
-        return () if missing else names
-
     def reported(self, kind: str, name: str, value: Any) -> None:
         """Takes what a hook reports; for the capture's own hooks."""
         if kind == "start":
@@ -296,32 +285,6 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-def _names(intermediate: str | Sequence[str] | None, inner: nn.Module) -> tuple[str, ...]:
-    if intermediate is None:
-        return _backbone.default_intermediate(inner)
-    if intermediate == ALL and not hasattr(inner, ALL):
-        names = tuple(stage.name for stage in _backbone.stages(inner))
-        if not names:
-            raise ValueError(
-                "intermediate='all' needs a model with timm's feature_info; name the layers"
-            )
-        return names
-    return (intermediate,) if isinstance(intermediate, str) else tuple(intermediate)
-
-
-def _layer_of(name: str) -> str:
-    return name.removesuffix(_backbone.INPUT)
-
-
-def _check_layer(argument: str, name: object, layers: dict[str, nn.Module]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"{argument} must name layers by strings, got {describe(name)}")
-    layer = _layer_of(name)
-    if layer not in layers or not layer:
-        known = [known for known in layers if known]
-        raise ValueError(f"{argument}={name!r} is no layer of the module; {near(layer, known)}")
 
 
 def _fetch(captured: dict[str, tuple[Any, int | None]], name: str) -> Tensor:

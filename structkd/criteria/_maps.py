@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from structkd._checks import describe, whole
-from structkd.criteria.base import missing
+from structkd.criteria._fields import missing
 from structkd.distributed import world_size
 from structkd.features import Features
 

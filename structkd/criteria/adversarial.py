@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from structkd._checks import choice, labels, number, whole
+from structkd.criteria._fields import either, pair
 from structkd.criteria._maps import checked_layer, map_pair, pooled
 from structkd.criteria._rows import labelled_mean
-from structkd.criteria.base import Criterion, either, pair
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 
 SOURCES = ("embedding", "intermediate")

@@ -5,30 +5,33 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from structkd._checks import describe, near, number
+from structkd.criteria._fields import (
+    Input,
+    as_features,
+    constant,
+    gathered_rows,
+    mapped,
+    missing,
+    named_tensors,
+)
 from structkd.distributed import gather_batch, shard_sizes, whole_batch
 from structkd.features import Features
 
 if TYPE_CHECKING:
     from structkd.criteria.sums import CriterionSum
 
-Input: TypeAlias = Features | Tensor | Sequence[Tensor]
 CriterionT = TypeVar("CriterionT", bound="Criterion")
 
 _RANKS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "logits": ((2,), "2-D (B, K)"),
     "embedding": ((2,), "2-D (B, D)"),
     "intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, C)"),
-}
-_HINTS: Mapping[str, str] = {
-    "logits": "pass Features with logits, as FeatureCapture gives them",
-    "embedding": "name the layer, for example FeatureCapture(net, embedding='fc:input')",
-    "intermediate": "name a layer, for example FeatureCapture(net, intermediate='layer2')",
 }
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -67,9 +70,11 @@ class Criterion(nn.Module):
 
     reads: ClassVar[tuple[str, ...]] = ()  # a bare tensor stands for the first
     reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
-    couples: ClassVar[bool] = False  # whether the samples of a batch are compared with each other
-    # Whether compute adds sums up over the ranks by itself, and wants its own rows under gather.
-    sums_over_ranks: ClassVar[bool] = False
+    # Whether the samples of a batch are compared with each other, and whether compute adds sums up
+    # over the ranks by itself and wants its own rows under gather. Where an option decides it, the
+    # constructor sets it on the instance.
+    couples: bool = False
+    sums_over_ranks: bool = False
     # Options of from_features that are no keywords of the constructor; arguments() reads them.
     build_options: ClassVar[tuple[str, ...]] = ()
     min_batch: ClassVar[int] = 1
@@ -109,7 +114,7 @@ class Criterion(nn.Module):
         )
         given = {name: value for name, value in options.items() if name not in cls.build_options}
         criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **given})
-        for _, tensor in [*_named(feats_s, "feats_s"), *_named(feats_t, "feats_t")]:
+        for _, tensor in [*named_tensors(feats_s, "feats_s"), *named_tensors(feats_t, "feats_t")]:
             dtype = torch.float64 if tensor.dtype == torch.float64 else None
             return criterion.to(device=tensor.device, dtype=dtype)
         return criterion
@@ -161,18 +166,18 @@ class Criterion(nn.Module):
         """
         student = self._read(student, "student")
         teacher = self._read(teacher, "teacher") if self.reads_teacher else Features()
-        tensors = [*_named(student, "student"), *_named(teacher, "teacher")]
+        tensors = [*named_tensors(student, "student"), *named_tensors(teacher, "teacher")]
         device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
         if self.gather and self.couples and not self.sums_over_ranks:
             sizes = shard_sizes(batch, device)
             batch = sum(sizes)
-            student, teacher = _gathered(student, sizes), _gathered(teacher, sizes)
+            student, teacher = gathered_rows(student, sizes), gathered_rows(teacher, sizes)
             target = None if target is None else gather_batch(target, sizes)
         if not self.sums_over_ranks:
             self._check_batch(whole_batch(batch))
-        student = _map(student, lambda tensor: tensor.to(dtype))
-        teacher = _map(teacher, lambda tensor: _constant(tensor).to(dtype))
+        student = mapped(student, lambda tensor: tensor.to(dtype))
+        teacher = mapped(teacher, lambda tensor: constant(tensor).to(dtype))
         with torch.autocast(device.type, enabled=False):
             return self.compute(student, teacher, target)
 
@@ -299,49 +304,6 @@ class Criterion(nn.Module):
         return self * (1 / number("divisor", divisor))
 
 
-def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
-    """Returns ``logits`` or ``embedding`` of both, after checking that their widths agree."""
-    value_s, value_t = either(student, teacher, field)
-    if value_s.shape[1] != value_t.shape[1]:
-        width_s, width_t = value_s.shape[1], value_t.shape[1]
-        fix = (
-            "both networks must score the same classes"
-            if field == "logits"
-            else f"project the student's with structkd.Projector({width_s}, {width_t}) first"
-        )
-        raise ValueError(
-            f"student and teacher {field} must have one width, got {width_s} and {width_t}; {fix}"
-        )
-    return value_s, value_t
-
-
-def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
-    """Returns ``logits`` or ``embedding`` of both, of any width."""
-    value_s, value_t = getattr(student, field), getattr(teacher, field)
-    for name, features in (("student", student), ("teacher", teacher)):
-        if getattr(features, field) is None:
-            raise ValueError(missing("the criterion", f"{name}.{field}", features, field))
-    return value_s, value_t
-
-
-def missing(reader: str, name: str, features: Features, field: str) -> str:
-    """Returns what to say where a field is missing, with the capture's reason if it gave one."""
-    return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
-
-
-def as_features(given: Input, name: str, reader: Criterion | type[Criterion]) -> Features:
-    """Returns features; bare tensors become the first field that the criterion reads."""
-    if isinstance(given, Features):
-        return given
-    if not reader.reads:
-        raise TypeError(f"{name} must be Features here, got {describe(given)}")
-    field = reader.reads[0]
-    is_maps = field == "intermediate" and isinstance(given, list | tuple)
-    if not isinstance(given, Tensor) and not is_maps:
-        raise TypeError(f"{name} must be Features or a tensor, got {describe(given)}")
-    return Features(**{field: given})  # type: ignore[arg-type]
-
-
 def same_buffers(module: nn.Module) -> list[str]:
     """Returns the dotted names of a module's buffers that all ranks hold alike by construction."""
     return [
@@ -350,37 +312,3 @@ def same_buffers(module: nn.Module) -> list[str]:
         if isinstance(part, Criterion)
         for name in part.same_on_all_ranks
     ]
-
-
-def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:
-    """Returns the features' floating-point tensors with their names."""
-    fields = (("logits", features.logits), ("embedding", features.embedding))
-    named = [(f"{name}.{field}", value) for field, value in fields if value is not None]
-    for position, value in enumerate(features.intermediate):
-        named.append((f"{name}.intermediate[{position}]", value))
-    return named
-
-
-def _map(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
-    """Applies ``function`` to every floating-point field."""
-    return features.replace(
-        logits=None if features.logits is None else function(features.logits),
-        embedding=None if features.embedding is None else function(features.embedding),
-        intermediate=tuple(function(value) for value in features.intermediate),
-    )
-
-
-def _gathered(features: Features, sizes: list[int]) -> Features:
-    """Gathers every field over the processes, the index included."""
-    gathered = _map(features, lambda tensor: gather_batch(tensor, sizes))
-    if features.index is None:
-        return gathered
-    return gathered.replace(index=gather_batch(features.index, sizes))
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    """Detaches; a tensor made under ``inference_mode`` is copied, autograd cannot save it."""
-    # A compiled graph copies such inputs itself, and cannot trace the question.
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._checks import NO_LABEL, describe, labels, number
+from structkd.criteria._fields import missing
 from structkd.criteria._rows import labelled_mean
-from structkd.criteria.base import Criterion, missing
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.projectors import Projector
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import describe, in_range, number, whole
+from structkd.criteria._fields import either
 from structkd.criteria._rows import unit
 from structkd.criteria._sampler import Sampler
-from structkd.criteria.base import Criterion, either
+from structkd.criteria.base import Criterion
 from structkd.distributed import gather_batch, rank, shard_sizes, sum_over_ranks
 from structkd.features import Features
 from structkd.projectors import Projector

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from structkd._checks import choice
+from structkd.criteria._fields import either, pair
 from structkd.criteria._gram import FORMS, cross_product_energy, takes_gram
-from structkd.criteria.base import Criterion, either, pair
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.projectors import Projector
 

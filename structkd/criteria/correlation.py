@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import choice, number, whole
+from structkd.criteria._fields import either
 from structkd.criteria._gram import FORMS, cross_product_energy, off_diagonal, takes_gram
 from structkd.criteria._moments import Columns, inverse_scale, moments
 from structkd.criteria._terms import checked_terms
-from structkd.criteria.base import Criterion, either
+from structkd.criteria.base import Criterion
 from structkd.distributed import gather_batch, shard_sizes
 from structkd.features import Features
 from structkd.projectors import Projector

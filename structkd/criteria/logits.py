@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import labels, number
+from structkd.criteria._fields import pair
 from structkd.criteria._rows import labelled_mean, mean_of_rows
-from structkd.criteria.base import Criterion, pair
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 
 

@@ -20,7 +20,6 @@ from structkd.criteria._maps import (
 )
 from structkd.criteria._moments import UNKNOWABLE, error_and_variance
 from structkd.criteria.base import Criterion
-from structkd.distributed import whole_batch
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
 
@@ -131,10 +130,6 @@ class FitNetLoss(_MapRegression):
         0.01
     """
 
-    # Of the log form; the mean of the squared one needs the rows of nobody else.
-    couples = True
-    sums_over_ranks = True
-
     def __init__(
         self,
         student_channels: int,
@@ -147,6 +142,8 @@ class FitNetLoss(_MapRegression):
     ) -> None:
         super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
         self.form = choice("form", form, FORMS)
+        # The mean of the squared form needs the rows of nobody else.
+        self.couples = self.sums_over_ranks = form == "log"
         self.regressor = ConvAdapter(student_channels, teacher_channels, kernel_size=kernel_size)
 
     def compute(
@@ -154,7 +151,6 @@ class FitNetLoss(_MapRegression):
     ) -> dict[str, Tensor]:
         map_s, map_t = self._maps(student, teacher)
         if self.form == "squared":
-            self._check_batch(whole_batch(len(map_s)))
             return {"FitNets": F.mse_loss(self.regressor(map_s), map_t)}
         check_several(map_s, type(self).__name__, gather=self.gather)
         error, variance = error_and_variance(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import number, whole
+from structkd.criteria._fields import either
 from structkd.criteria._geometry import (
     angle_gap,
     mean_normalised,
@@ -17,7 +18,7 @@ from structkd.criteria._geometry import (
     poincare_distances,
 )
 from structkd.criteria._rows import unit
-from structkd.criteria.base import Criterion, either
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.projectors import Projector
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from structkd._checks import choice, describe, number
+from structkd.criteria._fields import Input
 from structkd.criteria._terms import checked_terms
-from structkd.criteria.base import Criterion, Input
+from structkd.criteria.base import Criterion
 from structkd.criteria.correlation import TERMS as SEM_TERMS
 from structkd.criteria.correlation import CrossCorrelationLoss
 from structkd.criteria.dense import TERMS as DENSE_TERMS

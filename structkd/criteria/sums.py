@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from structkd._checks import describe, near, number, whole
+from structkd.criteria._fields import Input
 from structkd.criteria._weights import Weighted
-from structkd.criteria.base import Criterion, Input
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 
 

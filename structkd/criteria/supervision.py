@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import NO_LABEL, labels, number
+from structkd.criteria._fields import missing
 from structkd.criteria._rows import labelled_mean
-from structkd.criteria.base import Criterion, missing
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import number, whole
-from structkd.criteria.base import Criterion, pair
+from structkd.criteria._fields import pair
+from structkd.criteria.base import Criterion
 from structkd.criteria.logits import softened_divergence
 from structkd.features import Features
 

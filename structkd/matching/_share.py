@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from structkd._checks import chosen_rows, describe
-from structkd.criteria.base import Criterion, Input, as_features
+from structkd.criteria._fields import Input, as_features
+from structkd.criteria.base import Criterion
 from structkd.criteria.sums import reads_teacher
 from structkd.distributed import (
     counts_of_ranks,

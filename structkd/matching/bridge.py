@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import NO_LABEL, describe
+from structkd.criteria._fields import Input, as_features, missing
 from structkd.criteria._weights import Weighted
-from structkd.criteria.base import Criterion, Input, as_features, missing
+from structkd.criteria.base import Criterion
 from structkd.features import Features
 from structkd.matching._share import ARGUMENTS, Share, share_of, sizes_of, terms_of
 from structkd.matching._task import Task, known_labels, task_loss
