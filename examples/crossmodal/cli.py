@@ -107,13 +107,21 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
 def _asked(given: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked, ...]:
     if entry.matched and kind != "sweep":
         return _variants(given, entry)
+    if entry.matched:
+        raise ValueError(f"sweep.py compares methods on pairs, which {entry.name} has not")
+    for option in ("variant", "criterion", "weights"):
+        if getattr(given, option):
+            raise ValueError(f"--{option} is for images without pairs; {entry.name} has --method")
+    found = {}
+    texts = given.method or ()
     if kind == "sweep":
-        groups = [looked_up("group", name, SWEEPS) for name in given.group or SWEEPS]
-        found = {label: resolve(text) for group in groups for label, text in group.items()}
+        for name in given.group or (() if texts else SWEEPS):
+            group = looked_up("group", name, SWEEPS)
+            found |= {label: resolve(text) for label, text in group.items()}
     else:
-        texts = given.method or (COMPARED if kind == "compare" else TRAINED)
-        plans = [resolve(name) for name in names("--method", texts, METHODS)]
-        found = {made.name: made for made in plans}
+        texts = texts or (COMPARED if kind == "compare" else TRAINED)
+    plans = [resolve(name) for name in names("--method", texts, METHODS)] if texts else []
+    found |= {made.name: made for made in plans}
     return tuple(
         Asked(k, made, PAIRS if made.parts else VARIANTS[ALONE]) for k, made in found.items()
     )
@@ -130,7 +138,7 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     rows = []
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
         weights = Weights(*given.weights, match=given.match_weight)
-        variant, made = row(name, given.criterion, weights)
+        variant, made = row(name, given.criterion or "kd", weights)
         if given.labels is not None and variant.first != "none":
             raise ValueError(
                 f"--labels: {name} matches every image by its label, also those that have none; "
@@ -167,7 +175,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=f"one of {', '.join(data_sets())}, or of --recipes")
     if kind == "sweep":
-        add("--group", nargs="+", metavar="NAME", help="part of the candidates (default: all)")
+        add("--group", nargs="+", metavar="NAME", help="of the candidates (default: all)")
     told = "of methods.toml: alone, kd, ..., sums as kd+ds, options as kd:temperature=2,weight=0.5"
     add("--method", "--methods", nargs="+", metavar="NAME", dest="method", help=told)
     data = parser.add_argument_group("data")
@@ -189,7 +197,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add = matched.add_argument
     told = f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT"
     add("--variant", "--variants", nargs="+", metavar="NAME", help=told)
-    add("--criterion", default="kd", metavar="NAME", help="any method (default: kd)")
+    add("--criterion", metavar="NAME", help="any method (default: kd)")
     add("--weights", nargs=3, type=float, metavar=("TASK", "KD", "SKA"), default=[],
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip
     told = "of the criterion over matches beside free pairs (0.1)"

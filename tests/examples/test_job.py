@@ -190,6 +190,9 @@ def test_a_sweep_resumes_on_the_validation_split(
     trained.clear()
     assert train(*arguments, kind="sweep") == 0
     assert trained == []
+    assert train(*arguments[:4], "--method", "logits", kind="sweep") == 0
+    assert [name.split(" seed")[0] for name in trained] == ["logits"]
+    assert train(*arguments, name="unpaired-tiny", kind="sweep") == 2
 
 
 # Without pairs.
@@ -292,6 +295,9 @@ def test_the_time_of_rematching_is_a_share_of_an_epoch() -> None:
         (["unpaired-tiny", "--variant", "fulll"], "unknown variant 'fulll'; did you mean 'full'?"),
         (["unpaired-tiny", "--criterion", "alone"], "--criterion must name a criterion"),
         (["unpaired-tiny", "--method", "kd"], "--method is for pairs"),
+        (["tiny", "--variant", "full"], "--variant is for images without pairs"),
+        (["tiny", "--criterion", "crd"], "--criterion is for images without pairs"),
+        (["tiny", "--weights", "1", "1", "0"], "--weights is for images without pairs"),
         (["unpaired-tiny", "--poor", "grey"], "--poor grey needs images of three colours"),
         (["unpaired-tiny", "--weights", "-1", "0", "0"], "weight task must be at least 0"),
         (["unpaired-tiny", "--rgb-bands", "0", "1", "2"], "--rgb-bands is for folders"),
