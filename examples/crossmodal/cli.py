@@ -79,16 +79,16 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     entry = known[given.dataset]
     if given.jobs < 1 or (given.jobs > 1 and given.fresh):
         raise ValueError(f"--jobs must be at least 1, and 1 with --fresh, got {given.jobs}")
-    name, seeds = entry.name, "3"
+    name = entry.name
     if kind == "sweep":
-        given.evaluate, name, seeds = "val", f"sweep-{entry.name}", "2"
+        given.evaluate, name = "val", f"sweep-{entry.name}"
     given.data_dir, (given.poor, given.options) = given.data, options(given, entry)
     common = _given(given)
     recipes = {role: entry.recipe(role, common, _given(given, f"{role}_")) for role in ROLES}
     values = {
         "wanted": Wanted(**{f.name: getattr(given, f.name) for f in fields(Wanted)}),
         "asked": _asked(given, entry, kind),
-        "seeds": _seeds(given.seeds or seeds),
+        "seeds": _seeds(given.seeds),
         "models": {
             role: getattr(given, role) or getattr(entry, role) or entry.teacher for role in ROLES
         },
@@ -176,23 +176,28 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("dataset", metavar="DATASET", help=f"one of {', '.join(data_sets())}, or of --recipes")
     if kind == "sweep":
         add("--group", nargs="+", metavar="NAME", help="of the candidates (default: all)")
-    told = "of methods.toml: alone, kd, ..., sums as kd+ds, options as kd:temperature=2,weight=0.5"
+    told = f"{', '.join(METHODS)}; sums as kd+ds; options as kd:temperature=2,weight=0.5"
     add("--method", "--methods", nargs="+", metavar="NAME", dest="method", help=told)
     data = parser.add_argument_group("data")
     add_options(data)
     add = data.add_argument
     add("--limit", type=int, metavar="N", help="N training images only, all classes in proportion")
-    add("--labels", type=int, metavar="N", help="N labels only; all pairs are distilled")
-    add("--rgb-bands", dest="rgb", nargs=3, type=int, metavar=("R", "G", "B"), help="from 0")
+    told = "training images that have a label; all pairs are distilled (default: all)"
+    add("--labels", type=int, metavar="N", help=told)
+    told = "where red, green and blue are among the bands, counted from 0"
+    add("--rgb-bands", dest="rgb", nargs=3, type=int, metavar=("R", "G", "B"), help=told)
     told = "val holds a tenth of train out, for choosing settings (default: test)"
     add("--evaluate", choices=("test", "val"), default="test", help=told)
-    add("--memory", type=float, default=4.0, metavar="GB", help="more images are streamed (4)")
-    add("--workers", type=int, default=2, metavar="N", help="that read streamed images (2)")
+    told = "where images take more, they are read during the training (4)"
+    add("--memory", type=float, default=4.0, metavar="GB", help=told)
+    add("--workers", type=int, default=2, metavar="N", help="processes that read such images (2)")
     networks = parser.add_argument_group("networks and seeds")
     add = networks.add_argument
     for role in ROLES:
         add(f"--{role}", metavar="NAME", help="a timm model, or one of ours such as resnet32x4")
-    add("--seeds", metavar="N|LIST", help="how many, or which as 0,1,2 (default: 3)")
+    seeds = "2" if kind == "sweep" else "3"
+    told = f"how many, or which as 0,1,2 (default: {seeds})"
+    add("--seeds", metavar="N|LIST", default=seeds, help=told)
     matched = parser.add_argument_group("without pairs")
     add = matched.add_argument
     told = f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT"
@@ -202,7 +207,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip
     told = "of the criterion over matches beside free pairs (0.1)"
     add("--match-weight", type=float, default=0.1, metavar="W", help=told)
-    told = "DynM's predictions: those of training (epoch), or of a pass of its own (pass)"
+    told = "whose predictions DynM matches by: training's (epoch), or a pass of their own (pass)"
     add("--rematch-by", choices=BYS, default=BYS[0], help=told)
     machine = parser.add_argument_group("machine and folder")
     add = machine.add_argument
@@ -211,11 +216,16 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile every step")
     add("--tensorboard", action="store_true", help="write TensorBoard files")
     add("--recipes", type=Path, metavar="FILE", help="a TOML file with data sets of your own")
-    add("--out", type=Path, metavar="DIR", help="for all that is written (runs/DATASET)")
+    told = f"for all that is written (runs/{'sweep-' * (kind == 'sweep')}DATASET)"
+    add("--out", type=Path, metavar="DIR", help=told)
     add("--fresh", action="store_true", help="train students again that are already finished")
     add("--resume", action="store_true", help="refuse to start where nothing was kept")
-    told = "for all; --teacher-FIELD, --student-FIELD and --matcher-FIELD for one"
-    group = parser.add_argument_group("recipe", told)
+    told = (
+        "For teacher and students; epochs, crops and precision for the matcher too. "
+        "--teacher-FIELD, --student-FIELD and --matcher-FIELD are for one. Where the data set's "
+        "recipe says nothing, the value is the one in brackets."
+    )
+    group, texts = parser.add_argument_group("recipe", told), Recipe.told()
     for prefix, field in product(("", *(f"{role}_" for role in ROLES)), fields(Recipe)):
         name, kind = f"{prefix}{field.name}", type(field.default)
         how: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -224,7 +234,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         else:
             how |= {"type": kind, "metavar": field.name.upper()}
         if name != "seed":  # a student's are --seeds
-            shown = argparse.SUPPRESS if prefix else f"({field.default})"
+            usual = f"{field.default:.3g}" if kind is float else field.default
+            shown = argparse.SUPPRESS if prefix else f"{texts[field.name]} ({usual})"
             option = "--" + name.replace("_", "-")
             group.add_argument(option, dest=f"recipe_{name}", help=shown, **how)
     return parser

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -37,26 +37,30 @@ _MATCHER = {
 
 @dataclass(frozen=True)
 class Recipe:
-    epochs: int = 100  # passes over the training images
-    batch_size: int = 64  # images a step, over all processes
-    accumulate: int = 1  # steps whose gradients are summed up to one of the optimizer
-    lr: float = 0.05  # the largest rate; it falls along a cosine to final_lr, step by step
-    final_lr: float = 1e-6
-    warmup: float = 0.0  # share of the training over which the rate first rises to lr
-    optimizer: str = "sgd"
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 5e-4  # on the network and the criterion's heads
-    clip: str = "agc:0.1"  # of the gradients by timm: agc:F (F of a filter's norm), norm:N, value:V
-    labelled: float = 1 / 3  # least share of a batch with labels, where few images have one
-    falling: bool = False  # let the criterion's weight fall to 0 along a cosine
-    ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0 for none
-    crop: str = "pad"  # of the padded image; "resized" is 8 to 100 % brought to size
-    pad: int = 4  # border for random crops, in pixels
-    flip: bool = True  # mirror half of the training images
-    fresh_noise: bool = False  # draw the noise anew at every pass
-    precision: str = "auto"  # measured; bf16 and fp16 are autocast
-    channels_last: bool = False  # the memory format; with auto part of what is measured
-    seed: int = 0  # of the initial weights, the order of the batches and their crops
+    """How one network is trained; ``--help`` prints what each field says."""
+
+    epochs: Annotated[int, "passes over the training images"] = 100
+    batch_size: Annotated[int, "images a step, over all processes"] = 64
+    accumulate: Annotated[int, "steps whose gradients make one step of the optimizer"] = 1
+    lr: Annotated[float, "largest learning rate; it falls along a cosine, step by step"] = 0.05
+    final_lr: Annotated[float, "learning rate at the end"] = 1e-6
+    warmup: Annotated[float, "share of the training over which the rate first rises to lr"] = 0.0
+    optimizer: Annotated[str, "sgd, adam or adamw"] = "sgd"
+    momentum: Annotated[float, "of SGD"] = 0.9
+    weight_decay: Annotated[float, "on the network and the criterion's heads"] = 5e-4
+    clip: Annotated[
+        str, "of gradients: none, agc:F (F times a filter's own norm), norm:N or value:V"
+    ] = "agc:0.1"
+    labelled: Annotated[float, "least share of a batch with labels, under --labels"] = 1 / 3
+    falling: Annotated[bool, "let the criterion's weight fall to 0 along a cosine"] = False
+    ema: Annotated[float, "decay of the moving average that is evaluated; 0 for none"] = 0.0
+    crop: Annotated[str, "pad, or resized: a part of the image brought to its size"] = "pad"
+    pad: Annotated[int, "border in pixels that random crops may reach into"] = 4
+    flip: Annotated[bool, "mirror half of the training images"] = True
+    fresh_noise: Annotated[bool, "draw the noise anew at every pass"] = False
+    precision: Annotated[str, "auto (measured), fp32, bf16 or fp16; halves by autocast"] = "auto"
+    channels_last: Annotated[bool, "memory format; auto measures bf16 with it"] = False
+    seed: Annotated[int, "of initial weights, order of the batches and crops"] = 0
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("epochs", "batch_size", "accumulate"), 1)
@@ -115,6 +119,12 @@ class Recipe:
     def spoils_late(self) -> bool:
         """Whether images are made poor at every pass: the noise is new, or follows the crop."""
         return self.fresh_noise or self.crop == "resized"
+
+    @classmethod
+    def told(cls) -> dict[str, str]:
+        """What each field is, by its name."""
+        hints = get_type_hints(cls, include_extras=True)
+        return {field.name: hints[field.name].__metadata__[0] for field in fields(cls)}
 
     @property
     def settings(self) -> dict[str, Any]:
