@@ -159,6 +159,25 @@ def test_copies_work_and_leave_the_original_alone(copied: str) -> None:
     assert twin.student[0].weight.grad is None
 
 
+@pytest.mark.parametrize("copied", ["deepcopy", "pickled copy"])
+def test_who_is_detached_leaves_its_copies_their_hooks_on_the_teacher(copied: str) -> None:
+    whole = distiller(structkd.KDLoss())
+    twin = copy.deepcopy(whole)
+    if copied == "pickled copy":
+        twin = pickle.loads(pickle.dumps(twin))
+    twin.detach()
+    assert list(whole(POOR, x_teacher=RICH)[1]) == ["KD"]
+    twin.attach()
+    whole.detach()
+    assert list(twin(POOR, x_teacher=RICH)[1]) == ["KD"]
+    late = copy.deepcopy(twin)
+    twin.detach()
+    assert list(late(POOR, x_teacher=RICH)[1]) == ["KD"]
+    late.detach()
+    for teacher in (whole.teacher, twin.teacher):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
 def test_a_copy_that_is_moved_takes_a_teacher_of_its_own_along() -> None:
     whole = distiller()
     twin = copy.deepcopy(whole).to("cpu")
