@@ -237,6 +237,25 @@ def test_a_distiller_runs_the_teacher_on_the_pairs_and_the_matches_alone() -> No
         torch.testing.assert_close(again[name], value)
 
 
+def test_a_teacher_that_nothing_reads_is_not_run_on_the_students_images() -> None:
+    student, teacher = Net(1, 5), Net(3, 6)  # the teacher cannot take the student's images
+    x, target = _images(1, 6, 1), torch.arange(6) % CLASSES
+    matched, other = torch.tensor([0, 4]), _images(3, 2, 3)
+    distiller = Distiller(student, teacher, BridgeLoss(match=structkd.KDLoss()))
+    _, terms = distiller(x, target, x_matched=other, matched=matched)
+    assert list(terms) == ["task", "match/KD"]
+    kept = Features(logits=torch.randn(2, CLASSES))  # as a gallery gives them
+    assert list(distiller(x, target, matches=kept, matched=matched)[1]) == ["task", "match/KD"]
+    assert list(distiller(x, target)[1]) == ["task"]
+    of_class = structkd.ClassMeanKDLoss(torch.randn(8, CLASSES), torch.arange(8) % CLASSES)
+    for criterion, names in (
+        (of_class, ["ClassKD"]),
+        (BridgeLoss(of_class), ["task", "pair/ClassKD"]),
+        (BridgeLoss(match=of_class), ["task", "match/ClassKD"]),
+    ):
+        assert list(Distiller(student, teacher, criterion)(x, target)[1]) == names
+
+
 def test_index_goes_with_its_row() -> None:
     class Seen(structkd.Criterion):
         reads = ("logits",)
