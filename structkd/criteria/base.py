@@ -75,6 +75,8 @@ class Criterion(nn.Module):
     # constructor sets it on the instance.
     couples: bool = False
     sums_over_ranks: bool = False
+    # Whether a training call exchanges with all ranks without gather too, so that none may miss it.
+    collective: ClassVar[bool] = False
     # Options of from_features that are no keywords of the constructor; arguments() reads them.
     build_options: ClassVar[tuple[str, ...]] = ()
     min_batch: ClassVar[int] = 1

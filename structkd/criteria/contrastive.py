@@ -106,6 +106,7 @@ class ContrastiveRepresentationLoss(Criterion):
     """
 
     reads = ("embedding",)
+    collective = True
     same_on_all_ranks = ("bank_s", "bank_t", "log_normalizer", "normalized")
     bank_s: Tensor
     bank_t: Tensor

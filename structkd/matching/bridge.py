@@ -64,7 +64,9 @@ class BridgeLoss(Weighted):
         match_weight: Of the matches' criterion. :meth:`set_weight` changes any of the three from
             step to step, :func:`falling` gives a schedule.
         gather: Compute on the whole batch of all processes, by all of the criteria inside, too. It
-            is on where one of them has it on.
+            is on where one of them has it on, and where one trains by all processes in any case, as
+            :class:`ContrastiveRepresentationLoss` does, for which the others would wait in vain on
+            a process without a row.
 
     Shape:
         the student's features of the whole batch, logits ``(B, K)``, any float dtype; the teacher's
@@ -133,7 +135,7 @@ class BridgeLoss(Weighted):
         self._weigh({"task": task_weight, "pair": pair_weight, "match": match_weight})
         self._needs_target = task_weight != 0
         inner = [module for module in self.modules() if isinstance(module, Criterion)]
-        self.gather = gather or any(criterion.gather for criterion in inner)
+        self.gather = gather or any(part.gather or part.collective for part in inner)
         for criterion in inner:
             criterion.gather = self.gather
 
