@@ -42,6 +42,7 @@ def known_labels(
     chosen = None if labelled is None else _mask(labelled, batch, logits.device)
     if target.dim() > 1 or target.is_floating_point():
         return target, chosen
+    target = target.long()
     known = target != NO_LABEL
     known = known if chosen is None else known & chosen
     return torch.where(known, target, NO_LABEL), known
@@ -54,7 +55,6 @@ def task_loss(
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if task is None and not target.is_floating_point():
-            target = target.long()
             total = F.cross_entropy(logits, target, ignore_index=NO_LABEL, reduction="sum")
         else:
             rows = slice(None) if known is None else known.nonzero()[:, 0]

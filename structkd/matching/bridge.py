@@ -76,8 +76,9 @@ class BridgeLoss(Weighted):
 
     Raises:
         ValueError: If a mask has another length than the batch, the teacher's features do not hold
-            a row for each pair, features are missing though rows have a pair, the target is missing
-            or out of range, or as a criterion raises.
+            a row for each pair, features are missing though rows have a pair, fewer rows have one
+            than its criterion compares, the target is missing or out of range, or as a criterion
+            raises.
         TypeError: If an argument has the wrong type, or a mask the wrong dtype.
 
     References:
@@ -150,6 +151,16 @@ class BridgeLoss(Weighted):
             for name, spec in given.items()
         }
 
+    def set_weight(self, name: str, weight: float) -> None:
+        """Changes the weight of a part; with a task's that is not 0, the target is needed again.
+
+        Raises:
+            ValueError: If there is no such part, or the weight is not finite.
+        """
+        super().set_weight(name, weight)
+        if name == "task":
+            self._needs_target = weight != 0
+
     def forward(
         self,
         student: Input,
@@ -220,6 +231,7 @@ class BridgeLoss(Weighted):
         nothing = [part.flatten()[:0].sum() for part in ([] if found else [logits]) + idle]
         if nothing:
             zero = torch.stack(nothing).sum()
+            zero = zero.to(torch.promote_types(zero.dtype, torch.float32))
             found["task"] = found["task"] + zero if "task" in found else zero
         return found
 

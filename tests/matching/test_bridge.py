@@ -128,6 +128,15 @@ def test_a_task_that_takes_class_indices_never_sees_a_missing_one() -> None:
     torch.testing.assert_close(loss(Features(logits=logits), None, target), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_a_narrow_type_reach_a_task_of_ones_own_as_it_wants_them(dtype) -> None:
+    loss = BridgeLoss(task=nn.CrossEntropyLoss(reduction="none"))
+    logits = torch.randn(3, 200)
+    target = torch.tensor([156, 0, 9])  # 156 is -100 in 8 bits
+    value = loss(Features(logits=logits), None, target.to(dtype))
+    torch.testing.assert_close(value, F.cross_entropy(logits, target))
+
+
 class Net(nn.Module):
     """With batch norm, which sees the whole batch or not."""
 
@@ -305,6 +314,16 @@ def test_weights_change_from_step_to_step() -> None:
         loss.set_weight("pairs", 1.0)
 
 
+def test_a_task_that_comes_in_later_needs_the_target_then() -> None:
+    loss = BridgeLoss(structkd.KDLoss(), task_weight=0)
+    assert list(loss.terms(FEATS, FEATS)) == ["pair/KD"]
+    loss.set_weight("task", 0.5)
+    with pytest.raises(ValueError, match="BridgeLoss needs target"):
+        loss.terms(FEATS, FEATS)
+    loss.set_weight("task", 0.0)
+    assert list(loss.terms(FEATS, FEATS)) == ["pair/KD"]
+
+
 def test_pickles_copies_and_counts_epochs() -> None:
     loss = BridgeLoss(structkd.CurriculumTemperatureLoss() + structkd.KDLoss())
     copied = copy.deepcopy(loss)
@@ -319,6 +338,8 @@ def test_half_precision_and_autocast() -> None:
         value = BridgeLoss()(Features(logits=logits.bfloat16()), None, target)
     assert value.dtype == torch.float32
     assert torch.equal(value, F.cross_entropy(logits.bfloat16().float(), target))
+    nothing = BridgeLoss(task_weight=0)(Features(logits=logits.half()))
+    assert nothing.dtype == torch.float32
 
 
 FEATS = Features(logits=torch.randn(3, CLASSES))
@@ -370,6 +391,19 @@ def test_what_does_not_fit_is_named(change, error, said: str) -> None:
     given = {"student": FEATS, "teacher": FEATS, "target": TARGET, **change}
     with pytest.raises(error, match=said):
         _loss()(given.pop("student"), given.pop("teacher"), given.pop("target"), **given)
+
+
+def test_fewer_rows_than_a_criterion_compares_are_named() -> None:
+    loss = BridgeLoss(structkd.KDLoss() + structkd.RelationalLoss(), structkd.CORALLoss())
+    feats = Features(logits=torch.randn(3, CLASSES), embedding=torch.randn(3, 5))
+    two, one, none = torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([], dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"has 2 row\(s\) with a pair, but RelationalLoss.*least 3"
+    ):
+        loss.terms(feats, feats.rows(two), TARGET, paired=two)
+    with pytest.raises(ValueError, match=r"1 row\(s\) with a match, but CORALLoss.*out of matched"):
+        loss.terms(feats, None, TARGET, matches=feats.rows(one), matched=one)
+    assert list(loss.terms(feats, feats.rows(none), TARGET, paired=none)) == ["task"]
 
 
 def test_a_criterion_that_needs_an_index_says_so() -> None:
