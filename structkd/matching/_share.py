@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structkd._checks import chosen_rows, describe
+from structkd._devices import sent
 from structkd.criteria._fields import Input, as_features
 from structkd.criteria.base import Criterion
 from structkd.criteria.sums import reads_teacher
@@ -76,7 +77,7 @@ def share_of(
     if teacher is not None:
         _check_count(teacher, len(rows), kind)
     if target is not None:
-        target = target.index_select(0, rows.to(target.device))
+        target = target.index_select(0, sent(rows, target.device))
     return Share(kind, criterion, student.rows(rows), teacher, target, len(rows))
 
 

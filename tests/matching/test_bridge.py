@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import structkd
 from structkd import BridgeLoss, Distiller, FeatureCapture, Features
@@ -322,6 +323,36 @@ def test_a_task_that_comes_in_later_needs_the_target_then() -> None:
         loss.terms(FEATS, FEATS)
     loss.set_weight("task", 0.0)
     assert list(loss.terms(FEATS, FEATS)) == ["pair/KD"]
+
+
+class _Waits(TorchFunctionMode):
+    """Lists what would make the host wait for an accelerator, were the tensors on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        moves = "device" in kwargs or any(isinstance(a, torch.device | str) for a in args[1:])
+        if name in ("nonzero", "new_tensor", "item", "tolist") or (
+            name in ("to", "tensor") and moves and "non_blocking" not in kwargs
+        ):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_positions_make_nothing_wait_for_an_accelerator(soft: bool) -> None:
+    given = _batch(2)
+    loss = _loss()
+    if soft:
+        given["target"] = torch.rand(7, CLASSES, dtype=torch.float64).softmax(dim=1)
+    with _Waits() as waits:
+        _terms(loss, given)
+        BridgeLoss().terms(given["student"], None, given["target"])
+    assert not waits.found
 
 
 def test_pickles_copies_and_counts_epochs() -> None:
