@@ -278,6 +278,12 @@ class Criterion(nn.Module):
                     "are float64: call criterion.double()"
                 )
             dtypes.add(parameter.dtype)
+        for name, buffer in self.named_buffers():
+            if buffer.dim() and buffer.device != device:
+                raise ValueError(
+                    f"{type(self).__name__}'s {name} is on {buffer.device}, its inputs on "
+                    f"{device}: call criterion.to('{device}')"
+                )
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def __add__(self, other: object) -> CriterionSum:

@@ -36,7 +36,8 @@ def self_similarity(embedding: Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     columns = F.normalize(rows_of(embedding), dim=0)
-    return (columns.T @ columns).clamp(-1, 1)
+    with torch.autocast(columns.device.type, enabled=False):
+        return (columns.T @ columns).clamp(-1, 1)
 
 
 def effective_rank(embedding: Tensor) -> Tensor:

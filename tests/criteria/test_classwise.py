@@ -97,6 +97,16 @@ def test_a_teacher_that_ran_in_half_precision_is_summed_up_in_float32(kind, dtyp
     assert torch.equal(value, kind(rows.float(), LABELS)(STUDENT, Features(), target))
 
 
+@both
+def test_statistics_on_another_device_than_the_batch_are_named(kind) -> None:
+    field = kind.reads[0]
+    student = Features(**{field: torch.empty(4, 3, device="meta")})
+    target = torch.zeros(4, dtype=torch.int64, device="meta")
+    said = rf"{kind.__name__}'s \w+ is on cpu, its inputs on meta: call criterion.to\('meta'\)"
+    with pytest.raises(ValueError, match=said):
+        kind(ROWS, LABELS)(student, Features(), target)
+
+
 class _Largest(TorchDispatchMode):
     """Keeps the size of the largest tensor that is made."""
 
