@@ -202,6 +202,23 @@ def test_an_average_of_the_whole_and_one_of_the_student() -> None:
     assert not torch.equal(of_student.module[0].weight, whole.student[0].weight)
 
 
+def test_an_average_of_a_criterion_with_a_memory() -> None:
+    spec = {"type": "ContrastiveRepresentationLoss", "dataset_size": 9, "negatives": 4}
+    whole = distiller(spec)
+    average = ModelEmaV3(whole, decay=0.5)
+    head = whole.criterion.head_s.net[0].weight
+    before = head.detach().clone()
+    for _ in range(2):
+        _, terms = whole(POOR, TARGET, RICH, index=torch.arange(6))
+        sum(terms.values()).backward()
+        with torch.no_grad():
+            head -= head.grad
+        average.update(whole)
+    averaged = average.module.criterion.head_s.net[0].weight
+    assert not torch.equal(averaged, before)
+    assert not torch.equal(averaged, head)
+
+
 def test_state_dict_round_trip() -> None:
     whole, other = distiller(), distiller()
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
