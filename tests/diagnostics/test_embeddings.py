@@ -52,6 +52,16 @@ def test_effective_rank_of_two_unequal_values() -> None:
     assert float(diagnostics.effective_rank(torch.zeros(3, 2))) == 1
 
 
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "function", [diagnostics.self_similarity, diagnostics.effective_rank, diagnostics.uniformity]
+)
+def test_a_number_that_is_not_finite_gives_nan_and_stops_no_training(function, entry) -> None:
+    z = torch.randn(5, 3)
+    z[1, 2] = entry
+    assert function(z).isnan().any()
+
+
 def test_uniformity_of_opposite_points_and_of_one_point() -> None:
     opposite = torch.tensor([[1.0, 0.0], [-5.0, 0.0]])
     assert float(diagnostics.uniformity(opposite, t=2)) == pytest.approx(-8)
