@@ -23,7 +23,8 @@ def call(network: nn.Module, x: Any) -> Any:
 class Frozen:
     """A teacher with its capture, held where ``nn.Module`` does not look for submodules.
 
-    Deep copies (an EMA, a mean teacher) share the teacher, unless they are moved elsewhere.
+    Deep copies (an EMA, a mean teacher) share the teacher and its hooks, unless they are moved
+    elsewhere. Who detaches takes off the hooks that are its own, and leaves the others their use.
     """
 
     def __init__(self, module: nn.Module, layers: dict[str, Any], *, owned: bool = True) -> None:
@@ -38,6 +39,8 @@ class Frozen:
         A batch of no samples gives features of no rows, by way of one sample of zeros: many a
         network cannot reshape nothing.
         """
+        if self.capture.removed:  # by the one that this is a copy of
+            self.attach()
         empty = isinstance(x, Tensor) and x.dim() > 0 and len(x) == 0
         with torch.no_grad():
             call(self.module, x.new_zeros(1, *x.shape[1:]) if empty else x)
@@ -45,10 +48,11 @@ class Frozen:
         return found.rows(torch.empty(0, dtype=torch.int64)) if empty else found
 
     def attach(self) -> None:
-        self.capture = FeatureCapture(self.module, **self.layers)
+        self.capture, self.borrows_hooks = FeatureCapture(self.module, **self.layers), False
 
     def detach(self) -> None:
-        self.capture.remove()
+        if not self.borrows_hooks:
+            self.capture.remove()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves the teacher; a shared one stays, and a copy of it moves if that changes it."""
@@ -63,8 +67,11 @@ class Frozen:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
         shared = Frozen.__new__(Frozen)
-        shared.__dict__.update(self.__dict__, owned=False)
+        shared.__dict__.update(self.__dict__, owned=False, borrows_hooks=True)
         return shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, borrows_hooks=False)  # a loaded capture has hooks of its own
 
 
 def _alike(tensor: Tensor, other: Tensor) -> bool:

@@ -193,6 +193,11 @@ class FeatureCapture:
             absent=absent,
         )
 
+    @property
+    def removed(self) -> bool:
+        """Whether its hooks were taken off, so that it captures nothing any more."""
+        return self._removed
+
     def remove(self) -> None:
         """Removes every hook from the module and lets go of what was captured."""
         self._finalizer()

@@ -15,7 +15,7 @@ from structkd._frozen import Frozen, call
 from structkd._modes import evaluating
 from structkd.capture import FeatureCapture
 from structkd.criteria.base import Criterion, same_buffers
-from structkd.criteria.sums import fields_read
+from structkd.criteria.sums import fields_read, reads_teacher
 from structkd.features import Features
 from structkd.matching.bridge import BridgeLoss
 from structkd.specs import Spec, build_criterion, needs_example
@@ -127,7 +127,9 @@ class Distiller(nn.Module):
             x: The student's input: a tensor, a tuple of arguments or a dict of keywords.
             target: Labels ``(B,)`` for criteria that read them, -100 where a row has none.
             x_teacher: The teacher's input, the same samples in the same order; ``x`` by default.
-                With ``paired`` the samples that it names alone, which may be none.
+                With ``paired`` the samples that it names alone, which may be none. Where nothing
+                reads the teacher's features of them, as in a :class:`BridgeLoss` without ``pair``,
+                it is not run.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
             x_matched: The teacher's input for a :class:`BridgeLoss`'s rows with a match, in place
                 of ``matches``.
@@ -148,7 +150,7 @@ class Distiller(nn.Module):
         bridge = _as_bridge(self.criterion, rows) if mixed else None
         apart = "paired" in rows  # the teacher sees these samples alone, if any
         feats_t: Features | None = None
-        if not apart or x_teacher is not None:
+        if _reads_teacher(self.criterion) and not (apart and x_teacher is None):
             feats_t = self._frozen.features(x if x_teacher is None else x_teacher)
         if x_matched is not None:
             rows["matches"] = self._frozen.features(x_matched)
@@ -159,8 +161,7 @@ class Distiller(nn.Module):
             feats_t = feats_t if apart or feats_t is None else feats_t.replace(index=index)
         if bridge is not None:
             return output, bridge.terms(feats_s, feats_t, target, **rows)
-        assert feats_t is not None
-        return output, self.criterion.terms(feats_s, feats_t, target)
+        return output, self.criterion.terms(feats_s, feats_t or Features(), target)
 
     def step_epoch(self) -> None:
         """Tells the criterion that an epoch of training is over."""
@@ -236,6 +237,13 @@ def _as_bridge(criterion: Criterion, rows: Mapping[str, Any]) -> BridgeLoss:
             "dict(type='BridgeLoss', pair=...)"
         )
     return criterion
+
+
+def _reads_teacher(criterion: Criterion) -> bool:
+    """Tells whether anything looks at the teacher's features of the samples, matches aside."""
+    if isinstance(criterion, BridgeLoss):
+        return criterion.pair is not None and reads_teacher(criterion.pair)
+    return reads_teacher(criterion)
 
 
 def _layer_options(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structkd._devices import sent
+
 # The sizes of all ranks' shards, where who calls has read them already.
 _known_sizes: list[int] | None = None
 
@@ -133,7 +135,7 @@ def whole_batch(count: int) -> int:
 
 def _all_counts(counts: Sequence[int], device: torch.device) -> Tensor:
     """Returns the counts of all ranks, ``(world, len(counts))``."""
-    own = torch.tensor([counts], device=device)
+    own = sent(torch.tensor([counts]), device)
     found = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(found, own)
     return torch.cat(found)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from structkd._checks import chosen_rows, describe
+from structkd._devices import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class Features:
 
         def taken(value: Tensor, name: str) -> Tensor:
             chosen = chosen_rows(which, f"which, the rows of Features.{name},", len(value))
-            return value.index_select(0, chosen.to(value.device))
+            return value.index_select(0, sent(chosen, value.device))
 
         held = {name: getattr(self, name) for name in ("logits", "embedding", "index")}
         kept = {name: taken(value, name) for name, value in held.items() if value is not None}

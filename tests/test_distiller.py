@@ -159,6 +159,25 @@ def test_copies_work_and_leave_the_original_alone(copied: str) -> None:
     assert twin.student[0].weight.grad is None
 
 
+@pytest.mark.parametrize("copied", ["deepcopy", "pickled copy"])
+def test_who_is_detached_leaves_its_copies_their_hooks_on_the_teacher(copied: str) -> None:
+    whole = distiller(structkd.KDLoss())
+    twin = copy.deepcopy(whole)
+    if copied == "pickled copy":
+        twin = pickle.loads(pickle.dumps(twin))
+    twin.detach()
+    assert list(whole(POOR, x_teacher=RICH)[1]) == ["KD"]
+    twin.attach()
+    whole.detach()
+    assert list(twin(POOR, x_teacher=RICH)[1]) == ["KD"]
+    late = copy.deepcopy(twin)
+    twin.detach()
+    assert list(late(POOR, x_teacher=RICH)[1]) == ["KD"]
+    late.detach()
+    for teacher in (whole.teacher, twin.teacher):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
 def test_a_copy_that_is_moved_takes_a_teacher_of_its_own_along() -> None:
     whole = distiller()
     twin = copy.deepcopy(whole).to("cpu")
@@ -181,6 +200,23 @@ def test_an_average_of_the_whole_and_one_of_the_student() -> None:
     for name, value in of_student.module.state_dict().items():
         torch.testing.assert_close(value, of_whole.module.student.state_dict()[name])
     assert not torch.equal(of_student.module[0].weight, whole.student[0].weight)
+
+
+def test_an_average_of_a_criterion_with_a_memory() -> None:
+    spec = {"type": "ContrastiveRepresentationLoss", "dataset_size": 9, "negatives": 4}
+    whole = distiller(spec)
+    average = ModelEmaV3(whole, decay=0.5)
+    head = whole.criterion.head_s.net[0].weight
+    before = head.detach().clone()
+    for _ in range(2):
+        _, terms = whole(POOR, TARGET, RICH, index=torch.arange(6))
+        sum(terms.values()).backward()
+        with torch.no_grad():
+            head -= head.grad
+        average.update(whole)
+    averaged = average.module.criterion.head_s.net[0].weight
+    assert not torch.equal(averaged, before)
+    assert not torch.equal(averaged, head)
 
 
 def test_state_dict_round_trip() -> None:

@@ -75,6 +75,8 @@ class Criterion(nn.Module):
     # constructor sets it on the instance.
     couples: bool = False
     sums_over_ranks: bool = False
+    # Whether a training call exchanges with all ranks without gather too, so that none may miss it.
+    collective: ClassVar[bool] = False
     # Options of from_features that are no keywords of the constructor; arguments() reads them.
     build_options: ClassVar[tuple[str, ...]] = ()
     min_batch: ClassVar[int] = 1
@@ -276,6 +278,12 @@ class Criterion(nn.Module):
                     "are float64: call criterion.double()"
                 )
             dtypes.add(parameter.dtype)
+        for name, buffer in self.named_buffers():
+            if buffer.dim() and buffer.device != device:
+                raise ValueError(
+                    f"{type(self).__name__}'s {name} is on {buffer.device}, its inputs on "
+                    f"{device}: call criterion.to('{device}')"
+                )
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def __add__(self, other: object) -> CriterionSum:

@@ -74,7 +74,7 @@ class ClassMeanKDLoss(Criterion):
         log_p = torch.log_softmax(rows / self.temperature, dim=1)
         mean = (shares.T @ log_p.exp()) / count[:, None].clamp_min(1)
         mean[count == 0] = 1 / len(count)  # never read, but finite
-        self.register_buffer("log_mean", mean.log().to(logits.dtype))
+        self.register_buffer("log_mean", mean.log().to(_wide(logits)))
         self.register_buffer("present", count > 0)
 
     @classmethod
@@ -123,7 +123,7 @@ class ClassCORALLoss(Criterion):
     A class with one row in the batch has no covariance and is compared in its mean alone. One with
     a few has a rough one, whose scatter the loss counts as distance: use large batches, or
     ``gather``. It reads no teacher's features, so that none runs. Memory is K d^2 for the teacher,
-    and again for the student. Terms: ``ClassCORAL-covariance`` and ``ClassCORAL-mean``.
+    and K d (d + B) for the student. Terms: ``ClassCORAL-covariance`` and ``ClassCORAL-mean``.
 
     Args:
         embedding: The teacher's of its whole set, ``(M, d)``, floating point.
@@ -183,9 +183,13 @@ class ClassCORALLoss(Criterion):
                 f"embedding must hold at least 2 samples of a class, which has no covariance "
                 f"otherwise, got 1 of class(es) {alone}: mark these rows with -100"
             )
-        means, covariances = _moments(rows, shares)
-        self.register_buffer("means", means.to(embedding.dtype))
-        self.register_buffer("covariances", covariances.to(embedding.dtype))
+        # Class by class: all at once would take K M d numbers.
+        parts = [_moments(rows[own > 0], own[own > 0, None]) for own in shares.T]
+        means, covariances = (
+            torch.cat(part).to(_wide(embedding)) for part in zip(*parts, strict=True)
+        )
+        self.register_buffer("means", means)
+        self.register_buffer("covariances", covariances)
         self.register_buffer("present", count > 0)
 
     @classmethod
@@ -257,6 +261,11 @@ def _finite(rows: Tensor, name: str) -> Tensor:
     if not bool(rows.isfinite().all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     return rows.detach().double()
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    """Returns the dtype to keep a teacher's statistics in, whatever precision it ran in."""
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _one_hot(given: Tensor, rows: Tensor, classes: int | None) -> Tensor:

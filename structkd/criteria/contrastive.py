@@ -106,6 +106,7 @@ class ContrastiveRepresentationLoss(Criterion):
     """
 
     reads = ("embedding",)
+    collective = True
     same_on_all_ranks = ("bank_s", "bank_t", "log_normalizer", "normalized")
     bank_s: Tensor
     bank_t: Tensor
@@ -198,12 +199,15 @@ class ContrastiveRepresentationLoss(Criterion):
         loss_s, loss_t = (sum_over_ranks(values) if self.gather else values).unbind()
         return {"CRD-student": loss_s, "CRD-teacher": loss_t}
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
         """The sampler's state. On the host, where reading it waits for no device."""
-        return {"seed": self.sampler.seed, "states": self.sampler.states()}
+        return self.sampler.packed()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.sampler.load(state["seed"], state["states"])
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        if isinstance(state, Tensor):
+            self.sampler.unpack(state)
+        else:  # as older checkpoints have it
+            self.sampler.load(state["seed"], state["states"])
 
     def extra_repr(self) -> str:
         return (

@@ -36,7 +36,8 @@ def self_similarity(embedding: Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     columns = F.normalize(rows_of(embedding), dim=0)
-    return (columns.T @ columns).clamp(-1, 1)
+    with torch.autocast(columns.device.type, enabled=False):
+        return (columns.T @ columns).clamp(-1, 1)
 
 
 def effective_rank(embedding: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ def effective_rank(embedding: Tensor) -> Tensor:
         embedding: ``(N, D)``, floating point.
 
     Returns:
-        A scalar in [1, min(N, D)] (1 for a matrix of zeros), float32 at least.
+        A scalar in [1, min(N, D)] (1 for a matrix of zeros), float32 at least; NaN where an entry
+        is not finite.
 
     Raises:
         TypeError, ValueError: If ``embedding`` is no 2-D floating-point tensor.
@@ -61,7 +63,10 @@ def effective_rank(embedding: Tensor) -> Tensor:
         >>> round(float(effective_rank(torch.eye(4))), 4)
         4.0
     """
-    values = torch.linalg.svdvals(rows_of(embedding))
+    rows = rows_of(embedding)
+    if not bool(rows.isfinite().all()):  # LAPACK refuses what is not
+        return rows.new_tensor(float("nan"))
+    values = torch.linalg.svdvals(rows)
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     rank: Tensor = torch.special.entr(share).sum().exp()
     return rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -67,9 +66,8 @@ def filter_collapse(module: nn.Module) -> dict[str, FilterDirections]:
     found = {}
     for name, weight in _normalised_filters(module):
         filters = rows_of(weight.flatten(1))
-        norm, rank = float(filters.norm(dim=1).mean()), float("nan")
-        if math.isfinite(norm):  # LAPACK refuses what is not
-            rank = float(effective_rank(F.normalize(filters, dim=1)))
+        norm = float(filters.norm(dim=1).mean())
+        rank = float(effective_rank(F.normalize(filters, dim=1)))
         found[name] = FilterDirections(norm, rank, min(filters.shape))
     return found
 

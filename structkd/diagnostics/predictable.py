@@ -70,4 +70,5 @@ def predictable_share(
     if x.shape[1] < 2:
         raise ValueError(f"the features must have at least 2 positions, got {x.shape[1]}")
     pair = Columns(x, y, whole=True, cut=cut_at(x.shape[1], len(x), split))
-    return predicted_share(*moments([pair]), ridge=number("ridge", ridge, above=0), floor=0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        return predicted_share(*moments([pair]), ridge=number("ridge", ridge, above=0), floor=0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structkd import _backbone
+from structkd._devices import sent
 
 
 def default_layers(classifier: nn.Module) -> dict[str, Any]:
@@ -90,7 +91,9 @@ class Renormalise:
     def __call__(self, images: Tensor) -> Tensor:
         if self.pair is None:
             return images
-        mean_s, std_s, mean_t, std_t = (images.new_tensor(numbers) for numbers in self.pair)
+        mean_s, std_s, mean_t, std_t = (
+            sent(torch.tensor(numbers, dtype=images.dtype), images.device) for numbers in self.pair
+        )
         pixels = images * std_s + mean_s
         if self.flips:
             pixels = pixels.flip(1)
@@ -111,4 +114,4 @@ def index_of(data_samples: Sequence[Any], device: torch.device) -> Tensor | None
     found = [sample.get("sample_idx") for sample in data_samples]
     if any(not isinstance(index, int) for index in found):
         return None
-    return torch.tensor(found, device=device)
+    return sent(torch.tensor(found), device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structkd._checks import chosen_rows, describe
+from structkd._devices import sent
 from structkd.criteria._fields import Input, as_features
 from structkd.criteria.base import Criterion
 from structkd.criteria.sums import reads_teacher
@@ -76,7 +77,7 @@ def share_of(
     if teacher is not None:
         _check_count(teacher, len(rows), kind)
     if target is not None:
-        target = target.index_select(0, rows.to(target.device))
+        target = target.index_select(0, sent(rows, target.device))
     return Share(kind, criterion, student.rows(rows), teacher, target, len(rows))
 
 
@@ -100,6 +101,7 @@ def sizes_of(shares: list[Share], device: torch.device, *, gather: bool) -> list
 def terms_of(share: Share, sizes: list[int]) -> dict[str, Tensor]:
     """Returns the criterion's terms over the rows of all processes that ``sizes`` counts."""
     assert share.teacher is not None
+    _check_enough(share, sum(sizes))
     given = share.student, share.teacher, share.target
     if len(sizes) == 1:
         return share.criterion.terms(*given)
@@ -113,6 +115,18 @@ def terms_of(share: Share, sizes: list[int]) -> dict[str, Tensor]:
     assert sizes[rank()] == share.size
     whole = sum_over_ranks(own) / sum(sizes)
     return dict(zip(found, whole.unbind(), strict=True))
+
+
+def _check_enough(share: Share, count: int) -> None:
+    parts = [part for part in share.criterion.modules() if isinstance(part, Criterion)]
+    needy = max(parts, key=lambda part: part.min_batch)
+    if count < needy.min_batch:
+        raise ValueError(
+            f"this batch has {count} row(s) with a {share.kind}, but {type(needy).__name__} "
+            f"compares samples with each other and needs at least {needy.min_batch} of them: draw "
+            "them several at a time, from a loader of their own for example (views.mixed makes one "
+            f"batch of two), or leave so few out of {ARGUMENTS[share.kind][1]}"
+        )
 
 
 def _check_count(teacher: Features, count: int, kind: str) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import NO_LABEL, check_rows, describe, labels
+from structkd._devices import sent
 from structkd.criteria._rows import mean_of_sums
 
 Task: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +43,7 @@ def known_labels(
     chosen = None if labelled is None else _mask(labelled, batch, logits.device)
     if target.dim() > 1 or target.is_floating_point():
         return target, chosen
+    target = target.long()
     known = target != NO_LABEL
     known = known if chosen is None else known & chosen
     return torch.where(known, target, NO_LABEL), known
@@ -53,19 +55,22 @@ def task_loss(
     """Returns the mean over the rows that have a label, 0 where none has, in float32 at least."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if task is None and not target.is_floating_point():
-            target = target.long()
-            total = F.cross_entropy(logits, target, ignore_index=NO_LABEL, reduction="sum")
-        else:
+        if task is not None:
             rows = slice(None) if known is None else known.nonzero()[:, 0]
             total = _by_row(task, logits[rows], target[rows]).sum()
-        count = total.new_tensor(len(logits)) if known is None else known.sum()
+        elif target.is_floating_point():
+            wanted = target.to(logits.dtype)
+            if known is not None:  # chosen by zeros: to count them would wait for the device
+                wanted = torch.where(known[:, None], wanted, 0)
+            costs = F.cross_entropy(logits, wanted, reduction="none")
+            total = (costs if known is None else torch.where(known, costs, 0)).sum()
+        else:
+            total = F.cross_entropy(logits, target, ignore_index=NO_LABEL, reduction="sum")
+        count = total.new_full((), len(logits)) if known is None else known.sum()
         return mean_of_sums(total, count, gather=gather)
 
 
-def _by_row(task: Task | None, logits: Tensor, target: Tensor) -> Tensor:
-    if task is None:
-        return F.cross_entropy(logits, target.to(logits.dtype), reduction="none")
+def _by_row(task: Task, logits: Tensor, target: Tensor) -> Tensor:
     costs: object = task(logits, target)
     if not isinstance(costs, Tensor) or costs.dim() == 0 or len(costs) != len(logits):
         raise ValueError(
@@ -78,6 +83,6 @@ def _by_row(task: Task | None, logits: Tensor, target: Tensor) -> Tensor:
 def _mask(labelled: Tensor, batch: int, device: torch.device) -> Tensor:
     check_rows(labelled, "labelled", batch)
     if labelled.dtype == torch.bool:
-        return labelled.to(device)
+        return sent(labelled, device)
     mask = torch.zeros(batch, dtype=torch.bool, device=device)
-    return mask.index_fill(0, labelled.long().to(device), True)
+    return mask.index_fill(0, sent(labelled.long(), device), True)

@@ -64,7 +64,9 @@ class BridgeLoss(Weighted):
         match_weight: Of the matches' criterion. :meth:`set_weight` changes any of the three from
             step to step, :func:`falling` gives a schedule.
         gather: Compute on the whole batch of all processes, by all of the criteria inside, too. It
-            is on where one of them has it on.
+            is on where one of them has it on, and where one trains by all processes in any case, as
+            :class:`ContrastiveRepresentationLoss` does, for which the others would wait in vain on
+            a process without a row.
 
     Shape:
         the student's features of the whole batch, logits ``(B, K)``, any float dtype; the teacher's
@@ -74,8 +76,9 @@ class BridgeLoss(Weighted):
 
     Raises:
         ValueError: If a mask has another length than the batch, the teacher's features do not hold
-            a row for each pair, features are missing though rows have a pair, the target is missing
-            or out of range, or as a criterion raises.
+            a row for each pair, features are missing though rows have a pair, fewer rows have one
+            than its criterion compares, the target is missing or out of range, or as a criterion
+            raises.
         TypeError: If an argument has the wrong type, or a mask the wrong dtype.
 
     References:
@@ -133,7 +136,7 @@ class BridgeLoss(Weighted):
         self._weigh({"task": task_weight, "pair": pair_weight, "match": match_weight})
         self._needs_target = task_weight != 0
         inner = [module for module in self.modules() if isinstance(module, Criterion)]
-        self.gather = gather or any(criterion.gather for criterion in inner)
+        self.gather = gather or any(part.gather or part.collective for part in inner)
         for criterion in inner:
             criterion.gather = self.gather
 
@@ -147,6 +150,16 @@ class BridgeLoss(Weighted):
             name: None if spec is None else build_criterion(spec, feats_s, feats_t)
             for name, spec in given.items()
         }
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Changes the weight of a part; with a task's that is not 0, the target is needed again.
+
+        Raises:
+            ValueError: If there is no such part, or the weight is not finite.
+        """
+        super().set_weight(name, weight)
+        if name == "task":
+            self._needs_target = weight != 0
 
     def forward(
         self,
@@ -218,6 +231,7 @@ class BridgeLoss(Weighted):
         nothing = [part.flatten()[:0].sum() for part in ([] if found else [logits]) + idle]
         if nothing:
             zero = torch.stack(nothing).sum()
+            zero = zero.to(torch.promote_types(zero.dtype, torch.float32))
             found["task"] = found["task"] + zero if "task" in found else zero
         return found
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import describe, number, whole
+from structkd._devices import sent
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -80,10 +81,11 @@ def spectral_response(images: Tensor, response: Tensor) -> Tensor:
             f"response must be (channels, {count}), a column for each of the images' {count} "
             f"channels, got {describe(response)}"
         )
+    response = sent(response.to(images.dtype), images.device)
     # Summed band by band: a matrix product would run in TF32 or half precision where those are on.
-    mixed = images[:, :1] * response[:, 0].to(images).view(-1, 1, 1)
+    mixed = images[:, :1] * response[:, 0].view(-1, 1, 1)
     for band in range(1, count):
-        mixed = mixed + images[:, band : band + 1] * response[:, band].to(images).view(-1, 1, 1)
+        mixed = mixed + images[:, band : band + 1] * response[:, band].view(-1, 1, 1)
     return mixed
 
 
@@ -112,7 +114,7 @@ def luma(images: Tensor) -> Tensor:
         raise ValueError(
             f"luma needs images of three colours, got {describe(images)}: choose them with bands()"
         )
-    return spectral_response(images, images.new_tensor([LUMA]))
+    return spectral_response(images, torch.tensor([LUMA], dtype=torch.float64))
 
 
 def salt_and_pepper(
@@ -154,14 +156,16 @@ def salt_and_pepper(
     batch, _, height, width = _checked(images).shape
     if images.device.type == "cpu" and images.numel():
         least, most = float(images.min()), float(images.max())
-        if not (low <= least and most <= high):
+        # What another view made of black or white may miss them by rounding.
+        slack = 8 * torch.finfo(images.dtype).eps * max(abs(low), abs(high))
+        if not (low - slack <= least and most <= high + slack):
             raise ValueError(
                 f"images must lie in values={low:g}..{high:g}, black to white, got {least:g}.."
                 f"{most:g}: replace pixels before the images are normalised, or pass their range"
             )
     device = images.device if generator is None else generator.device
     draw = torch.rand(batch, 1, height, width, generator=generator, device=device)
-    draw = draw.to(images.device)
+    draw = sent(draw, images.device)
     poor = images.masked_fill(draw < share / 2, low)
     return poor.masked_fill((draw >= share / 2) & (draw < share), high)
 

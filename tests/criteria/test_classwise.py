@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import structkd
 from structkd import BridgeLoss, ClassCORALLoss, ClassMeanKDLoss, Features
@@ -84,6 +85,50 @@ def test_a_bridge_gives_them_their_rows_without_any_features_of_the_teacher() ->
     assert list(terms) == ["task", "pair/KD", "match/ClassKD"]
     wanted = kd(STUDENT.rows(own), Features(), target[own])
     torch.testing.assert_close(terms["match/ClassKD"], wanted)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_that_ran_in_half_precision_is_summed_up_in_float32(kind, dtype) -> None:
+    rows = (300 * ROWS).to(dtype)  # a variance of 90,000 is none that float16 has
+    target = _target(0, 1, -100, 1)
+    value = kind(rows, LABELS)(STUDENT, Features(), target)
+    assert value.isfinite()
+    assert torch.equal(value, kind(rows.float(), LABELS)(STUDENT, Features(), target))
+
+
+@both
+def test_statistics_on_another_device_than_the_batch_are_named(kind) -> None:
+    field = kind.reads[0]
+    student = Features(**{field: torch.empty(4, 3, device="meta")})
+    target = torch.zeros(4, dtype=torch.int64, device="meta")
+    said = rf"{kind.__name__}'s \w+ is on cpu, its inputs on meta: call criterion.to\('meta'\)"
+    with pytest.raises(ValueError, match=said):
+        kind(ROWS, LABELS)(student, Features(), target)
+
+
+class _Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+def test_a_large_set_is_summed_up_class_by_class() -> None:
+    count, classes, width = 600, 20, 8
+    rows, labels = torch.randn(count, width), torch.arange(count) % classes
+    with _Largest() as largest:
+        found = ClassCORALLoss(rows, labels)
+    assert largest.numel <= count * classes  # all at once, it is width times as much
+    for label in (0, classes - 1):
+        own = rows[label::classes]
+        torch.testing.assert_close(found.means[label], own.mean(dim=0))
+        torch.testing.assert_close(found.covariances[label], own.T.cov())
 
 
 def test_from_features_says_what_it_needs_and_projects() -> None:

@@ -28,6 +28,16 @@ def test_self_similarity_of_a_dead_channel_is_zero() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "function", [diagnostics.self_similarity, diagnostics.effective_rank, diagnostics.uniformity]
+)
+def test_autocast_around_them_changes_nothing(function) -> None:
+    z = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(z)
+    torch.testing.assert_close(found, function(z), rtol=0, atol=0)
+
+
 @settings(max_examples=20, deadline=None)
 @given(rank=st.integers(1, 6), scale=st.floats(1e-3, 1e3))
 def test_effective_rank_of_equal_singular_values_is_their_number(rank, scale) -> None:
@@ -40,6 +50,16 @@ def test_effective_rank_of_two_unequal_values() -> None:
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert float(diagnostics.effective_rank(z)) == pytest.approx(math.exp(entropy))
     assert float(diagnostics.effective_rank(torch.zeros(3, 2))) == 1
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "function", [diagnostics.self_similarity, diagnostics.effective_rank, diagnostics.uniformity]
+)
+def test_a_number_that_is_not_finite_gives_nan_and_stops_no_training(function, entry) -> None:
+    z = torch.randn(5, 3)
+    z[1, 2] = entry
+    assert function(z).isnan().any()
 
 
 def test_uniformity_of_opposite_points_and_of_one_point() -> None:

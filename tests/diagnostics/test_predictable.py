@@ -53,6 +53,16 @@ def test_the_share_of_nothing_and_of_nan() -> None:
     assert diagnostics.predictable_share(student, teacher)[0].isnan()
 
 
+def test_autocast_around_it_changes_nothing() -> None:
+    student = maps(0, 32, 3, 4, 4).float()
+    teacher = student[:, :1] + 0.5 * maps(1, 32, 2, 4, 4).float()
+    for split in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = diagnostics.predictable_share(student, teacher, split=split)
+        wanted = diagnostics.predictable_share(student, teacher, split=split)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_bad_features_are_named() -> None:
     with pytest.raises(TypeError, match="features_t must be a floating-point tensor, got int64"):
         diagnostics.predictable_share(torch.zeros(2, 3), torch.zeros(2, 3).long())

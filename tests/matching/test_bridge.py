@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import structkd
 from structkd import BridgeLoss, Distiller, FeatureCapture, Features
@@ -128,6 +129,15 @@ def test_a_task_that_takes_class_indices_never_sees_a_missing_one() -> None:
     torch.testing.assert_close(loss(Features(logits=logits), None, target), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_a_narrow_type_reach_a_task_of_ones_own_as_it_wants_them(dtype) -> None:
+    loss = BridgeLoss(task=nn.CrossEntropyLoss(reduction="none"))
+    logits = torch.randn(3, 200)
+    target = torch.tensor([156, 0, 9])  # 156 is -100 in 8 bits
+    value = loss(Features(logits=logits), None, target.to(dtype))
+    torch.testing.assert_close(value, F.cross_entropy(logits, target))
+
+
 class Net(nn.Module):
     """With batch norm, which sees the whole batch or not."""
 
@@ -237,6 +247,25 @@ def test_a_distiller_runs_the_teacher_on_the_pairs_and_the_matches_alone() -> No
         torch.testing.assert_close(again[name], value)
 
 
+def test_a_teacher_that_nothing_reads_is_not_run_on_the_students_images() -> None:
+    student, teacher = Net(1, 5), Net(3, 6)  # the teacher cannot take the student's images
+    x, target = _images(1, 6, 1), torch.arange(6) % CLASSES
+    matched, other = torch.tensor([0, 4]), _images(3, 2, 3)
+    distiller = Distiller(student, teacher, BridgeLoss(match=structkd.KDLoss()))
+    _, terms = distiller(x, target, x_matched=other, matched=matched)
+    assert list(terms) == ["task", "match/KD"]
+    kept = Features(logits=torch.randn(2, CLASSES))  # as a gallery gives them
+    assert list(distiller(x, target, matches=kept, matched=matched)[1]) == ["task", "match/KD"]
+    assert list(distiller(x, target)[1]) == ["task"]
+    of_class = structkd.ClassMeanKDLoss(torch.randn(8, CLASSES), torch.arange(8) % CLASSES)
+    for criterion, names in (
+        (of_class, ["ClassKD"]),
+        (BridgeLoss(of_class), ["task", "pair/ClassKD"]),
+        (BridgeLoss(match=of_class), ["task", "match/ClassKD"]),
+    ):
+        assert list(Distiller(student, teacher, criterion)(x, target)[1]) == names
+
+
 def test_index_goes_with_its_row() -> None:
     class Seen(structkd.Criterion):
         reads = ("logits",)
@@ -286,6 +315,46 @@ def test_weights_change_from_step_to_step() -> None:
         loss.set_weight("pairs", 1.0)
 
 
+def test_a_task_that_comes_in_later_needs_the_target_then() -> None:
+    loss = BridgeLoss(structkd.KDLoss(), task_weight=0)
+    assert list(loss.terms(FEATS, FEATS)) == ["pair/KD"]
+    loss.set_weight("task", 0.5)
+    with pytest.raises(ValueError, match="BridgeLoss needs target"):
+        loss.terms(FEATS, FEATS)
+    loss.set_weight("task", 0.0)
+    assert list(loss.terms(FEATS, FEATS)) == ["pair/KD"]
+
+
+class _Waits(TorchFunctionMode):
+    """Lists what would make the host wait for an accelerator, were the tensors on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        moves = "device" in kwargs or any(isinstance(a, torch.device | str) for a in args[1:])
+        if name in ("nonzero", "new_tensor", "item", "tolist") or (
+            name in ("to", "tensor") and moves and "non_blocking" not in kwargs
+        ):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_positions_make_nothing_wait_for_an_accelerator(soft: bool) -> None:
+    given = _batch(2)
+    loss = _loss()
+    if soft:
+        given["target"] = torch.rand(7, CLASSES, dtype=torch.float64).softmax(dim=1)
+    with _Waits() as waits:
+        _terms(loss, given)
+        BridgeLoss().terms(given["student"], None, given["target"])
+    assert not waits.found
+
+
 def test_pickles_copies_and_counts_epochs() -> None:
     loss = BridgeLoss(structkd.CurriculumTemperatureLoss() + structkd.KDLoss())
     copied = copy.deepcopy(loss)
@@ -300,6 +369,8 @@ def test_half_precision_and_autocast() -> None:
         value = BridgeLoss()(Features(logits=logits.bfloat16()), None, target)
     assert value.dtype == torch.float32
     assert torch.equal(value, F.cross_entropy(logits.bfloat16().float(), target))
+    nothing = BridgeLoss(task_weight=0)(Features(logits=logits.half()))
+    assert nothing.dtype == torch.float32
 
 
 FEATS = Features(logits=torch.randn(3, CLASSES))
@@ -351,6 +422,19 @@ def test_what_does_not_fit_is_named(change, error, said: str) -> None:
     given = {"student": FEATS, "teacher": FEATS, "target": TARGET, **change}
     with pytest.raises(error, match=said):
         _loss()(given.pop("student"), given.pop("teacher"), given.pop("target"), **given)
+
+
+def test_fewer_rows_than_a_criterion_compares_are_named() -> None:
+    loss = BridgeLoss(structkd.KDLoss() + structkd.RelationalLoss(), structkd.CORALLoss())
+    feats = Features(logits=torch.randn(3, CLASSES), embedding=torch.randn(3, 5))
+    two, one, none = torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([], dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"has 2 row\(s\) with a pair, but RelationalLoss.*least 3"
+    ):
+        loss.terms(feats, feats.rows(two), TARGET, paired=two)
+    with pytest.raises(ValueError, match=r"1 row\(s\) with a match, but CORALLoss.*out of matched"):
+        loss.terms(feats, None, TARGET, matches=feats.rows(one), matched=one)
+    assert list(loss.terms(feats, feats.rows(none), TARGET, paired=none)) == ["task"]
 
 
 def test_a_criterion_that_needs_an_index_says_so() -> None:

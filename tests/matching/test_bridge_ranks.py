@@ -121,6 +121,42 @@ def test_terms_and_training_equal_the_single_process(ranks, name: str) -> None:
             )
 
 
+def _memory(rank: int, world: int) -> dict[str, Tensor]:
+    """A criterion that trains by all ranks without being asked to gather; rank 1 has no pair."""
+    torch.manual_seed(0)
+    memory = structkd.ContrastiveRepresentationLoss(5, 7, BATCH, negatives=4)
+    loss = BridgeLoss(memory).double()
+    rng = torch.Generator().manual_seed(3)
+    embedding, teacher = (torch.randn(BATCH, w, generator=rng, dtype=torch.float64) for w in (5, 7))
+    low, high = (0, BATCH) if world == 1 else ((0, CUT), (CUT, BATCH))[rank]
+    pairs, paired = _own([1, 3], rank, world)
+    student = Features(
+        logits=embedding[low:high, :CLASSES],
+        embedding=embedding[low:high],
+        index=torch.arange(low, high),
+    )
+    target = torch.arange(low, high) % CLASSES
+    value = loss(student, Features(embedding=teacher[pairs]), target, paired=paired)
+    value.backward()
+    average_gradients(loss)
+    trained = {name: p.grad for name, p in loss.named_parameters()}
+    return {"loss": value.detach(), "bank": memory.bank_s, **trained}
+
+
+def _memory_worker(rank: int, out: str) -> None:
+    torch.save(_memory(rank, WORLD), f"{out}.{rank}")
+
+
+def test_a_criterion_that_trains_by_all_ranks_waits_for_none_without_a_row(tmp_path) -> None:
+    out = tmp_path / "out"
+    start(_memory_worker, tmp_path, WORLD, str(out))
+    wanted = _memory(0, 1)
+    for rank in range(WORLD):
+        found = torch.load(f"{out}.{rank}", weights_only=True)
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12)
+
+
 def _loop_worker(rank: int, out: str) -> None:
     torch.save([_by_hand(rank, WORLD), _refused(rank)], f"{out}.{rank}")
 

@@ -85,6 +85,18 @@ def test_made_images_keep_dtype_and_leave_the_rich_ones() -> None:
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_white_that_another_view_has_rounded_is_white_still(dtype: torch.dtype) -> None:
+    white = torch.ones(1, 13, 4, 4, dtype=dtype)
+    made = [views.blur(white, sigma) for sigma in (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)]
+    for seed in range(20):
+        share = torch.rand(3, 13, generator=torch.Generator().manual_seed(seed))
+        made.append(views.spectral_response(white, share / share.sum(dim=1, keepdim=True)))
+    assert max(float(images.max()) for images in made) > 1
+    for images in made:
+        assert set(views.salt_and_pepper(images, 1.0).unique().tolist()) <= {0.0, 1.0}
+
+
 def test_mixed_says_where_the_pairs_are() -> None:
     own, pseudo = _images(3, 1, 2, 2), _images(2, 1, 2, 2, seed=1)
     x, paired = views.mixed(own, pseudo)
