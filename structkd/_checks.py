@@ -34,7 +34,10 @@ def number(
 ) -> float:
     """Returns ``value`` as a float after checking that it is finite and in range."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
+        got = describe(value)
+        if isinstance(value, str):
+            got += f" {value!r}; YAML reads 1e-3 as text, and 1.0e-3 as a number"
+        raise TypeError(f"{name} must be a number, got {got}")
     result = float(value)
     wanted = []
     if above is not None:

@@ -93,7 +93,8 @@ def sizes_of(shares: list[Share], device: torch.device, *, gather: bool) -> list
             name, _ = ARGUMENTS[share.kind]
             raise ValueError(
                 f"rank(s) {without} have no {name} while others have rows with a {share.kind}: a "
-                f"process without any passes features of zero rows, feats.rows(none)"
+                "process without any passes features of zero rows, feats.rows(none), and to a "
+                "Distiller zero samples, images[:0]"
             )
     return [[max(size, 0) for size in sizes] for sizes in together]
 

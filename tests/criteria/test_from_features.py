@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import structkd
 from structkd import Criterion, CriterionSum, Features
+from structkd.specs import build_criterion
 from tests.criteria.test_contract import PUBLIC
 
 BATCH, CLASSES = 6, 5
@@ -145,6 +147,14 @@ def test_a_weight_falls_to_zero_along_a_cosine_without_a_recompile() -> None:
     for step, steps in ((-1, 4), (1, 0)):
         with pytest.raises(ValueError, match="must be at least"):
             structkd.falling(step, steps)
+
+
+def test_a_number_that_yaml_reads_as_text_is_told() -> None:
+    feats = Features(logits=torch.eye(4))
+    for said in ("weight: 1e-3", "temperature: 1e-3"):
+        spec = yaml.safe_load(f"{{type: KDLoss, {said}}}")
+        with pytest.raises(TypeError, match=r"must be a number, got str '1e-3'; YAML.*1\.0e-3 as"):
+            build_criterion(spec, feats, feats)
 
 
 def test_epochs_count_inside_sums_and_once() -> None:

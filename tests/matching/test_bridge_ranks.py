@@ -201,6 +201,7 @@ def test_a_loop_without_ddp_and_a_rank_without_features(tmp_path) -> None:
             torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12)
         assert "rank(s) [1] have no teacher while others" in said
         assert "feats.rows(none)" in said
+        assert "to a Distiller zero samples, images[:0]" in said
 
 
 def test_a_member_that_gathers_makes_all_of_them_gather() -> None:
