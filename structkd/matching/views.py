@@ -9,7 +9,7 @@ says how far the result is from these.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ def bands(images: Tensor, places: Sequence[int]) -> Tensor:
         tensor([3., 2., 1.])
     """
     count = _checked(images).shape[1]
+    if not isinstance(places, Iterable):
+        raise TypeError(f"places must be a list of channels, [2] for one, got {describe(places)}")
     chosen = [whole("places", place, at_least=0) for place in places]
     if not chosen or max(chosen) >= count:
         raise ValueError(
@@ -152,6 +154,8 @@ def salt_and_pepper(
         0.4
     """
     share = number("amount", amount, at_least=0, at_most=1)
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise TypeError(f"values must be a pair, black and white, got {values!r}")
     low, high = (number("values", value) for value in values)
     batch, _, height, width = _checked(images).shape
     if images.device.type == "cpu" and images.numel():

@@ -116,6 +116,12 @@ RICH = torch.rand(2, 4, 6, 6)
         (lambda: views.bands(RICH, [4]), ValueError, r"channels 0\.\.3 of the images.*\[4\]"),
         (lambda: views.bands(RICH, []), ValueError, "at least one"),
         (lambda: views.bands(RICH, [-1]), ValueError, "at least 0, got -1"),
+        (lambda: views.bands(RICH, 2), TypeError, r"list of channels, \[2\] for one, got int"),
+        (
+            lambda: views.salt_and_pepper(RICH, 0.5, values=(0, 1, 2)),
+            TypeError,
+            r"values must be a pair, black and white, got \(0, 1, 2\)",
+        ),
         (lambda: views.luma(RICH), ValueError, r"three colours.*\(2, 4, 6, 6\).*bands"),
         (lambda: views.luma(RICH.byte()), TypeError, r"floating-point.*uint8.*float\(\) / 255"),
         (lambda: views.blur(RICH[0], 1), ValueError, r"must be \(B, C, H, W\)"),
