@@ -105,10 +105,10 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
 
 
 def _asked(given: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked, ...]:
-    if entry.matched and kind != "sweep":
-        return _variants(given, entry)
     if entry.matched:
-        raise ValueError(f"sweep.py compares methods on pairs, which {entry.name} has not")
+        if kind == "sweep":
+            raise ValueError(f"sweep.py compares methods on pairs, which {entry.name} has not")
+        return _variants(given, entry)
     for option in ("variant", "criterion", "weights"):
         if getattr(given, option):
             raise ValueError(f"--{option} is for images without pairs; {entry.name} has --method")
