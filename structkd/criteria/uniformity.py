@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from structkd._checks import choice, describe, number
+from structkd._checks import choice, describe, number, whole
 from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair, pooled
 from structkd.criteria._rows import unit
 from structkd.criteria._terms import checked_terms
@@ -52,7 +54,9 @@ class UniformityCalibrationLoss(Criterion):
         sigma: Bandwidth > 0, or ``"median"``.
         normalize: Scale rows to unit length. A row of zeros stays one, and sends no gradient.
         pool: ``avg`` averages a map over its positions; ``flatten`` keeps them, and average-pools
-            both maps to a common size first where sizes differ. Maps, tokens and rows may meet.
+            both maps to a common size first where sizes differ. Maps, tokens and rows may meet. A
+            number k averages both maps to one grid of at most k x k cells, each a sample of its
+            own: N grows up to k^2 times as large, and the work with its square.
         cross_sign: ``separate`` or ``align``.
         layer: Position in ``Features.intermediate`` of the map to read.
         terms: Which of ``DCM-1`` and ``DCM-2`` to take.
@@ -87,7 +91,7 @@ class UniformityCalibrationLoss(Criterion):
         *,
         sigma: float | str = SPHERE_SIGMA,
         normalize: bool = True,
-        pool: str = "avg",
+        pool: str | int = "avg",
         cross_sign: str = "separate",
         layer: int = -1,
         terms: Sequence[str] = TERMS,
@@ -101,7 +105,7 @@ class UniformityCalibrationLoss(Criterion):
             self.sigma = number("sigma", sigma, above=0)
         self.adapter = adapter
         self.normalize = normalize
-        self.pool = choice("pool", pool, POOLS)
+        self.pool = choice("pool", pool, POOLS) if isinstance(pool, str) else whole("pool", pool)
         self.cross_sign = choice("cross_sign", cross_sign, CROSS_SIGNS)
         self.layer = checked_layer(layer)
         self.enabled = checked_terms(terms, TERMS)
@@ -146,11 +150,11 @@ class UniformityCalibrationLoss(Criterion):
                 f"{describe(map_s)} and {describe(map_t)}; pass adapter="
                 "structkd.ConvAdapter(student_channels, teacher_channels)"
             )
-        if self.pool == "flatten":
-            map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
-            rows_s, rows_t = map_s.flatten(1), map_t.flatten(1)
-        else:
+        if self.pool == "avg":
             rows_s, rows_t = pooled(map_s), pooled(map_t)
+        else:
+            maps = common_positions(map_s, map_t, "student and teacher intermediate")
+            rows_s, rows_t = (_cells(features, self.pool) for features in maps)
         return (unit(rows_s), unit(rows_t)) if self.normalize else (rows_s, rows_t)
 
     def _variance(self, rows_t: Tensor) -> Tensor | float:
@@ -162,6 +166,14 @@ class UniformityCalibrationLoss(Criterion):
             median = _squared_distances(rows_t, None)[pairs[0], pairs[1]].median()
             # Identical teacher rows leave no scale to measure by.
             return torch.where(median == 0, 1, median)
+
+
+def _cells(features: Tensor, pool: str | int) -> Tensor:
+    """Returns a row a sample of ``(B, C, H, W)``, or one a cell of its grid."""
+    if isinstance(pool, str):
+        return features.flatten(1)
+    size = (min(features.shape[2], pool), min(features.shape[3], pool))
+    return rearrange(F.adaptive_avg_pool2d(features, size), "b c h w -> (b h w) c")
 
 
 def _squared_distances(left: Tensor, right: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ def _zero_sem(form: str):
     return zero
 
 
-def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str = "avg"):
+def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str | int = "avg"):
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         width_s, width_t = pick(rng, 2, 4), pick(rng, 2, 4)
@@ -83,6 +83,8 @@ def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str 
             size_s, size_t = (width_s, 2, pick(rng, 2, 3)), (width_t, 2, 2)
         if pool == "flatten":
             size_s = size_t
+        elif pool != "avg":  # twice the teacher's size, and four of its positions a cell
+            size_s, size_t = (width_s, 8, 4), (width_t, 4, 2)
         return Example(
             criterion,
             Features(intermediate=normal(rng, batch, *size_s)),
@@ -94,6 +96,8 @@ def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str 
         if pool == "flatten":
             rows_s = torch.stack([item.flatten() for item in maps_s])
             rows_t = torch.stack([item.flatten() for item in maps_t])
+        elif pool != "avg":
+            rows_s, rows_t = dskd.mean_cells(maps_s, pool), dskd.mean_cells(maps_t, pool)
         else:
             # Averaging and a 1x1 convolution commute: both are linear.
             rows_s = dskd.mean_over_positions(maps_s)
@@ -265,6 +269,7 @@ CASES = [
             "dcm-tokens": _dcm("separate", tokens=True),
             "dcm-median": _dcm("align", raw=True),
             "dcm-flatten": _dcm("separate", pool="flatten"),
+            "dcm-cells": _dcm("align", pool=2),
         }.items()
     ),
     *(

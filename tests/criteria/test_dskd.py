@@ -231,7 +231,7 @@ def test_median_bandwidth_makes_the_loss_free_of_scale() -> None:
 
 def test_maps_of_other_sizes_are_averaged_or_pooled_to_a_common_one() -> None:
     student, teacher = randn(0, 4, 3, 8, 8), randn(1, 4, 3, 4, 4)
-    for pool in ("avg", "flatten"):
+    for pool in ("avg", "flatten", 2):
         assert UniformityCalibrationLoss(pool=pool)(student, teacher).isfinite()
     pooled = torch.nn.functional.adaptive_avg_pool2d(student, 4)
     flat = UniformityCalibrationLoss(pool="flatten")
@@ -464,7 +464,7 @@ def test_a_row_of_zeros_sends_no_gradient(normalize: bool) -> None:
 
 def test_maps_tokens_and_rows_meet() -> None:
     kinds = (randn(0, 4, 3, 2, 2), randn(1, 4, 9, 3), randn(2, 4, 3))
-    for pool in ("avg", "flatten"):
+    for pool in ("avg", "flatten", 2):
         for student in kinds:
             for teacher in kinds:
                 assert UniformityCalibrationLoss(pool=pool)(student, teacher).isfinite()
@@ -583,6 +583,8 @@ def build(**options: object) -> DSLoss:
             "sigma must be one of median, got 'mean'",
         ),
         (lambda: UniformityCalibrationLoss(pool="max"), ValueError, "pool must be one of avg, fla"),
+        (lambda: UniformityCalibrationLoss(pool=0), ValueError, "pool must be at least 1, got 0"),
+        (lambda: UniformityCalibrationLoss(pool=2.0), TypeError, "pool must be a whole number, go"),
         (
             lambda: UniformityCalibrationLoss(cross_sign="+"),
             ValueError,

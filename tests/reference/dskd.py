@@ -77,6 +77,18 @@ def mean_over_positions(maps: Tensor) -> Tensor:
     return torch.stack([sum(token for token in item) / len(item) for item in maps])
 
 
+def mean_cells(maps: Tensor, cells: int) -> Tensor:
+    """(B, C, H, W) to a row of channel means for each of cells x cells blocks of each sample."""
+    height, width = maps.shape[2] // cells, maps.shape[3] // cells
+    rows = []
+    for item in maps:
+        for i in range(cells):
+            for j in range(cells):
+                block = item[:, i * height : (i + 1) * height, j * width : (j + 1) * width]
+                rows.append(torch.stack([plane.mean() for plane in block]))
+    return torch.stack(rows)
+
+
 def median_distance(rows: Tensor) -> float:
     distances = sorted(
         math.dist(rows[i].tolist(), rows[j].tolist())
