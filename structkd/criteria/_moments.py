@@ -14,12 +14,15 @@ from structkd.distributed import sum_over_ranks
 UNKNOWABLE = 0.01
 
 
+Level = tuple[Tensor, Tensor]  # the means of student and teacher, (C_s,) and (C_t,)
+
+
 class Columns(NamedTuple):
-    """A pair of matrices with a row for every channel and a column for every sample.
+    """A pair of arrays with a row for every channel and N samples behind it, in any dimensions.
 
     Attributes:
-        student: ``(C_s, N)``.
-        teacher: ``(C_t, N)``.
+        student: ``(C_s, ...)``.
+        teacher: ``(C_t, ...)``.
         whole: Whether the student's whole covariance is wanted, or its diagonal.
         cut: Moments are taken of the first ``cut`` samples and of the others, each by itself;
             None for all together.
@@ -64,20 +67,14 @@ def moments(
         gather: Over the samples of all processes, of which each may hold another number: one
             all-reduce of the means and one of the sums, and backward one of the sums' gradients.
     """
-    levels: list[tuple[Tensor, Tensor]] = []
-    if center:
-        levels = _means(pairs, gather)
-        pairs = [
-            pair._replace(student=pair.student - mean_s, teacher=pair.teacher - mean_t)
-            for pair, (mean_s, mean_t) in zip(pairs, levels, strict=True)
-        ]
-    halves = [_halves(pair) for pair in pairs]
-    summed = iter(_total([_sums(half, center) for each in halves for half in each], gather))
+    levels = _means(pairs, gather) if center else [None] * len(pairs)
+    sums = [_sums(pair, level) for pair, level in zip(pairs, levels, strict=True)]
+    summed = iter(_total([half for halves in sums for half in halves], gather))
     found = []
-    for position, each in enumerate(halves):
-        several = [_moments(*next(summed)) for _ in each]
-        if center:
-            several = [_without_rounding(value, *levels[position]) for value in several]
+    for halves, level in zip(sums, levels, strict=True):
+        several = [_moments(*next(summed)) for _ in halves]
+        if level is not None:
+            several = [_without_rounding(value, *level) for value in several]
         found.append(tuple(several))
     return found
 
@@ -119,57 +116,127 @@ def inverse_scale(square: Tensor, floor: float) -> Tensor:
     return torch.where(empty, 0, 1 / torch.where(empty, 1, square).sqrt())
 
 
-def _means(pairs: Sequence[Columns], gather: bool) -> list[tuple[Tensor, Tensor]]:
+def _means(pairs: Sequence[Columns], gather: bool) -> list[Level | None]:
     with torch.no_grad():
-        sums = [[_count(pair), pair.student.sum(1), pair.teacher.sum(1)] for pair in pairs]
-        return [
-            ((first / count)[:, None], (second / count)[:, None])
-            for count, first, second in _total(sums, gather)
+        sums = [
+            [pair.student.new_full((1,), _samples(pair.student))]
+            + [side.flatten(1).sum(1) if side.dim() < 3 else side.sum((1, 2)) for side in pair[:2]]
+            for pair in pairs
         ]
+        return [(first / count, second / count) for count, first, second in _total(sums, gather)]
 
 
-def _halves(pair: Columns) -> list[Columns]:
+def _samples(side: Tensor) -> int:
+    return side[0].numel()
+
+
+def _sums(pair: Columns, level: Level | None) -> list[list[Tensor]]:
+    """Returns the sums of all samples, or of each half."""
     x, t, whole, cut = pair
-    if cut is None:
-        return [pair]
-    return [Columns(x[:, :cut], t[:, :cut], whole), Columns(x[:, cut:], t[:, cut:], whole)]
+    flat = _Sums.apply(x, t, level, whole, cut)
+    counts = [_samples(x)] if cut is None else [cut, _samples(x) - cut]
+    each = len(flat) // len(counts)
+    return [
+        [x.new_full((1,), count), *flat[position * each : (position + 1) * each]]
+        for position, count in enumerate(counts)
+    ]
 
 
-def _count(pair: Columns) -> Tensor:
-    return pair.student.new_full((1,), pair.student.shape[1])
+class _Sums(torch.autograd.Function):
+    """The sums of one pair, from one buffer that holds its shifted columns, student over teacher.
 
-
-def _sums(pair: Columns, center: bool) -> list[Tensor]:
-    x, t = pair.student, pair.teacher
-    own, cross, first = _Products.apply(x, t, pair.whole)
-    sums = [_count(pair), own, t.square().sum(dim=1), cross]
-    return [*sums, first, t.sum(dim=1)] if center else sums
-
-
-class _Products(torch.autograd.Function):
-    """The student's sums, whose gradient is two matrix products in place of many passes.
-
-    Autograd takes two products for ``x x^T`` alone and adds every sum's gradient up by itself,
+    One matrix product gives the student's square and the cross products, and one gives the whole
+    gradient. Autograd, left alone, would take four and add every sum's gradient up by itself,
     which costs more than the products where channels are few. The backward is differentiable.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, t)
-        ctx.whole = whole
-        own = x @ x.T if whole else x.square().sum(dim=1)
-        return own, x @ t.T, x.sum(dim=1)
+    def forward(
+        ctx: Any, x: Tensor, t: Tensor, level: Level | None, whole: bool, cut: int | None
+    ) -> tuple[Tensor, ...]:
+        columns = _stacked(x, t, level)
+        ctx.level, ctx.whole, ctx.cut = level, whole, cut
+        # The teacher's raw map need not outlive the forward where it gets no gradient.
+        ctx.save_for_backward(columns, x, t if ctx.needs_input_grad[1] else None)
+        found = []
+        for part in _halves(columns, cut):
+            own, other = part[: len(x)], part[len(x) :]
+            if whole:
+                square, cross = torch.split(own @ part.T, [len(x), len(t)], dim=1)
+            else:
+                square, cross = _squares(own), own @ other.T
+            found += [square, _squares(other), cross]
+            if level is not None:
+                found += [own.sum(dim=1), other.sum(dim=1)]
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, t = ctx.saved_tensors
-        own, cross, first = grads
-        grad_s = torch.addmm(first[:, None], cross, t)
-        if ctx.whole:
-            grad_s = torch.addmm(grad_s, own + own.T, x)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        columns, x, t = ctx.saved_tensors
+        level, width = ctx.level, len(x)
+        if torch.is_grad_enabled():  # the gradient's own gradient is wanted
+            other = columns[width:] if t is None else _shifted(t, level and level[1])
+            columns = torch.cat([_shifted(x, level and level[0]), other])
+        each = 3 if level is None else 5
+        grads_s, grads_t = [], []
+        for position, part in enumerate(_halves(columns, ctx.cut)):
+            own, square_t, cross, *first = grads[position * each : (position + 1) * each]
+            first_s, first_t = first or (own.new_zeros(1), own.new_zeros(1))
+            if ctx.whole:
+                weights = torch.cat([own + own.T, cross], dim=1)
+                grads_s.append(_product(weights, part, first_s))
+            else:
+                grad = _product(cross, part[width:], first_s)
+                grads_s.append(torch.addcmul(grad, own[:, None], part[:width], value=2))
+            if ctx.needs_input_grad[1]:
+                grad = _product(cross.T, part[:width], first_t)
+                grads_t.append(torch.addcmul(grad, square_t[:, None], part[width:], value=2))
+        grad_s = _joined(grads_s).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_t = _joined(grads_t).view(t.shape) if ctx.needs_input_grad[1] else None
+        return grad_s, grad_t, None, None, None
+
+
+def _stacked(x: Tensor, t: Tensor, level: Level | None) -> Tensor:
+    """Returns ``(C_s + C_t, N)``: both, shifted; in memory by sample where the student's is."""
+    if torch.compiler.is_compiling():  # which makes one pass of it by itself
+        return torch.cat([_shifted(x, level and level[0]), _shifted(t, level and level[1])])
+    size = (len(x) + len(t), _samples(x))
+    by_sample = x.stride(0) == 1 and len(x) > 1
+    columns = x.new_empty(size[::-1]).T if by_sample else x.new_empty(size)
+    places = (columns[: len(x)].view(x.shape), columns[len(x) :].view(t.shape))
+    for place, side, shift in zip(places, (x, t), level or (None, None), strict=True):
+        if shift is None:
+            place.copy_(side)
         else:
-            grad_s = torch.addcmul(grad_s, own[:, None], x, value=2)
-        return grad_s, cross.T @ x if ctx.needs_input_grad[1] else None, None
+            torch.sub(side, shift.view(-1, *[1] * (side.dim() - 1)), out=place)
+    return columns
+
+
+def _shifted(side: Tensor, mean: Tensor | None) -> Tensor:
+    return side.flatten(1) if mean is None else side.flatten(1) - mean[:, None]
+
+
+def _halves(columns: Tensor, cut: int | None) -> tuple[Tensor, ...]:
+    return (columns,) if cut is None else (columns[:, :cut], columns[:, cut:])
+
+
+def _squares(columns: Tensor) -> Tensor:
+    # A norm needs no copy, but is slow across rows of memory.
+    if columns.stride(0) == 1:
+        return columns.square().sum(dim=1)
+    norm: Tensor = torch.linalg.vector_norm(columns, dim=1)
+    return norm.square()
+
+
+def _product(weights: Tensor, columns: Tensor, first: Tensor) -> Tensor:
+    """Returns ``weights @ columns + first[:, None]`` in the memory order of ``columns``."""
+    if columns.stride(0) == 1:
+        return torch.addmm(first, columns.T, weights.T).T
+    return torch.addmm(first[:, None], weights, columns)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _total(sums: list[list[Tensor]], gather: bool) -> list[list[Tensor]]:
@@ -202,8 +269,8 @@ def _moments(
 
 def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Moments:
     mean_s, mean_t, spread_s, var_t, cross = found
-    dead_s = _is_rounding(spread_s.diagonal() if spread_s.dim() == 2 else spread_s, level_s[:, 0])
-    dead_t = _is_rounding(var_t, level_t[:, 0])
+    dead_s = _is_rounding(spread_s.diagonal() if spread_s.dim() == 2 else spread_s, level_s)
+    dead_t = _is_rounding(var_t, level_t)
     both = dead_s[:, None] | dead_s if spread_s.dim() == 2 else dead_s
     return Moments(
         mean_s,

@@ -236,7 +236,7 @@ class DenseStructureLoss(Criterion):
             positions = map_s.shape[2] * map_s.shape[3]
             cut = cut_at(sum(sizes) * positions, len(x), self.split)
             if cut is not None:  # of the whole batch: this process may lie on either side
-                cut = min(max(cut - before * positions, 0), x.shape[1])
+                cut = min(max(cut - before * positions, 0), len(map_s) * positions)
             pairs.append(Columns(x, y, whole=True, cut=cut))
         shares = [
             predicted_share(halves, ridge=self.ridge, floor=self.floor)
@@ -262,8 +262,8 @@ class DenseStructureLoss(Criterion):
 
 
 def _columns(features: Tensor) -> Tensor:
-    """Returns ``(C, B H W)`` of ``(B, C, H, W)``: a view of channels-last maps."""
-    return features.transpose(0, 1).flatten(1)
+    """Returns ``(C, B, H W)`` of ``(B, C, H, W)``, a view where positions lie evenly in memory."""
+    return features.transpose(0, 1).flatten(2)
 
 
 def _mapped(found: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:

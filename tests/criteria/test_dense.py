@@ -279,7 +279,7 @@ def test_nothing_larger_than_the_maps_and_the_channels_is_built(options) -> None
     criterion = build(16, 16, **options)
     with Largest() as largest:
         criterion(student, teacher).backward()
-    assert largest.numel <= student.numel()
+    assert largest.numel <= student.numel() + teacher.numel()  # one buffer for both
 
 
 def test_stages_are_summed_and_layer_picks_them() -> None:
