@@ -20,7 +20,7 @@ from structkd import Criterion, DenseStructureLoss, FitNetLoss
 # images stage by stage, a wider teacher, a narrower one, and ResNet-18 from ResNet-50.
 GRID = (
     (128, 16, 16, 32), (128, 32, 32, 16), (128, 64, 64, 8), (128, 16, 64, 32), (128, 64, 256, 8),
-    (128, 64, 16, 32), (32, 64, 256, 56), (32, 256, 1024, 14),
+    (128, 64, 16, 32), (32, 64, 256, 56), (32, 256, 1024, 14), (32, 512, 2048, 7),
 )  # fmt: skip
 QUICK = ((8, 16, 16, 8), (8, 8, 32, 8))
 

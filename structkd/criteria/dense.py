@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from structkd._checks import choice, number, whole
 from structkd.criteria._closed_form import cut_at, predicted_share
-from structkd.criteria._gram import off_diagonal
+from structkd.criteria._gram import cross_product_energy, off_diagonal
 from structkd.criteria._maps import (
     Layers,
     channels,
@@ -19,7 +19,7 @@ from structkd.criteria._maps import (
     common_positions,
     map_pairs,
 )
-from structkd.criteria._moments import UNKNOWABLE, Columns, Moments, inverse_scale, moments
+from structkd.criteria._moments import UNKNOWABLE, Columns, inverse_scale, moments
 from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion
 from structkd.distributed import rank, shard_sizes
@@ -184,12 +184,10 @@ class DenseStructureLoss(Criterion):
             return {"Dense-1": torch.stack(self._closed_form(maps)).sum()}
         stages = self._correlations(maps)
         terms = {
-            "Dense-1": torch.stack([self._diagonal(value.diagonal()).mean() for value in stages]),
-            "Dense-2": torch.stack(
-                [self.lambd * off_diagonal(value).square().sum() / len(value) for value in stages]
-            ),
+            "Dense-1": [self._diagonal(diagonal).mean() for diagonal, _ in stages],
+            "Dense-2": [self.lambd * off / len(diagonal) for diagonal, off in stages],
         }
-        return {name: terms[name].sum() for name in self.enabled}
+        return {name: torch.stack(terms[name]).sum() for name in self.enabled}
 
     def extra_repr(self) -> str:
         own = (
@@ -207,8 +205,8 @@ class DenseStructureLoss(Criterion):
             return (1 - correlation).square()
         return torch.log(1 - correlation.clamp_min(0).square() + UNKNOWABLE)
 
-    def _correlations(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Returns C of every stage, ``(d, d)``."""
+    def _correlations(self, maps: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Returns of every stage C's diagonal ``(d,)`` and the sum of its other squares."""
         self._check_channels(maps)
         weights = [weight[:, :, 0, 0] for weight in self.convs.parameters()]
         on_sums = [weight.shape[1] <= weight.shape[0] for weight in weights]
@@ -219,10 +217,10 @@ class DenseStructureLoss(Criterion):
         stages = []
         found = moments(pairs, gather=self.gather)
         for (value,), weight, sums in zip(found, weights, on_sums, strict=True):
-            var_s, cross = _mapped(value, weight) if sums else (value.spread_s, value.cross)
-            scale_s = inverse_scale(var_s, self.floor)
-            scale_t = inverse_scale(value.var_t, self.floor)
-            stages.append(cross * scale_s[:, None] * scale_t)
+            var_s = _mapped_variance(value.spread_s, weight) if sums else value.spread_s
+            scale_s = inverse_scale(var_s, self.floor)[:, None]
+            cross = value.cross * inverse_scale(value.var_t, self.floor)
+            stages.append(_squares(scale_s * weight if sums else scale_s, cross, sums))
         return stages
 
     def _closed_form(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -266,11 +264,25 @@ def _columns(features: Tensor) -> Tensor:
     return features.transpose(0, 1).flatten(2)
 
 
-def _mapped(found: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the variances of ``weight x`` and its covariance with y."""
-    variance = (weight @ found.spread_s * weight).sum(dim=1)
+def _mapped_variance(spread: Tensor, weight: Tensor) -> Tensor:
+    """Returns the variances of ``weight x``."""
     # Rounding can leave what is 0 just below it; NaN passes through clamp.
-    return variance.clamp_min(0), weight @ found.cross
+    return (weight @ spread * weight).sum(dim=1).clamp_min(0)
+
+
+def _squares(left: Tensor, right: Tensor, product: bool) -> tuple[Tensor, Tensor]:
+    """Returns the diagonal of C and the sum of its other squares.
+
+    C is ``left @ right``, or with rows scaled by ``left (d, 1)`` it is ``left * right``. Of a
+    product ``(d, C_s) @ (C_s, d)`` through few channels it is never built.
+    """
+    if product and 2 * len(right) <= len(left):
+        diagonal = (left * right.T).sum(dim=1)
+        others = cross_product_energy(left.T, right) - diagonal.square().sum()
+        # Rounding can leave the difference just below zero; NaN passes through clamp.
+        return diagonal, others.clamp_min(0)
+    correlation = left @ right if product else left * right
+    return correlation.diagonal(), off_diagonal(correlation).square().sum()
 
 
 def _enabled(terms: Sequence[str] | None, adapter: str, diagonal: str) -> tuple[str, ...]:

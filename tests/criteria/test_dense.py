@@ -41,7 +41,7 @@ every_form = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("widths", [(3, 5), (5, 3), (3, 9)])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_one_position_a_sample_is_the_form_of_embeddings(widths, floor: float) -> None:
     student, teacher = randn(0, 9, widths[0]), randn(1, 9, widths[1])
@@ -246,7 +246,7 @@ def test_float32_keeps_its_digits_beside_the_optimum(options, level: float) -> N
 
 
 @every_form
-@pytest.mark.parametrize("widths", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("widths", [(2, 3), (3, 2), (2, 4)])
 def test_the_gradient_is_differentiable_itself(options, widths) -> None:
     student = randn(0, 3, widths[0], 2, 2).double().requires_grad_()
     teacher = randn(1, 3, widths[1], 2, 2).double()
