@@ -121,7 +121,7 @@ def luma(images: Tensor) -> Tensor:
 
 def salt_and_pepper(
     images: Tensor,
-    amount: float,
+    amount: float | tuple[float, float],
     *,
     values: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
@@ -136,9 +136,10 @@ def salt_and_pepper(
 
     Args:
         images: ``(B, C, H, W)``, floating point, within ``values``.
-        amount: a, the expected share of pixels that are replaced, in [0, 1].
+        amount: a, the expected share of pixels that are replaced, in [0, 1]. From a pair, least and
+            most, each image's a is drawn evenly: for a student whose noise is not known so well.
         values: Black and white; the range of the images before they are normalised.
-        generator: What draws u, on its own device; torch's own by default.
+        generator: What draws u, and a before it, on its own device; torch's own by default.
 
     Returns:
         ``(B, C, H, W)``.
@@ -152,8 +153,10 @@ def salt_and_pepper(
         >>> noisy = salt_and_pepper(grey, 0.4, generator=torch.Generator().manual_seed(0))
         >>> round(float((noisy != 0.5).float().mean()), 1)
         0.4
+        >>> salt_and_pepper(grey, (0.3, 0.9)).shape  # another share for each image
+        torch.Size([1, 1, 100, 100])
     """
-    share = number("amount", amount, at_least=0, at_most=1)
+    fewest, most_pixels = _shares(amount)
     if not isinstance(values, tuple | list) or len(values) != 2:
         raise TypeError(f"values must be a pair, black and white, got {values!r}")
     low, high = (number("values", value) for value in values)
@@ -168,6 +171,10 @@ def salt_and_pepper(
                 f"{most:g}: replace pixels before the images are normalised, or pass their range"
             )
     device = images.device if generator is None else generator.device
+    share: Tensor | float = fewest
+    if fewest < most_pixels:
+        spread = torch.rand(batch, 1, 1, 1, generator=generator, device=device)
+        share = sent(fewest + spread * (most_pixels - fewest), images.device)
     draw = torch.rand(batch, 1, height, width, generator=generator, device=device)
     draw = sent(draw, images.device)
     poor = images.masked_fill(draw < share / 2, low)
@@ -281,6 +288,17 @@ def fits(own: Tensor, pseudo: Tensor, name: str, name_pseudo: str) -> None:
             f"{name_pseudo} must have the size {size} of {name}, got {other}: bring them to it, "
             f"torch.nn.functional.interpolate(images, {size}, mode='area'), or crop them"
         )
+
+
+def _shares(amount: float | tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(amount, tuple | list):
+        amount = (amount, amount)
+    if len(amount) != 2:
+        raise ValueError(f"amount must be a number, or a pair from least to most, got {amount!r}")
+    least, most = (number("amount", share, at_least=0, at_most=1) for share in amount)
+    if least > most:
+        raise ValueError(f"amount must go from least to most, got {amount!r}")
+    return least, most
 
 
 def _checked(images: Tensor, name: str = "images") -> Tensor:

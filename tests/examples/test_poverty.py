@@ -76,6 +76,17 @@ def test_images_of_another_kind() -> None:
         salt_and_pepper(PLAIN, 0.5, seed=0, indices=INDICES[:3])
 
 
+def test_a_range_gives_every_image_an_amount_of_its_own() -> None:
+    images, index = torch.full((300, 1, 32, 32), 128, dtype=torch.uint8), torch.arange(300)
+    noise = Noise(0.3, most=0.9)
+    poor = noise(images, index)
+    shares = (poor != images).double().mean(dim=(1, 2, 3))
+    assert 0.3 - 0.06 < float(shares.min()) < 0.35  # four deviations of 1,024 draws
+    assert 0.85 < float(shares.max()) < 0.9 + 0.06
+    assert float(shares.mean()) == pytest.approx(0.6, abs=0.04)
+    assert torch.equal(noise(images[7:9], index[7:9]), poor[7:9])
+
+
 def test_fresh_noise_has_the_same_statistics_and_changes() -> None:
     first, second = (Noise(0.5, epoch=epoch)(PLAIN, INDICES) for epoch in (0, 1))
     for value in (0, 255):
@@ -94,6 +105,7 @@ def test_grey_is_the_luma_in_one_channel_and_bands_are_channels() -> None:
 def test_a_poverty_by_its_name() -> None:
     assert poverty("noise:0.3", 0.1) == Noise(0.3)
     assert poverty("noise", 0.1) == Noise(0.1)
+    assert poverty("noise:0.3-0.9", 0.1) == Noise(0.3, most=0.9)
     assert poverty("grey", 0.1) == Grey()
     with pytest.raises(ValueError, match=r"unknown poverty 'gray'; did you mean 'grey'\?"):
         poverty("gray", 0.1)
@@ -112,6 +124,9 @@ def test_a_poverty_is_written_as_it_is_asked_for(text: str) -> None:
     ("text", "message"),
     [
         ("noise:much", "'much' is no number"),
+        ("noise:0.3-much", "'0.3-much' is no number"),
+        ("noise:0.9-0.3", "from the least amount to the most, got 0.9-0.3"),
+        ("noise:0.3-1.3", r"lies in \[0, 1\], got 1.3"),
         ("blur:x", "'x' is no number; as in noise:0.5"),
         ("bands:3,b", "'3,b' is no number"),
         ("bands:-1", "places from 0"),

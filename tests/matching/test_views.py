@@ -52,6 +52,19 @@ def test_salt_and_pepper_replaces_whole_pixels_by_the_share_it_says() -> None:
     assert set(gone.unique().tolist()) == {0.0, 1.0}
 
 
+def test_a_range_gives_every_image_a_share_of_its_own() -> None:
+    images = 0.1 + 0.8 * _images(200, 1, 32, 32)
+    draw = lambda amount: views.salt_and_pepper(  # noqa: E731
+        images, amount, generator=torch.Generator().manual_seed(0)
+    )
+    shares = (draw((0.3, 0.9)) != images).double().mean(dim=(1, 2, 3))
+    assert float(shares.min()) > 0.3 - 0.06  # four deviations of 1,024 draws
+    assert float(shares.max()) < 0.9 + 0.06
+    counts = torch.histc(shares.float(), 3, 0.3, 0.9) / len(shares)
+    torch.testing.assert_close(counts, torch.full((3,), 1 / 3), atol=0.12, rtol=0)
+    assert torch.equal(draw((0.4, 0.4)), draw(0.4))
+
+
 def test_resolution_is_means_and_lines_between_them() -> None:
     images = _images(1, 2, 4, 6)
     torch.testing.assert_close(views.resolution(images, 2), reference.coarse(images, 2))
@@ -117,6 +130,21 @@ RICH = torch.rand(2, 4, 6, 6)
         (lambda: views.bands(RICH, []), ValueError, "at least one"),
         (lambda: views.bands(RICH, [-1]), ValueError, "at least 0, got -1"),
         (lambda: views.bands(RICH, 2), TypeError, r"list of channels, \[2\] for one, got int"),
+        (
+            lambda: views.salt_and_pepper(RICH, (0.9, 0.3)),
+            ValueError,
+            "amount must go from least to most, got",
+        ),
+        (
+            lambda: views.salt_and_pepper(RICH, (0.1, 0.2, 0.3)),
+            ValueError,
+            "amount must be a number, or a pair",
+        ),
+        (
+            lambda: views.salt_and_pepper(RICH, (0.5, 1.5)),
+            ValueError,
+            "amount must be finite",
+        ),
         (
             lambda: views.salt_and_pepper(RICH, 0.5, values=(0, 1, 2)),
             TypeError,

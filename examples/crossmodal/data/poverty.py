@@ -18,7 +18,7 @@ from torch import Tensor
 from crossmodal.data.draws import uniform
 from crossmodal.near import did_you_mean
 
-_FIXED, _FRESH = 11, 12
+_FIXED, _FRESH, _AMOUNT = 11, 12, 13
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -26,17 +26,25 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class Noise:
     """Salt and pepper: each pixel with probability ``amount`` black or white, in all channels.
 
-    ``epoch`` draws it anew for every pass, apart for every ``seed``.
+    ``epoch`` draws it anew for every pass, apart for every ``seed``. With ``most``, every image has
+    an amount of its own between the two.
     """
 
     amount: float
     seed: int = 0
     epoch: int | None = None
+    most: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.amount <= 1.0:
+        for amount in (self.amount, self.most):
+            if amount is not None and not 0.0 <= amount <= 1.0:
+                raise ValueError(
+                    f"amount is the fraction of pixels replaced and lies in [0, 1], got {amount!r}"
+                )
+        if self.most is not None and not self.amount < self.most:
             raise ValueError(
-                f"amount is the fraction of pixels replaced and lies in [0, 1], got {self.amount!r}"
+                f"noise:A-B goes from the least amount to the most, got {self.amount:g}-"
+                f"{self.most:g}"
             )
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
@@ -52,12 +60,17 @@ class Noise:
             )
         height, width = images.shape[-2:]
         key = (_FIXED, self.seed) if self.epoch is None else (_FRESH, self.seed, self.epoch)
-        draw = uniform(key, index.to(images.device), height * width).view(-1, 1, height, width)
-        poor = images.masked_fill(draw < self.amount / 2, 0)
-        return poor.masked_fill((draw >= self.amount / 2) & (draw < self.amount), 255)
+        index = index.to(images.device)
+        draw = uniform(key, index, height * width).view(-1, 1, height, width)
+        amount: Tensor | float = self.amount
+        if self.most is not None:
+            own = uniform((_AMOUNT, *key), index, 1).view(-1, 1, 1, 1)
+            amount = self.amount + own * (self.most - self.amount)
+        poor = images.masked_fill(draw < amount / 2, 0)
+        return poor.masked_fill((draw >= amount / 2) & (draw < amount), 255)
 
     def __str__(self) -> str:
-        return f"noisy {self.amount:g}"
+        return f"noisy {self.amount:g}" + ("" if self.most is None else f" to {self.most:g}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ class Blur:
 
 Poverty = Noise | Grey | Bands | Lowres | Blur
 KINDS: dict[str, Callable[[str], Poverty]] = {
-    "noise": lambda text: Noise(float(text)),
+    "noise": lambda text: _noise(text),
     "lowres": lambda text: Lowres(float(text)),
     "grey": lambda text: Grey(),
     "blur": lambda text: Blur(float(text)),
@@ -179,8 +192,8 @@ EXAMPLES = "noise:0.5, lowres:8, grey, blur:2, bands:3,2,1"
 
 
 def poverty(text: str, amount: float) -> Poverty:
-    """``noise:0.5``, ``noise`` with the recipe's amount, ``lowres:8``, ``grey``, ``blur:2``,
-    ``bands:3,2,1`` or ``bands:3,2,1@2750``.
+    """``noise:0.5``, ``noise:0.3-0.9`` with an amount for each image, ``noise`` with the recipe's
+    amount, ``lowres:8``, ``grey``, ``blur:2``, ``bands:3,2,1`` or ``bands:3,2,1@2750``.
 
     Raises:
         ValueError: no such kind, an argument that is no number or missing, or one out of range.
@@ -199,6 +212,11 @@ def poverty(text: str, amount: float) -> Poverty:
         if "could not convert" not in str(error) and "invalid literal" not in str(error):
             raise
         raise ValueError(f"--poor {text}: {argument!r} is no number; as in {EXAMPLES}") from error
+
+
+def _noise(text: str) -> Noise:
+    least, to, most = text.partition("-")
+    return Noise(float(least), most=float(most)) if to else Noise(float(text))
 
 
 def _bands(text: str) -> Bands:
