@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -77,10 +78,12 @@ def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:
     """Refuse ``--resume`` where nothing was kept, or epochs of another training."""
     kept = results.folder / "epochs"
     others = list(kept.glob(f"*/{SETTINGS}"))
-    if not others and not results.runs():
+    if not others and not results.runs() and not any(c.path.exists() for c in wanted):
         fix = "fix: leave it out, or name the folder of the run that was cut off"
         raise ValueError(f"--resume: nothing was kept in {results.folder}; {fix}")
     for checkpoint in wanted:
+        if checkpoint.path.exists():  # finished: epochs of others are no reason to refuse
+            continue
         found = [p for p in others if p.parent.name.startswith(f"{slug(checkpoint.role)}-")]
         if found and not (kept / checkpoint.name).exists():
             other = ", ".join(differing(json.loads(found[0].read_text()), checkpoint.settings))
@@ -111,6 +114,21 @@ def estimated(training: Training, device: str) -> float:
     return timed(training, device) * len(training.batches) * training.recipe.epochs
 
 
+def _choices(path: Path) -> dict[str, Any]:
+    """The precisions that were measured in a folder."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        for entry in found.values():
+            if not {"precision", "fp32_ms", "bf16_ms"} <= entry.keys():
+                raise ValueError("an entry lacks its times")
+    except (ValueError, AttributeError) as error:
+        told = f"{path} is damaged ({error}); fix: delete it, and the precision is measured again"
+        raise ValueError(told) from error
+    return dict(found)
+
+
 def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     """The recipes with their precision settled, and a line on how.
 
@@ -127,7 +145,7 @@ def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     bf16 = {"precision": "bf16", "channels_last": student.batch_size % 2 == 0}
     name = f"{PartialState().device.type}, {job.models['teacher']}, batch {student.batch_size}"
     with held(job.out, _CHOICES, waiting=lambda: None):
-        known = agreed(json.loads(path.read_text()) if path.exists() else {})
+        known = agreed(_choices(path))
         if name not in known:
             # The teacher's step is the longer one, and the one that most depends on it.
             tried = (replace(student, **fields) for fields in (fp32, bf16))

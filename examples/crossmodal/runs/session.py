@@ -81,20 +81,26 @@ class Session:
         items = [(asked, seed) for asked in self.job.asked for seed in self.job.seeds]
         for asked in self.job.asked:
             self._describe(asked)
-        if self.job.resume:
-            wanted = [self.settings.checkpoint(*item) for item in items]
-            teacher = self.settings.shared_checkpoint("teacher")
-            preflight.check_resume(self.results, [teacher, *wanted])
         missing = [item for item in items if self._stored(*item) is None]
+        if self.job.resume and not self.helper:
+            wanted = [self.settings.shared_checkpoint("teacher")]
+            wanted += [self.settings.checkpoint(*item) for item in missing]
+            preflight.check_resume(self.results, wanted)
         if missing and not self.helper:
             self._preflight(missing)
         self._train_shared()
         count = 0 if self.helper else min(self.job.jobs, len(missing)) - 1
         others = helpers(count, self.job.command)
         self.show.runs = len(items)
-        self._work(items)
-        for other in others:
-            other.wait()
+        try:
+            self._work(items)
+        except BaseException:  # nobody is left who would tell of what they do
+            for other in others:
+                other.terminate()
+            raise
+        finally:
+            for other in others:
+                other.wait()
         if self.leads and not self.helper:
             self.results.write(self._header)
         stored = (self._found(asked, seed) for asked, seed in items)
@@ -229,7 +235,7 @@ class Session:
             if seed == self.job.seeds[0]:
                 try:
                     checkpoint.save(outcome.network)
-                except (OSError, RuntimeError) as error:  # torch's writer raises either
+                except OSError as error:
                     self.show.warn(f"weights: {checkpoint.path} could not be written: {error}")
             training.keeper.clear()
         PartialState().wait_for_everyone()
