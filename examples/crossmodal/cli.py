@@ -97,6 +97,7 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
             RematchSchedule(**entry.rematch), recipes["student"].epochs, given.rematch_by
         ),
         "out": given.out or Path("runs") / name,
+        "near": (),
         "command": shlex.join(["python", f"examples/{kind}.py", *arguments]),
     }
     # The other options have their names.

@@ -133,7 +133,8 @@ def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     """The recipes with their precision settled, and a line on how.
 
     ``auto`` times some steps in fp32 and in bf16 with channels-last images. The choice is kept in
-    ``--out``, so that the same command finds its own results however busy the machine is.
+    ``--out``, so that the same command finds its own results however busy the machine is, and is
+    taken over from the folders near it.
     """
     job, recipes = trainings.job, dict(trainings.recipes)
     student, path = recipes["student"], job.out / _CHOICES
@@ -147,14 +148,17 @@ def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     with held(job.out, _CHOICES, waiting=lambda: None):
         known = agreed(_choices(path))
         if name not in known:
-            # The teacher's step is the longer one, and the one that most depends on it.
-            tried = (replace(student, **fields) for fields in (fp32, bf16))
-            steps = (
-                replace(trainings, recipes={"teacher": one}).shared("teacher") for one in tried
-            )
-            plain, half = (1000 * timed(step, job.device, steps=5) for step in steps)
-            chosen = "bf16" if half < _WORTH * plain else "fp32"
-            entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
+            near = agreed([_choices(folder / _CHOICES) for folder in job.near])
+            entry = next((some[name] for some in near if name in some), None)
+            if entry is None:
+                # The teacher's step is the longer one, and the one that most depends on it.
+                tried = (replace(student, **fields) for fields in (fp32, bf16))
+                steps = (
+                    replace(trainings, recipes={"teacher": one}).shared("teacher") for one in tried
+                )
+                plain, half = (1000 * timed(step, job.device, steps=5) for step in steps)
+                chosen = "bf16" if half < _WORTH * plain else "fp32"
+                entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
             known = agreed({**known, name: entry})
             if PartialState().is_main_process:
                 write_json(path, known)

@@ -21,6 +21,7 @@ from crossmodal.runs.processes import HELPER, agreed, held, helpers
 from crossmodal.runs.progress import Show
 from crossmodal.runs.settings import Settings
 from crossmodal.runs.store import Checkpoint, Results
+from crossmodal.runs.takeover import taken, taken_history, taken_run
 from crossmodal.runs.trainings import Trainings, let_go
 from crossmodal.training import evaluation
 from crossmodal.training.engine import Outcome, Training, accelerator_for, fit
@@ -86,6 +87,9 @@ class Session:
             wanted = [self.settings.shared_checkpoint("teacher")]
             wanted += [self.settings.checkpoint(*item) for item in missing]
             preflight.check_resume(self.results, wanted)
+        if missing and self.job.near and not self.job.fresh and not self.helper:
+            self._take_over(missing)
+            missing = [item for item in missing if self._stored(*item) is None]
         if missing and not self.helper:
             self._preflight(missing)
         self._train_shared()
@@ -142,7 +146,9 @@ class Session:
         left = [asked.label for asked, _ in missing if asked.label not in self.failed]
         total = sum(seconds[label] for label in left)
         for role in self._shared:
-            if not self.settings.shared_checkpoint(role).path.exists():
+            kept = self.settings.shared_checkpoint(role)
+            places = (replace(kept, folder=folder).path for folder in (kept.folder, *self.job.near))
+            if not any(place.exists() for place in places):
                 total += preflight.estimated(self.trainings.shared(role), self.job.device)
         time_left = timedelta(seconds=round(total / self.job.jobs))
         self.say(
@@ -181,6 +187,13 @@ class Session:
             if checkpoint.load_into(training.step.network):
                 self.say(f"{role} read from {checkpoint.path}")
                 return training.step.network
+            if (path := taken(checkpoint, self.job.near, training.step.network)) is not None:
+                if self.leads:
+                    checkpoint.save(training.step.network)
+                    taken_history(checkpoint, path.parent)
+                PartialState().wait_for_everyone()
+                self.say(f"{role} taken over from {path}")
+                return training.step.network
             outcome = self._fit(training, checkpoint)
             if self.leads:
                 checkpoint.save(outcome.network)
@@ -195,6 +208,27 @@ class Session:
         return Galleries.of(self.matcher, self.teacher, self.views, PartialState().device)
 
     # Students.
+
+    def _take_over(self, missing: list[tuple[Asked, int]]) -> None:
+        """Store what a folder near this one has finished of the very same settings."""
+        for asked, seed in missing:
+            checkpoint = self.settings.checkpoint(asked, seed)
+            with held(self.job.out, checkpoint.name) as mine:
+                if not mine:
+                    continue
+                wanted = asked.label, seed, checkpoint.settings
+                folder, run = agreed(taken_run(self.job.near, *wanted))
+                if run is None:
+                    continue
+                if self.leads:
+                    student = self.new_student()
+                    kept = seed == self.job.seeds[0]
+                    if kept and taken(checkpoint, [folder], student) is not None:
+                        checkpoint.save(student)
+                    taken_history(checkpoint, folder)
+                    self.results.write(self._header, run)
+                PartialState().wait_for_everyone()
+                self.say(f"{asked.label} seed {seed}: taken over from {folder}")
 
     def _work(self, items: list[tuple[Asked, int]]) -> None:
         """Train what no other process has taken, then wait for what they have."""
