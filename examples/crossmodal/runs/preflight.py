@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
+from crossmodal.data import Images
 from crossmodal.recipes import Recipe
 from crossmodal.runs.epochs import SETTINGS
 from crossmodal.runs.processes import agreed, held
@@ -72,6 +74,20 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
     if torch.device(name).type != "cpu":
         os.environ["ACCELERATE_TORCH_DEVICE"] = name
+
+
+def check_network(role: str, name: str, network: nn.Module, images: Images) -> None:
+    """Refuse a network that does not take the images' size."""
+    shape = images.shape
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--{role} {name} does not take images of {'x'.join(map(str, shape))} ({reason}); fix: "
+            "another network, or --size N where the data set has it"
+        ) from error
 
 
 def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:

@@ -58,7 +58,9 @@ class Session:
             for line in self.views.summary():
                 self.say(line)
         self.trainings = Trainings(job, self.views, job.recipes)
-        self.new_student()  # an unknown name is told now, the teacher's too
+        for role, images in (("teacher", self.views.rich), ("student", self.views.poor)):
+            network = self.trainings.network(role, 0)  # an unknown name is told now
+            preflight.check_network(role, job.models[role], network, images)
         recipes, line = preflight.settled(self.trainings)
         if line and not self.helper:
             self.say(line)
@@ -92,6 +94,9 @@ class Session:
             missing = [item for item in missing if self._stored(*item) is None]
         if missing and not self.helper:
             self._preflight(missing)
+        if all(asked.label in self.failed for asked in self.job.asked):
+            told = "; ".join(f"{label}: {error}" for label, error in self.failed.items())
+            raise ValueError(f"no method can be trained, so no teacher is: {told}")
         self._train_shared()
         count = 0 if self.helper else min(self.job.jobs, len(missing)) - 1
         others = helpers(count, self.job.command)

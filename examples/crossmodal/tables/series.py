@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from crossmodal.cli import Parser, parse
+from crossmodal.cli import Parser, parse, place
 from crossmodal.data import open_views
 from crossmodal.methods import ALONE
 from crossmodal.runs.job import Job
@@ -55,7 +55,7 @@ class Axis:
 def own_options(script: str) -> argparse.ArgumentParser:
     """A parser of a script's own options, with ``--out``; the others are for ``train.py``'s."""
     parser = Parser(prog=script, allow_abbrev=False, add_help=False)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=place)
     return parser
 
 
@@ -69,8 +69,8 @@ def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[s
     for value, more in axis.values.items():
         job = parse([*others, *more, "--out", "-"], kind="train")
         folder = out or Path("runs") / f"{axis.script}-{job.entry.name}"
-        place = str(folder / value.replace(":", "-"))
-        jobs[value] = parse([*others, *more, "--out", place], kind="train")
+        own = str(folder / value.replace(":", "-"))
+        jobs[value] = parse([*others, *more, "--out", own], kind="train")
     if HELPER not in os.environ:
         _check(list(jobs.values()))
     begun = [value for value, job in jobs.items() if _begun(job)]
@@ -80,7 +80,7 @@ def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[s
             continue
         console.print(f"[bold]{axis.name}: {value}[/bold]")
         others_there = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
-        near = tuple(place for place in others_there if place != job.out)
+        near = tuple(path for path in others_there if path != job.out)
         # Where some value was begun, the others may be new.
         resume = job.resume and (value in begun or not begun)
         session = Session(replace(job, near=near, resume=resume), console)
