@@ -42,17 +42,17 @@ def accuracy(model, images, labels):
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--limit", type=int, default=4000, help="training images")
+parser.add_argument("--limit", type=int, default=4000, help="training images, 2 to 4000")
 parser.add_argument("--epochs", type=int, default=12)
 wanted = parser.parse_args()
-
+if not 2 <= wanted.limit <= 4000 or wanted.epochs < 1:  # the other 1,000 are for testing
+    parser.error("--limit must be 2 to 4000, and --epochs at least 1")
 torch.manual_seed(0)
 pixels, digits = mnist_data()
 order = torch.randperm(len(digits))
 labels = torch.tensor(digits)[order].long()
 rich = torch.tensor(pixels, dtype=torch.float32)[order].view(-1, 1, 28, 28) / 255
-draw = torch.rand(rich.shape)
-poor = torch.where(draw < 0.7, (draw < 0.35).float(), rich)
+poor = torch.where((draw := torch.rand(rich.shape)) < 0.7, (draw < 0.35).float(), rich)
 x_rich, x_poor, y = rich[: wanted.limit], poor[: wanted.limit], labels[: wanted.limit]
 
 teacher, alone = network(16), network(8)

@@ -19,9 +19,10 @@ from crossmodal.data.options import add_options, options
 from crossmodal.methods import ALONE, METHODS, SWEEPS, resolve
 from crossmodal.methods.variants import BRIDGE, BRIDGES, PAIRS, VARIANTS, Weights, row
 from crossmodal.near import did_you_mean, looked_up
-from crossmodal.recipes import ROLES, DataSet, Recipe, data_sets
+from crossmodal.recipes import ROLES, UNREAD, DataSet, Recipe, data_sets
 from crossmodal.runs.job import Asked, Job
 from crossmodal.training.matching import BYS, Rematching
+from crossmodal.unread import refuse_unread
 from structkd import RematchSchedule
 
 TRAINED = (ALONE, "kd", "ds")  # train.py's methods, where none are named
@@ -79,12 +80,20 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     entry = known[given.dataset]
     if given.jobs < 1 or (given.jobs > 1 and given.fresh):
         raise ValueError(f"--jobs must be at least 1, and 1 with --fresh, got {given.jobs}")
+    if given.fresh and given.resume:
+        raise ValueError(
+            "--fresh trains again what is finished, --resume goes on with it; fix: give one of them"
+        )
+    for option in ("memory", "workers"):
+        if not getattr(given, option) >= 0:
+            raise ValueError(f"--{option} must be at least 0, got {getattr(given, option)}")
     name = entry.name
     if kind == "sweep":
-        given.evaluate, name = "val", f"sweep-{entry.name}"
+        name = f"sweep-{entry.name}"
     given.data_dir, (given.poor, given.options) = given.data, options(given, entry)
     common = _given(given)
     recipes = {role: entry.recipe(role, common, _given(given, f"{role}_")) for role in ROLES}
+    refuse_unread(given, entry, recipes)
     values = {
         "wanted": Wanted(**{f.name: getattr(given, f.name) for f in fields(Wanted)}),
         "asked": _asked(given, entry, kind),
@@ -94,9 +103,10 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
         },
         "recipes": recipes,
         "rematching": Rematching.scaled(
-            RematchSchedule(**entry.rematch), recipes["student"].epochs, given.rematch_by
+            RematchSchedule(**entry.rematch), recipes["student"].epochs, given.rematch_by or BYS[0]
         ),
         "out": given.out or Path("runs") / name,
+        "near": (),
         "command": shlex.join(["python", f"examples/{kind}.py", *arguments]),
     }
     # The other options have their names.
@@ -106,8 +116,11 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
 
 def _asked(given: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked, ...]:
     if entry.matched:
-        if kind == "sweep":
-            raise ValueError(f"sweep.py compares methods on pairs, which {entry.name} has not")
+        if kind != "train":
+            raise ValueError(
+                f"{kind}.py compares methods on pairs, which {entry.name} has not; fix: train.py, "
+                "whose --variant names rows without pairs"
+            )
         return _variants(given, entry)
     for option in ("variant", "criterion", "weights"):
         if getattr(given, option):
@@ -115,7 +128,8 @@ def _asked(given: argparse.Namespace, entry: DataSet, kind: str) -> tuple[Asked,
     found = {}
     texts = given.method or ()
     if kind == "sweep":
-        for name in given.group or (() if texts else SWEEPS):
+        groups = names("--group", given.group, SWEEPS) if given.group else ()
+        for name in groups or (() if texts else SWEEPS):
             group = looked_up("group", name, SWEEPS)
             found |= {label: resolve(text) for label, text in group.items()}
     else:
@@ -135,9 +149,10 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     default = [ALONE, *BRIDGES]
     if given.labels is None:
         default += [name for name in known if name != ALONE]
+    match = {} if given.match_weight is None else {"match": given.match_weight}
     rows = []
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
-        weights = Weights(*given.weights, match=given.match_weight)
+        weights = Weights(*given.weights, **match)
         variant, made = row(name, given.criterion or "kd", weights)
         if given.labels is not None and variant.first != "none":
             raise ValueError(
@@ -152,6 +167,11 @@ def _given(given: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
     """The recipe's fields on the command line: for all roles, or for one."""
     options = {f"recipe_{prefix}{f.name}": f.name for f in fields(Recipe)}
     return {name: vars(given)[option] for option, name in options.items() if option in given}
+
+
+def place(text: str) -> Path:
+    """A path from the command line; of ``--out=~/runs`` the shell leaves the ``~``."""
+    return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):
@@ -186,8 +206,10 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--labels", type=int, metavar="N", help=told)
     told = "where red, green and blue are among the bands, counted from 0"
     add("--rgb-bands", dest="rgb", nargs=3, type=int, metavar=("R", "G", "B"), help=told)
-    told = "val holds a tenth of train out, for choosing settings (default: test)"
-    add("--evaluate", choices=("test", "val"), default="test", help=told)
+    # A sweep chooses settings, so it never looks at the test images.
+    splits = ("val",) if kind == "sweep" else ("test", "val")
+    told = f"val holds a tenth of train out, for choosing settings (default: {splits[0]})"
+    add("--evaluate", choices=splits, default=splits[0], help=told)
     told = "where images take more, they are read during the training (4)"
     add("--memory", type=float, default=4.0, metavar="GB", help=told)
     add("--workers", type=int, default=2, metavar="N", help="processes that read such images (2)")
@@ -206,19 +228,20 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--weights", nargs=3, type=float, metavar=("TASK", "KD", "SKA"), default=[],
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip
     told = "of the criterion over matches beside free pairs (0.1)"
-    add("--match-weight", type=float, default=0.1, metavar="W", help=told)
+    add("--match-weight", type=float, metavar="W", help=told)
     told = "whose predictions DynM matches by: training's (epoch), or a pass of their own (pass)"
-    add("--rematch-by", choices=BYS, default=BYS[0], help=told)
+    add("--rematch-by", choices=BYS, help=told)
     machine = parser.add_argument_group("machine and folder")
     add = machine.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    add("--jobs", type=int, default=1, metavar="N", help="train N students side by side")
+    add("--jobs", type=int, default=1, metavar="N", help="train N students side by side (1)")
     add("--compile", action="store_true", help="compile every step")
     add("--tensorboard", action="store_true", help="write TensorBoard files")
-    add("--recipes", type=Path, metavar="FILE", help="a TOML file with data sets of your own")
+    add("--recipes", type=place, metavar="FILE", help="a TOML file with data sets of your own")
     told = f"for all that is written (runs/{'sweep-' * (kind == 'sweep')}DATASET)"
-    add("--out", type=Path, metavar="DIR", help=told)
-    add("--fresh", action="store_true", help="train students again that are already finished")
+    add("--out", type=place, metavar="DIR", help=told)
+    told = "train students again that are already finished; not with --jobs or --resume"
+    add("--fresh", action="store_true", help=told)
     add("--resume", action="store_true", help="refuse to start where nothing was kept")
     told = (
         "For teacher and students; epochs, crops and precision for the matcher too. "
@@ -233,7 +256,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
             how["action"] = argparse.BooleanOptionalAction
         else:
             how |= {"type": kind, "metavar": field.name.upper()}
-        if name != "seed":  # a student's are --seeds
+        unread = UNREAD.get(prefix.rstrip("_"), ())
+        if name != "seed" and field.name not in unread:  # a student's seeds are --seeds
             usual = f"{field.default:.3g}" if kind is float else field.default
             shown = argparse.SUPPRESS if prefix else f"{texts[field.name]} ({usual})"
             option = "--" + name.replace("_", "-")

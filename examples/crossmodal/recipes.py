@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from crossmodal.near import did_you_mean
+from crossmodal.near import did_you_mean, looked_up
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +23,20 @@ else:
 FILE = Path(__file__).with_name("recipes.toml")
 PREFIX = "unpaired-"
 ROLES = ("teacher", "student", "matcher")
+# Fields that a role's training does not read.
+UNREAD = {
+    "teacher": ("falling", "fresh_noise", "labelled"),
+    "student": (),
+    "matcher": ("falling", "labelled"),
+}
+_TYPES: dict[str, Any] = {
+    "int": int, "float": (int, float), "str": str, "bool": bool, "Mapping": Mapping,
+    "tuple": (list, tuple),
+}  # fmt: skip
+_WORDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false",
+    "Mapping": "a table", "tuple": "a list",
+}  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam", "adamw"),
     "crop": ("pad", "resized"),
@@ -175,7 +189,7 @@ class DataSet:
         if self.unpaired and role != "matcher":  # half the images: twice the passes
             values["epochs"] = 2 * values.get("epochs", Recipe.epochs)
         own_only = {
-            "teacher": ["fresh_noise", "falling", "labelled"],
+            "teacher": UNREAD["teacher"],
             "matcher": _MATCHER.keys() - {"epochs"},
         }
         given = {k: v for k, v in given.items() if k not in own_only.get(role, ())}
@@ -185,16 +199,25 @@ class DataSet:
 def data_sets(more: Path | None = None) -> dict[str, DataSet]:
     """All entries by name, those of a file of one's own included, and the unpaired ones."""
     found: dict[str, DataSet] = {}
+    known: dict[str, dict[str, Any]] = {}  # the entries as they are written, for `like`
     for path in filter(None, (FILE, more)):
         try:
             content = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"recipes {path} cannot be read: {error}") from error
         for name, entry in content.items():
-            whole = {**content.get(entry.pop("like", ""), {}), **entry, "name": name}
+            where = f"{path.name} [{name}]"
+            if not isinstance(entry, dict):
+                raise ValueError(f"{where} must be a table of a data set's fields, got {entry!r}")
+            base = {}
+            if (like := entry.pop("like", None)) is not None:
+                base = looked_up(f"entry in {where}, like =", like, {**known, **content})
+            content[name] = {**base, **entry}
+            whole = {**content[name], "name": name}
             if name.startswith(PREFIX):
                 whole["unpaired"] = True
-            found[name] = checked(DataSet, whole, f"{path.name} [{name}]")
+            found[name] = checked(DataSet, whole, where)
+        known |= content
     halved = {
         PREFIX + name: replace(entry, name=PREFIX + name, unpaired=True)
         for name, entry in found.items()
@@ -204,10 +227,27 @@ def data_sets(more: Path | None = None) -> dict[str, DataSet]:
 
 
 def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass; an unknown field is refused with the near name."""
+    """An instance of a dataclass.
+
+    Raises:
+        ValueError: a field is unknown, missing, or of another type.
+    """
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
             hint = did_you_mean(name, known) + f"known: {', '.join(known)}"
             raise ValueError(f"{where} has an unknown field {name!r}; {hint}")
+    for one in fields(kind):
+        if one.name not in values:
+            if one.default is MISSING and one.default_factory is MISSING:
+                raise ValueError(f"{where} has no {one.name}; fix: add {one.name} = ...")
+            continue
+        wanted, value = str(one.type).removeprefix("Annotated[").partition(",")[0], values[one.name]
+        allowed = _TYPES.get(wanted.partition("[")[0])
+        # Python takes true for a whole number, which nobody means.
+        odd = isinstance(value, bool) and wanted != "bool"
+        if allowed and (odd or not isinstance(value, allowed)):
+            raise ValueError(
+                f"{where}: {one.name} must be {_WORDS[wanted.partition('[')[0]]}, got {value!r}"
+            )
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -71,6 +71,9 @@ def test_a_class_far_from_the_rest_is_warned_of(
         (["check", "mnist", "--size", "8"], "--size is not for mnist, which has no options"),
         (["check", "pairs", "--size", "0"], "--size must be at least 1, got 0"),
         (["check", "folder", "--rich", "x"], "--rich is not for folder, which has --size, --test"),
+        (["check", "mnist", "--data", "x"], "--data x is not for mnist"),
+        (["check", "unpaired-tiny", "--pseudo", "nois"], "--pseudo nois: unknown poverty"),
+        (["check", "tiny", "--amount", "0.3", "--poor", "blur:2"], "--amount has no effect here"),
         (["check", "folder", "--dat", "x"], "did you mean '--data'"),
     ],
 )

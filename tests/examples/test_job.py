@@ -18,6 +18,7 @@ from crossmodal import cli, recipes
 from crossmodal.data import sources
 from crossmodal.methods import METHODS
 from crossmodal.methods.variants import VARIANTS
+from crossmodal.recipes import data_sets
 from crossmodal.runs import preflight, session
 from crossmodal.tables import matches, published
 from crossmodal.training import evaluation
@@ -301,6 +302,34 @@ def test_the_time_of_rematching_is_a_share_of_an_epoch() -> None:
         (["unpaired-tiny", "--poor", "grey"], "--poor grey needs images of three colours"),
         (["unpaired-tiny", "--weights", "-1", "0", "0"], "weight task must be at least 0"),
         (["unpaired-tiny", "--rgb-bands", "0", "1", "2"], "--rgb-bands is for folders"),
+        (["tiny", "--memory", "nan"], "--memory must be at least 0, got nan"),
+        (["tiny", "--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["tiny", "--fresh", "--resume"], "fix: give one of them"),
+        (["tiny", "--method", "kd:weight=-1"], "weight must be a number of at least 0, got '-1'"),
+        (["tiny", "--method", "kd:temperature=-1"], "no method can be trained, so no teacher is"),
+        (["tiny", "--teacher", "vit_tiny_patch16_224"], "does not take images of 1x12x12 (Input"),
+        (["mnist", "--data", "somewhere"], "--data somewhere is not for mnist"),
+        (["mnist", "--download"], "--download is not for mnist"),
+        (["unpaired-tiny", "--match-weight", "-1"], "got -1.0; fix: --match-weight"),
+        (["unpaired-tiny", "--pseudo", "nois:1"], "--pseudo nois:1: unknown poverty 'nois'"),
+        (["unpaired-tiny", "--pseudo", "noise:a"], "--pseudo noise:a: 'a' is no number"),
+        # What nobody would read.
+        (["tiny", "--match-weight", "1"], "--match-weight has no effect here: it is for images"),
+        (["tiny", "--rematch-by", "pass"], "--rematch-by has no effect here"),
+        (["tiny", "--matcher", "resnet8"], "--matcher has no effect here"),
+        (["tiny", "--matcher-epochs", "1"], "fix: leave it out, or train unpaired-tiny"),
+        (["tiny", "--teacher-falling"], "unrecognized arguments: --teacher-falling"),
+        (
+            ["unpaired-tiny", "--matcher-labelled", "1"],
+            "unrecognized arguments: --matcher-labelled",
+        ),
+        (["tiny", "--amount", "0.5", "--poor", "blur:2"], "plain noise, and --poor is blur:2"),
+        (["tiny", "--amount", "0.5", "--poor", "noise:0.2"], "--amount has no effect here"),
+        (["eurosat", "--amount", "0.5"], "--amount has no effect here"),
+        (["tiny", "--labelled", "0.5"], "it is for few labels; fix: add --labels N"),
+        (["unpaired-tiny", "--labelled", "0.5", "--labels", "8"], "--labelled has no effect here"),
+        (["tiny", "--pad", "2", "--crop", "resized"], "crops are resized; fix: --crop pad"),
+        (["s2s_eu", "--student-momentum", "0.5"], "the optimizer is adam; fix: --optimizer sgd"),
         (["unpaired-tiny", "--limit", "4"], "leave a class of unpaired-tiny without an image"),
     ],
 )
@@ -314,6 +343,40 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in error
     assert error.count("\n") == 1
     assert trained == (["teacher resnet8"] if "1e30" in arguments else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("compare", ["unpaired-tiny"], "compare.py compares methods on pairs"),
+        ("sweep", ["unpaired-tiny"], "sweep.py compares methods on pairs"),
+        ("sweep", ["tiny", "--evaluate", "test"], "invalid choice: 'test'"),
+        ("sweep", ["tiny", "--group", "nosuch"], "unknown group 'nosuch'; known: baselines"),
+    ],
+)
+def test_what_a_script_does_not_do_is_refused(
+    kind: str, arguments: list[str], message: str, capsys: Shown
+) -> None:
+    assert cli.main(arguments, kind=kind) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_that_are_read_by_somebody_are_taken() -> None:
+    assert cli.parse(["tiny", "--amount", "0.5", "--poor", "noise"]).wanted.amount == 0.5
+    job = cli.parse(["unpaired-tiny", "--amount", "0.5", "--poor", "blur:2", "--pseudo", "noise"])
+    assert job.wanted.pseudo == "noise"
+    job = cli.parse(["unpaired-tiny", "--rematch-by", "pass", "--match-weight", "0.5"])
+    assert job.rematching.by == "pass"
+    assert cli.parse(["tiny", "--labels", "8", "--labelled", "0.5"]).wanted.labels == 8
+    both = cli.parse(["tiny", "--momentum", "0.5", "--teacher-optimizer", "adam"])
+    assert both.recipes["student"].momentum == 0.5
+    groups = cli.parse(["tiny", "--group", "baselines,dense"], kind="sweep").asked
+    assert len(groups) == 5
+
+
+def test_a_home_folder_behind_an_equals_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cli.parse(["tiny", "--out=~/runs"]).out == Path("/home/someone/runs")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
@@ -377,8 +440,9 @@ def test_recipes_fill_what_is_not_given(tmp_path: Path) -> None:
     assert job.seeds == (0, 1, 2)
     assert job.out == Path("runs/cifar10")
     short = cli.parse(
-        ["cifar10", "--epochs", "20", "--teacher-epochs", "30", "--seeds", "4,7", "--fresh-noise",
-         "--weight-decay", "0", "--matcher-lr", "0.5", "--no-flip", "--clip", "agc:0.1"]
+        ["unpaired-cifar10", "--epochs", "20", "--teacher-epochs", "30", "--seeds", "4,7",
+         "--fresh-noise", "--weight-decay", "0", "--matcher-lr", "0.5", "--no-flip",
+         "--clip", "agc:0.1"]
     )  # fmt: skip
     assert [short.recipes[role].epochs for role in recipes.ROLES] == [30, 20, 20]
     assert short.seeds == (4, 7)
@@ -418,10 +482,35 @@ def test_a_data_set_of_ones_own_is_an_entry_and_an_unknown_field_is_named(tmp_pa
     file.write_text('[mine]\nreder = "mnist"\nteacher = "resnet8"\nstudent = "resnet8"\n')
     with pytest.raises(ValueError, match="unknown field 'reder'; did you mean 'reader'"):
         cli.parse(["mine", "--recipes", str(file)])
+    file.write_text('[mine]\nlike = "tiny"\n[other]\nlike = "mine"\nbands = 3\n')
+    others = data_sets(file)
+    assert (others["other"].student, others["other"].bands) == ("resnet8x0_5", 3)
+    assert others["other"].train == others["tiny"].train
     file.write_text('[mine]\nteacher = "a"\nstudent = "b"\ntrain = { epocs = 3 }\n')
     with pytest.raises(
         ValueError, match="recipe of mine has an unknown field 'epocs'; did you mea"
     ):
+        cli.parse(["mine", "--recipes", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mine = 3", r"mine.toml \[mine\] must be a table of a data set's fields, got 3"),
+        ('[mine]\nlike = "tinny"', "unknown entry in mine.toml .* 'tinny'; did you mean 'tiny'"),
+        ('[mine]\nreader = "mnist"\nteacher = "a"', r"\[mine\] has no student; fix: add student"),
+        ('[mine]\nlike = "tiny"\nteacher = 3', "teacher must be a text, got 3"),
+        ('[mine]\nlike = "tiny"\ntrain = 3', "train must be a table, got 3"),
+        ('[mine]\nlike = "tiny"\nrgb = 3', "rgb must be a list, got 3"),
+        ('[mine]\nlike = "tiny"\ntrain = { epochs = "3" }', "epochs must be a whole number, got"),
+        ('[mine]\nlike = "tiny"\ntrain = { lr = true }', "lr must be a number, got True"),
+        ('[mine]\nlike = "tiny"\ntrain = { flip = 1 }', "flip must be true or false, got 1"),
+    ],
+)
+def test_a_wrong_field_of_an_own_entry_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"{text}\n")
+    with pytest.raises(ValueError, match=message):
         cli.parse(["mine", "--recipes", str(file)])
 
 
@@ -466,6 +555,16 @@ def test_the_scripts_run_from_the_repository_root(script: str) -> None:
         "unpaired-folder, unpaired-pairs, unpaired-ombria"
     )
     assert done.stderr == f"error: unknown data set 'nosuch'; known: {known}\n"
+
+
+@pytest.mark.parametrize("wrong", [("--limit", "5000"), ("--limit", "0"), ("--epochs", "0")])
+def test_the_smallest_training_never_trains_on_test_images(wrong: tuple[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/minimal.py", *wrong], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--limit must be 2 to 4000, and --epochs at least 1" in done.stderr
 
 
 def test_the_smallest_training_fits_a_screen_and_learns() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from crossmodal.data import Views, Wanted, open_views
 from crossmodal.data.decode import read_bands
+from crossmodal.data.folders import open_folder
 from crossmodal.recipes import data_sets
 from tests.examples.files import two_sides, values, write
 
@@ -58,6 +59,17 @@ def test_the_fraction_and_the_split_of_a_larger_set(tmp_path: Path) -> None:
     assert len(opened(rich, poor, test_fraction=0.5).poor) == 10
     with pytest.raises(ValueError, match=r"--test-fraction must lie in \(0, 1\), got 1.0"):
         opened(rich, poor, test_fraction=1.0)
+    with pytest.raises(ValueError, match=r"--test-fraction 0.99 leaves 2 class\(es\) without an"):
+        opened(rich, poor, test_fraction=0.99)
+
+
+def test_a_fraction_beside_images_for_testing_is_refused(tmp_path: Path) -> None:
+    for half in ("train", "test"):
+        rich, poor = two_sides(tmp_path, half=half)
+    with pytest.raises(ValueError, match=r"--test-fraction 0.3 has no effect: .*rich has images"):
+        opened(rich, poor, test_fraction=0.3)
+    with pytest.raises(ValueError, match=r"--test-fraction 0.3 has no effect: .*poor has images"):
+        open_folder(tmp_path / "poor", False, test_fraction=0.3)
 
 
 def test_a_size_brings_both_sides_to_it(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,12 @@ from torch import nn
 from crossmodal import models
 from crossmodal.data import Batches
 from crossmodal.recipes import data_sets
+from crossmodal.runs import session
 from crossmodal.runs.epochs import Epochs
+from crossmodal.runs.processes import HELPER
 from crossmodal.runs.progress import Show
 from crossmodal.runs.store import Checkpoint, Results, digest, key, write_atomically
+from crossmodal.tables import write
 from crossmodal.training.engine import Training, accelerator_for, fit
 from crossmodal.training.steps import fresh
 from tests.examples.test_engine import Quiet, Supervised
@@ -265,7 +270,17 @@ def test_committed_results_are_still_read(path: Path, tmp_path: Path) -> None:
     assert Results(tmp_path).runs() == runs
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"runs": [{"seed": 1}]}', '{"runs": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"runs": [{"seed": 1}]}',
+        '{"runs": 3}',
+        '{"runs": [{"method": "kd", "seed": 1, "config": {}}]}',
+    ],
+)
 def test_a_damaged_results_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results\.json is damaged .* fix: move it away"):
@@ -286,24 +301,116 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+# What torch's writer raises on a full disk depends on how far it came.
+FULL = (OSError(28, "No space left on device"), RuntimeError("enforce fail: unexpected pos 576"))
+
+
+@pytest.mark.parametrize("error", FULL, ids=["system", "torch"])
 def test_a_full_disk_loses_no_result(
-    tmp_path: Path, train: Train, trained: list[str], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: Exception, tmp_path: Path, train: Train, trained: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     save = torch.save
 
-    def full(content: object, path: Path) -> None:
+    def full(content: object, path: Path, **more: object) -> None:
         if "student-" in str(path) or "extra.pt" in str(path):
-            raise OSError(28, "No space left on device")
-        save(content, path)
+            raise error
+        save(content, path, **more)
 
     monkeypatch.setattr(torch, "save", full)
     assert train("--method", "alone", "--seeds", "1") == 0
     shown = capsys.readouterr().out
     assert "could not be kept" in shown
-    assert "could not be written: [Errno 28]" in shown
+    assert "could not be written: " in shown
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert run["accuracy"] >= 0
+
+
+@pytest.mark.parametrize("error", FULL, ids=["system", "torch"])
+def test_a_teacher_that_cannot_be_kept_is_told_in_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(content: object, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left|torch cannot write .*teacher"):
+        Checkpoint(tmp_path, "teacher", {}).save(torch.nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_knows_a_finished_teacher_and_asks_nothing_of_what_is_finished(
+    tmp_path: Path, train: Train, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = ("--seeds", "1", "--method", "alone")
+    with monkeypatch.context() as patched:
+        cut(patched, "alone", after=1)
+        assert train(*arguments) == 130
+    for place in (tmp_path / "epochs").iterdir():  # as if it was killed between the two
+        shutil.rmtree(place)
+    assert train(*arguments, "--resume") == 0
+    assert trained == ["teacher resnet8", "alone seed 0", "alone seed 0"]
+    with monkeypatch.context() as patched:
+        cut(patched, "teacher", after=1)
+        assert train(*arguments, "--teacher-lr", "0.01") == 130
+    capsys.readouterr()
+    assert train(*arguments, "--resume") == 0, capsys.readouterr().err
+
+
+def test_a_helper_is_not_asked_whether_it_resumes(
+    tmp_path: Path, train: Train, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HELPER, "any")
+    # Its job was looked at by the process that started it, and has since let go of its epochs.
+    assert train("--seeds", "1", "--method", "alone", "--resume") == 0
+    assert trained == ["teacher resnet8", "alone seed 0"]
+
+
+def test_helpers_end_with_the_process_that_started_them(
+    tmp_path: Path, train: Train, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def helpers(count: int, command: str) -> list[subprocess.Popen[bytes]]:
+        started.extend(subprocess.Popen(sleeping) for _ in range(count))
+        return started
+
+    monkeypatch.setattr(session, "helpers", helpers)
+    cut(monkeypatch, "alone", after=1)
+    assert train("--seeds", "2", "--method", "alone", "--jobs", "2") == 130
+    assert [helper.poll() for helper in started] == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"cpu, resnet8, batch 16": {}}'])
+def test_damaged_choices_of_the_precision_are_named(
+    content: str, tmp_path: Path, train: Train, trained: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "precision.json").write_text(content)
+    assert train("--precision", "auto", "--method", "alone") == 2
+    error = capsys.readouterr().err
+    assert "precision.json is damaged" in error
+    assert "fix: delete it" in error
+    assert trained == []
+
+
+def test_two_commands_that_end_at_once_both_have_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(path: Path, write_to: Callable[[Path], object]) -> None:
+        time.sleep(0.2)
+        write_atomically(path.with_name(path.name), write_to)
+
+    monkeypatch.setattr(write, "write_atomically", slow)
+    path = tmp_path / "results.md"
+    ends = [threading.Thread(target=write._put, args=(path, name, name)) for name in ("a", "b")]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
+    assert path.read_text().count("Made by") == 2
 
 
 def test_a_key_stands_for_its_settings() -> None:

@@ -30,7 +30,9 @@ def _checked(given: argparse.Namespace) -> int:
         )
     entry = known[given.dataset]
     poor, own = options(given, entry)
-    wanted = Wanted(given.data, given.download, poor=poor, amount=given.amount, options=own)
+    wanted = Wanted(
+        given.data, given.download, poor=poor, amount=given.amount, pseudo=given.pseudo, options=own
+    )
     found = check(entry, wanted)
     print("\n".join(found.lines))
     return int(found.bad > 0)

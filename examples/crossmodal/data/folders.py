@@ -10,7 +10,7 @@ from crossmodal.data.archives import fetched, network_told
 from crossmodal.data.decode import PHOTOS, TIFF, AlikeFiles
 from crossmodal.data.layouts import hint, refuse_another
 from crossmodal.data.sources import Images, Rows, Source, class_files
-from crossmodal.data.splits import TEST_FRACTION, for_test
+from crossmodal.data.splits import TEST_FRACTION, for_test, refuse_fraction
 
 _SUFFIXES = PHOTOS | TIFF
 _TESTS = ("test", "val")
@@ -49,6 +49,7 @@ def open_folder(
         )
     classes = _classes(halves[0] if halves else root)
     if halves:
+        refuse_fraction(root, test_fraction)
         if _classes(halves[1]) != classes:
             odd = sorted(set(classes) ^ set(_classes(halves[1])))
             raise ValueError(

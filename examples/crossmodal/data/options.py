@@ -20,13 +20,14 @@ def add_options(parser: Any) -> None:
     add("--download", action="store_true", help="fetch the data set into --data")
     poor = f"what makes one modality poor: {EXAMPLES}; for pairs, the poor side's folder"
     add("--poor", metavar="KIND|DIR", help=poor)
-    add("--amount", type=float, metavar="A", help="fraction of the pixels that noise replaces")
+    add("--amount", type=float, metavar="A", help="fraction that plain noise replaces")
     told = "without pairs, what makes the teacher's images poor for a bridge (as --poor)"
     add("--pseudo", default="", metavar="KIND", help=told)
     add("--rich", metavar="DIR", help="the rich side's folder, for pairs")
     add("--size", type=int, metavar="N", help="bring images to NxN, their middle kept")
     add("--classes", metavar="FILE", help="the classes of imagenet100, an id a line")
-    add("--test-fraction", type=float, metavar="F", help="where a folder has no test (0.2)")
+    told = "of the images, for testing; only where a folder has no test (0.2)"
+    add("--test-fraction", type=float, metavar="F", help=told)
 
 
 def options(given: argparse.Namespace, entry: DataSet) -> tuple[str, dict[str, Any]]:
@@ -45,6 +46,14 @@ def options(given: argparse.Namespace, entry: DataSet) -> tuple[str, dict[str, A
             raise ValueError(
                 f"--{name.replace('_', '-')} is not for {entry.name}, which has "
                 f"{known or 'no options of its own'}"
+            )
+    if given.amount is not None and not entry.scenes:
+        kinds = [poor or entry.poor, *filter(None, [given.pseudo])]
+        # A number behind the kind goes before the amount.
+        if not any(kind.rstrip(":") in ("noise", "noisy") for kind in kinds):
+            raise ValueError(
+                "--amount has no effect here: it is the amount of plain noise, and --poor is "
+                f"{' and '.join(kinds)}; fix: leave it out, or write noise:{given.amount:g}"
             )
     if found.get("size", 1) < 1:
         raise ValueError(f"--size must be at least 1, got {found['size']}")

@@ -9,7 +9,7 @@ import numpy as np
 from crossmodal.data.decode import SUFFIXES, AlikeFiles
 from crossmodal.data.layouts import hint, refuse_another
 from crossmodal.data.sources import Images, Source
-from crossmodal.data.splits import TEST_FRACTION, for_test
+from crossmodal.data.splits import TEST_FRACTION, for_test, refuse_fraction
 
 _LISTED = 5
 _TEST_NAMES = ("test", "val")
@@ -94,6 +94,8 @@ def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: s
     if halves[0] != halves[1]:
         said = [" and ".join(half) if half else "no split" for half in halves]
         raise ValueError(f"{rich} has {said[0]}, {poor} has {said[1]}; fix: split both sides alike")
+    if halves[0]:
+        refuse_fraction(rich, test_fraction)
     found = [_paired(rich / half, poor / half, name) for half in halves[0] or ("",)]
     classes = found[0][0]
     if len(found) == 2 and found[1][0] != classes:

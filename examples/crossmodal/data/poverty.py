@@ -191,9 +191,11 @@ KINDS: dict[str, Callable[[str], Poverty]] = {
 EXAMPLES = "noise:0.5, lowres:8, grey, blur:2, bands:3,2,1"
 
 
-def poverty(text: str, amount: float) -> Poverty:
+def poverty(text: str, amount: float, option: str = "--poor") -> Poverty:
     """``noise:0.5``, ``noise:0.3-0.9`` with an amount for each image, ``noise`` with the recipe's
     amount, ``lowres:8``, ``grey``, ``blur:2``, ``bands:3,2,1`` or ``bands:3,2,1@2750``.
+
+    ``option`` is where the text was given.
 
     Raises:
         ValueError: no such kind, an argument that is no number or missing, or one out of range.
@@ -201,17 +203,20 @@ def poverty(text: str, amount: float) -> Poverty:
     kind, _, argument = text.partition(":")
     kind = {"noisy": "noise"}.get(kind, kind)
     if kind not in KINDS:
-        raise ValueError(f"unknown poverty {kind!r}; {did_you_mean(kind, KINDS)}known: {EXAMPLES}")
+        raise ValueError(
+            f"{option} {text}: unknown poverty {kind!r}; {did_you_mean(kind, KINDS)}known: "
+            f"{EXAMPLES}"
+        )
     if kind == "grey" and argument:
-        raise ValueError(f"--poor {text}: grey takes no number")
+        raise ValueError(f"{option} {text}: grey takes no number")
     if not argument and kind not in ("noise", "grey"):
-        raise ValueError(f"--poor {text} needs a number; as in {EXAMPLES}")
+        raise ValueError(f"{option} {text} needs a number; as in {EXAMPLES}")
     try:
         return KINDS[kind](argument or str(amount))
     except ValueError as error:
         if "could not convert" not in str(error) and "invalid literal" not in str(error):
             raise
-        raise ValueError(f"--poor {text}: {argument!r} is no number; as in {EXAMPLES}") from error
+        raise ValueError(f"{option} {text}: {argument!r} is no number; as in {EXAMPLES}") from error
 
 
 def _noise(text: str) -> Noise:

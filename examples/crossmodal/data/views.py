@@ -135,7 +135,7 @@ def open_views(entry: DataSet, wanted: Wanted) -> Views:
                 f"the poor modality is made: not for {entry.name}"
             )
         if entry.unpaired:
-            pseudo = poverty(wanted.pseudo, amount) if wanted.pseudo else made_poor
+            pseudo = poverty(wanted.pseudo, amount, "--pseudo") if wanted.pseudo else made_poor
             views = _halved(views, entry.name, None if own else (made_poor, pseudo))
     return views if wanted.labels is None else _labelled(views, wanted.labels)
 
@@ -264,7 +264,7 @@ def _split(images: Half, wanted: Wanted, classes: int) -> tuple[Rows, Rows]:
 
 
 def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:
-    return rows if limit is None else rows[_some("limit", limit, labels[rows], classes, draw)]
+    return rows if limit is None else rows[_some("--limit", limit, labels[rows], classes, draw)]
 
 
 def _some(option: str, count: int, labels: Rows, classes: int, draw: int) -> Rows:

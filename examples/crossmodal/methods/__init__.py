@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -207,7 +208,15 @@ def _options(method: str, listed: str) -> dict[str, Any]:
             hint = did_you_mean(key, known) + f"write name=value with one of {', '.join(known)}"
             raise ValueError(f"method {method!r} has no option {item!r}; {hint}")
         found[key] = value(text)
+        if key == "weight" and not _is_weight(found[key]):
+            raise ValueError(
+                f"method {method!r}: weight must be a number of at least 0, got {text!r}"
+            )
     return found
+
+
+def _is_weight(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < math.inf
 
 
 def _split(listed: str) -> list[str]:

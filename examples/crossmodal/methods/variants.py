@@ -87,7 +87,8 @@ class Weights:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value >= 0:
-                raise ValueError(f"weight {name} must be at least 0, got {value}")
+                option = "--match-weight" if name == "match" else "--weights"
+                raise ValueError(f"weight {name} must be at least 0, got {value}; fix: {option}")
 
 
 def plan(

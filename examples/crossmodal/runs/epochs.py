@@ -52,7 +52,7 @@ class Epochs:
                 temporary.replace(place)
                 for old in self._found()[_KEPT:]:
                     shutil.rmtree(old)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer raises either
             shutil.rmtree(temporary, ignore_errors=True)
             self.tell(f"epoch {epoch} could not be kept: {error}; training goes on")
         accelerator.wait_for_everyone()

@@ -10,10 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
+from crossmodal.data import Images
 from crossmodal.recipes import Recipe
 from crossmodal.runs.epochs import SETTINGS
 from crossmodal.runs.processes import agreed, held
@@ -73,14 +76,30 @@ def check_device(name: str) -> None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 
+def check_network(role: str, name: str, network: nn.Module, images: Images) -> None:
+    """Refuse a network that does not take the images' size."""
+    shape = images.shape
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--{role} {name} does not take images of {'x'.join(map(str, shape))} ({reason}); fix: "
+            "another network, or --size N where the data set has it"
+        ) from error
+
+
 def check_resume(results: Results, wanted: Sequence[Checkpoint]) -> None:
     """Refuse ``--resume`` where nothing was kept, or epochs of another training."""
     kept = results.folder / "epochs"
     others = list(kept.glob(f"*/{SETTINGS}"))
-    if not others and not results.runs():
+    if not others and not results.runs() and not any(c.path.exists() for c in wanted):
         fix = "fix: leave it out, or name the folder of the run that was cut off"
         raise ValueError(f"--resume: nothing was kept in {results.folder}; {fix}")
     for checkpoint in wanted:
+        if checkpoint.path.exists():  # finished: epochs of others are no reason to refuse
+            continue
         found = [p for p in others if p.parent.name.startswith(f"{slug(checkpoint.role)}-")]
         if found and not (kept / checkpoint.name).exists():
             other = ", ".join(differing(json.loads(found[0].read_text()), checkpoint.settings))
@@ -111,11 +130,27 @@ def estimated(training: Training, device: str) -> float:
     return timed(training, device) * len(training.batches) * training.recipe.epochs
 
 
+def _choices(path: Path) -> dict[str, Any]:
+    """The precisions that were measured in a folder."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        for entry in found.values():
+            if not {"precision", "fp32_ms", "bf16_ms"} <= entry.keys():
+                raise ValueError("an entry lacks its times")
+    except (ValueError, AttributeError) as error:
+        told = f"{path} is damaged ({error}); fix: delete it, and the precision is measured again"
+        raise ValueError(told) from error
+    return dict(found)
+
+
 def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     """The recipes with their precision settled, and a line on how.
 
     ``auto`` times some steps in fp32 and in bf16 with channels-last images. The choice is kept in
-    ``--out``, so that the same command finds its own results however busy the machine is.
+    ``--out``, so that the same command finds its own results however busy the machine is, and is
+    taken over from the folders near it.
     """
     job, recipes = trainings.job, dict(trainings.recipes)
     student, path = recipes["student"], job.out / _CHOICES
@@ -127,16 +162,19 @@ def settled(trainings: Trainings) -> tuple[dict[str, Recipe], str]:
     bf16 = {"precision": "bf16", "channels_last": student.batch_size % 2 == 0}
     name = f"{PartialState().device.type}, {job.models['teacher']}, batch {student.batch_size}"
     with held(job.out, _CHOICES, waiting=lambda: None):
-        known = agreed(json.loads(path.read_text()) if path.exists() else {})
+        known = agreed(_choices(path))
         if name not in known:
-            # The teacher's step is the longer one, and the one that most depends on it.
-            tried = (replace(student, **fields) for fields in (fp32, bf16))
-            steps = (
-                replace(trainings, recipes={"teacher": one}).shared("teacher") for one in tried
-            )
-            plain, half = (1000 * timed(step, job.device, steps=5) for step in steps)
-            chosen = "bf16" if half < _WORTH * plain else "fp32"
-            entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
+            near = agreed([_choices(folder / _CHOICES) for folder in job.near])
+            entry = next((some[name] for some in near if name in some), None)
+            if entry is None:
+                # The teacher's step is the longer one, and the one that most depends on it.
+                tried = (replace(student, **fields) for fields in (fp32, bf16))
+                steps = (
+                    replace(trainings, recipes={"teacher": one}).shared("teacher") for one in tried
+                )
+                plain, half = (1000 * timed(step, job.device, steps=5) for step in steps)
+                chosen = "bf16" if half < _WORTH * plain else "fp32"
+                entry = {"precision": chosen, "fp32_ms": round(plain, 2), "bf16_ms": round(half, 2)}
             known = agreed({**known, name: entry})
             if PartialState().is_main_process:
                 write_json(path, known)

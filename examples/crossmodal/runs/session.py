@@ -21,6 +21,7 @@ from crossmodal.runs.processes import HELPER, agreed, held, helpers
 from crossmodal.runs.progress import Show
 from crossmodal.runs.settings import Settings
 from crossmodal.runs.store import Checkpoint, Results
+from crossmodal.runs.takeover import taken, taken_history, taken_run
 from crossmodal.runs.trainings import Trainings, let_go
 from crossmodal.training import evaluation
 from crossmodal.training.engine import Outcome, Training, accelerator_for, fit
@@ -57,7 +58,9 @@ class Session:
             for line in self.views.summary():
                 self.say(line)
         self.trainings = Trainings(job, self.views, job.recipes)
-        self.new_student()  # an unknown name is told now, the teacher's too
+        for role, images in (("teacher", self.views.rich), ("student", self.views.poor)):
+            network = self.trainings.network(role, 0)  # an unknown name is told now
+            preflight.check_network(role, job.models[role], network, images)
         recipes, line = preflight.settled(self.trainings)
         if line and not self.helper:
             self.say(line)
@@ -81,20 +84,32 @@ class Session:
         items = [(asked, seed) for asked in self.job.asked for seed in self.job.seeds]
         for asked in self.job.asked:
             self._describe(asked)
-        if self.job.resume:
-            wanted = [self.settings.checkpoint(*item) for item in items]
-            teacher = self.settings.shared_checkpoint("teacher")
-            preflight.check_resume(self.results, [teacher, *wanted])
         missing = [item for item in items if self._stored(*item) is None]
+        if self.job.resume and not self.helper:
+            wanted = [self.settings.shared_checkpoint("teacher")]
+            wanted += [self.settings.checkpoint(*item) for item in missing]
+            preflight.check_resume(self.results, wanted)
+        if missing and self.job.near and not self.job.fresh and not self.helper:
+            self._take_over(missing)
+            missing = [item for item in missing if self._stored(*item) is None]
         if missing and not self.helper:
             self._preflight(missing)
+        if all(asked.label in self.failed for asked in self.job.asked):
+            told = "; ".join(f"{label}: {error}" for label, error in self.failed.items())
+            raise ValueError(f"no method can be trained, so no teacher is: {told}")
         self._train_shared()
         count = 0 if self.helper else min(self.job.jobs, len(missing)) - 1
         others = helpers(count, self.job.command)
         self.show.runs = len(items)
-        self._work(items)
-        for other in others:
-            other.wait()
+        try:
+            self._work(items)
+        except BaseException:  # nobody is left who would tell of what they do
+            for other in others:
+                other.terminate()
+            raise
+        finally:
+            for other in others:
+                other.wait()
         if self.leads and not self.helper:
             self.results.write(self._header)
         stored = (self._found(asked, seed) for asked, seed in items)
@@ -136,7 +151,9 @@ class Session:
         left = [asked.label for asked, _ in missing if asked.label not in self.failed]
         total = sum(seconds[label] for label in left)
         for role in self._shared:
-            if not self.settings.shared_checkpoint(role).path.exists():
+            kept = self.settings.shared_checkpoint(role)
+            places = (replace(kept, folder=folder).path for folder in (kept.folder, *self.job.near))
+            if not any(place.exists() for place in places):
                 total += preflight.estimated(self.trainings.shared(role), self.job.device)
         time_left = timedelta(seconds=round(total / self.job.jobs))
         self.say(
@@ -175,6 +192,13 @@ class Session:
             if checkpoint.load_into(training.step.network):
                 self.say(f"{role} read from {checkpoint.path}")
                 return training.step.network
+            if (path := taken(checkpoint, self.job.near, training.step.network)) is not None:
+                if self.leads:
+                    checkpoint.save(training.step.network)
+                    taken_history(checkpoint, path.parent)
+                PartialState().wait_for_everyone()
+                self.say(f"{role} taken over from {path}")
+                return training.step.network
             outcome = self._fit(training, checkpoint)
             if self.leads:
                 checkpoint.save(outcome.network)
@@ -189,6 +213,27 @@ class Session:
         return Galleries.of(self.matcher, self.teacher, self.views, PartialState().device)
 
     # Students.
+
+    def _take_over(self, missing: list[tuple[Asked, int]]) -> None:
+        """Store what a folder near this one has finished of the very same settings."""
+        for asked, seed in missing:
+            checkpoint = self.settings.checkpoint(asked, seed)
+            with held(self.job.out, checkpoint.name) as mine:
+                if not mine:
+                    continue
+                wanted = asked.label, seed, checkpoint.settings
+                folder, run = agreed(taken_run(self.job.near, *wanted))
+                if run is None:
+                    continue
+                if self.leads:
+                    student = self.new_student()
+                    kept = seed == self.job.seeds[0]
+                    if kept and taken(checkpoint, [folder], student) is not None:
+                        checkpoint.save(student)
+                    taken_history(checkpoint, folder)
+                    self.results.write(self._header, run)
+                PartialState().wait_for_everyone()
+                self.say(f"{asked.label} seed {seed}: taken over from {folder}")
 
     def _work(self, items: list[tuple[Asked, int]]) -> None:
         """Train what no other process has taken, then wait for what they have."""
@@ -229,7 +274,7 @@ class Session:
             if seed == self.job.seeds[0]:
                 try:
                     checkpoint.save(outcome.network)
-                except (OSError, RuntimeError) as error:  # torch's writer raises either
+                except OSError as error:
                     self.show.warn(f"weights: {checkpoint.path} could not be written: {error}")
             training.keeper.clear()
         PartialState().wait_for_everyone()

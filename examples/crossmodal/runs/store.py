@@ -44,6 +44,19 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write_text(text))
 
 
+def save_tensors(content: Any, path: Path) -> None:
+    """``torch.save`` in one piece; of a disk that is full it says what other writers say of it.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    except RuntimeError as error:  # torch's own writer raises this
+        reason = next(iter(str(error).splitlines()), "")
+        raise OSError(f"torch cannot write {path} ({reason})") from error
+
+
 def lock(folder: Path, name: str) -> FileLock:
     """A lock of this folder; the system frees it when its holder dies."""
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
@@ -92,7 +105,7 @@ class Checkpoint:
         """Write the weights, their checksum and the settings."""
         weights = model.state_dict()
         content = {"weights": weights, "sha256": digest(weights), "settings": self.settings}
-        write_atomically(self.path, lambda path: torch.save(content, path))
+        save_tensors(content, self.path)
 
     def load_into(self, model: nn.Module) -> bool:
         """Load the weights if they are there; ValueError if damaged or of other settings."""
@@ -169,6 +182,8 @@ class Results:
             content = json.loads(self.path.read_text())
             for run in content["runs"]:
                 _identity(run)
+                if "accuracy" not in run and "failed" not in run:
+                    raise KeyError("accuracy")
             return dict(content)
         except (ValueError, KeyError, TypeError) as error:
             told = f"{self.path} is damaged ({error!r}); fix: move it away and run again"

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from crossmodal.cli import Parser, names, on_purpose, parse, reported
+from crossmodal.cli import Parser, names, on_purpose, parse, place, reported
 from crossmodal.near import looked_up
 from crossmodal.recipes import data_sets
 from crossmodal.runs.job import Job
@@ -152,9 +152,9 @@ def _job(
     if own.classes is not None and (column.dataset in takers or not takers):
         more += ["--classes", own.classes]
     networks = ["--teacher", column.teacher, "--student", column.student]
-    place = ["--out", str(cells.folder(out, column))]
+    own_out = ["--out", str(cells.folder(out, column))]
     return parse(
-        [column.dataset, *more, *networks, "--method", *methods, *place, *others], kind="compare"
+        [column.dataset, *more, *networks, "--method", *methods, *own_out, *others], kind="compare"
     )
 
 
@@ -177,6 +177,6 @@ def _parser() -> Parser:
     told = "where the images lie, or the folders DIR/<data set> that hold them"
     add("--data", type=Path, metavar="DIR", help=told)
     add("--classes", metavar="FILE", help="the classes of imagenet100, an id a line")
-    add("--out", type=Path, metavar="DIR", help="for all that is written (runs/reproduce)")
+    add("--out", type=place, metavar="DIR", help="for all that is written (runs/reproduce)")
     add("-h", "--help", action="store_true", help="print this; train.py --help has the others")
     return parser

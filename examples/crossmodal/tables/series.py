@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from crossmodal.cli import parse
+from crossmodal.cli import Parser, parse, place
+from crossmodal.data import open_views
 from crossmodal.methods import ALONE
-from crossmodal.runs.processes import concerns
+from crossmodal.runs.job import Job
+from crossmodal.runs.processes import HELPER, concerns
 from crossmodal.runs.session import Session
-from crossmodal.runs.store import write_atomically
+from crossmodal.runs.store import RESULTS, write_atomically
 from crossmodal.tables import report
 from crossmodal.tables.figures import LONE, drawing, palette
 from crossmodal.tables.write import write
@@ -51,27 +54,36 @@ class Axis:
 
 def own_options(script: str) -> argparse.ArgumentParser:
     """A parser of a script's own options, with ``--out``; the others are for ``train.py``'s."""
-    parser = argparse.ArgumentParser(
-        prog=script, allow_abbrev=False, add_help=False, exit_on_error=False
-    )
-    parser.add_argument("--out", type=Path)
+    parser = Parser(prog=script, allow_abbrev=False, add_help=False)
+    parser.add_argument("--out", type=place)
     return parser
 
 
 def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[str]) -> int:
-    """Run the jobs, each in a folder of its own; 1 where a method failed."""
+    """Run the jobs, each in a folder of its own; 1 where a method failed.
+
+    A job takes over what the folders beside its own have finished of the very settings, such as a
+    teacher and lone students that do not depend on the value.
+    """
     jobs = {}
     for value, more in axis.values.items():
         job = parse([*others, *more, "--out", "-"], kind="train")
         folder = out or Path("runs") / f"{axis.script}-{job.entry.name}"
-        place = str(folder / value.replace(":", "-"))
-        jobs[value] = parse([*others, *more, "--out", place], kind="train")
+        own = str(folder / value.replace(":", "-"))
+        jobs[value] = parse([*others, *more, "--out", own], kind="train")
+    if HELPER not in os.environ:
+        _check(list(jobs.values()))
+    begun = [value for value, job in jobs.items() if _begun(job)]
     console, found, failed, leads = Console(), {}, False, True
     for value, job in jobs.items():
         if not concerns(job.command):
             continue
         console.print(f"[bold]{axis.name}: {value}[/bold]")
-        session = Session(job, console)
+        others_there = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+        near = tuple(path for path in others_there if path != job.out)
+        # Where some value was begun, the others may be new.
+        resume = job.resume and (value in begun or not begun)
+        session = Session(replace(job, near=near, resume=resume), console)
         runs = session.run()
         leads = session.leads and not session.helper
         if leads:
@@ -86,6 +98,18 @@ def run(axis: Axis, others: Sequence[str], out: Path | None, command: Sequence[s
         draw(axis, found, places, folder / f"{axis.name}.png", title=job.title)
         console.print(Markdown(body))
     return int(failed)
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    """Open every job's images before the first is trained: a wrong value is refused at once."""
+    for job in jobs:
+        views = open_views(job.entry, job.wanted)
+        for images in filter(None, (views.poor, views.pseudo)):
+            _ = images.shape  # reads one, and makes it poor
+
+
+def _begun(job: Job) -> bool:
+    return any((job.out / name).exists() for name in (RESULTS, "epochs"))
 
 
 def markdown(axis: Axis, found: Found, title: str) -> str:

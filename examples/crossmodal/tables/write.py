@@ -13,7 +13,7 @@ from crossmodal.data.sources import stratified
 from crossmodal.methods import ALONE, METHODS
 from crossmodal.methods.variants import VARIANTS
 from crossmodal.runs.session import Run, Session
-from crossmodal.runs.store import key, write_atomically
+from crossmodal.runs.store import key, lock, write_atomically
 from crossmodal.tables import figures, matches, published, report
 from crossmodal.tables.samples import draw_samples
 from crossmodal.training import evaluation
@@ -78,13 +78,14 @@ def write(session: Session, runs: Sequence[Run], kind: str) -> None:
 def _put(path: Path, body: str, command: str) -> int:
     """Put a command's section into the file, in its old place or at the end; its place from 1."""
     mark = f"<!-- {key({'command': command})} -->"
-    old = path.read_text() if path.exists() else ""
-    sections = re.findall(
-        r"^(<!-- [0-9a-f]{8} -->)\n(.*?)(?=^<!-- [0-9a-f]{8} -->|\Z)", old, _PARTS
-    )
-    texts = dict(sections) | {mark: f"{body}\nMade by `{command}`.\n\n"}
-    whole = "".join(f"{name}\n{text}" for name, text in texts.items())
-    write_atomically(path, lambda file: file.write_text(whole))
+    with lock(path.parent, path.name):  # another command may end now
+        old = path.read_text() if path.exists() else ""
+        sections = re.findall(
+            r"^(<!-- [0-9a-f]{8} -->)\n(.*?)(?=^<!-- [0-9a-f]{8} -->|\Z)", old, _PARTS
+        )
+        texts = dict(sections) | {mark: f"{body}\nMade by `{command}`.\n\n"}
+        whole = "".join(f"{name}\n{text}" for name, text in texts.items())
+        write_atomically(path, lambda file: file.write_text(whole))
     return list(texts).index(mark) + 1
 
 
