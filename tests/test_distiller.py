@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import structkd
 from structkd import Criterion, CriterionSum, Distiller, FeatureCapture
@@ -217,6 +218,42 @@ def test_an_average_of_a_criterion_with_a_memory() -> None:
     averaged = average.module.criterion.head_s.net[0].weight
     assert not torch.equal(averaged, before)
     assert not torch.equal(averaged, head)
+
+
+@pytest.mark.parametrize("average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        {"type": "ContrastiveRepresentationLoss", "dataset_size": 9, "negatives": 4},
+        {"type": "ClassMeanKDLoss", "logits": torch.eye(5), "labels": torch.arange(5)},
+        {
+            "type": "ClassCORALLoss",
+            "embedding": torch.eye(10),
+            "labels": torch.arange(10) % 5,
+        },
+    ],
+    ids=lambda value: value.get("type", "average"),
+)
+def test_an_average_with_the_buffers_takes_every_memory(criterion, average) -> None:
+    whole = distiller(criterion)
+    mean = AveragedModel(whole, use_buffers=True, **average)
+    given = {"target": TARGET, "index": torch.arange(6)}
+    with torch.no_grad():
+        mean.update_parameters(whole)  # before the first step, where a memory is empty
+    for _ in range(2):
+        sum(whole(POOR, x_teacher=RICH, **given)[1].values()).backward()
+        mean.update_parameters(whole)
+    for module in (whole, mean.module):
+        module.eval()
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.reset_running_stats()
+        if hasattr(module.criterion, "bank_s"):
+            for bank in (module.criterion.bank_s, module.criterion.bank_t):
+                bank.fill_(0.1)
+    # The parameters did not move, so that what the average says is what the original says.
+    wanted, found = (module(POOR, x_teacher=RICH, **given)[1] for module in (whole, mean.module))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_state_dict_round_trip() -> None:

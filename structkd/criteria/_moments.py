@@ -133,7 +133,7 @@ def _samples(side: Tensor) -> int:
 def _sums(pair: Columns, level: Level | None) -> list[list[Tensor]]:
     """Returns the sums of all samples, or of each half."""
     x, t, whole, cut = pair
-    flat = _Sums.apply(x, t, level, whole, cut)
+    flat = _Sums.apply(*_stacked(x, t, level), level is not None, whole, cut)
     counts = [_samples(x)] if cut is None else [cut, _samples(x) - cut]
     each = len(flat) // len(counts)
     return [
@@ -152,32 +152,33 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, t: Tensor, level: Level | None, whole: bool, cut: int | None
+        own: Tensor, other: Tensor, columns: Tensor, centred: bool, whole: bool, cut: int | None
     ) -> tuple[Tensor, ...]:
-        columns = _stacked(x, t, level)
-        ctx.level, ctx.whole, ctx.cut = level, whole, cut
-        # The teacher's raw map need not outlive the forward where it gets no gradient.
-        ctx.save_for_backward(columns, x, t if ctx.needs_input_grad[1] else None)
+        width = len(own)
         found = []
         for part in _halves(columns, cut):
-            own, other = part[: len(x)], part[len(x) :]
+            own, other = part[:width], part[width:]
             if whole:
-                square, cross = torch.split(own @ part.T, [len(x), len(t)], dim=1)
+                square, cross = torch.split(own @ part.T, [width, len(other)], dim=1)
             else:
                 square, cross = _squares(own), own @ other.T
             found += [square, _squares(other), cross]
-            if level is not None:
+            if centred:
                 found += [own.sum(dim=1), other.sum(dim=1)]
         return tuple(found)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *sides, ctx.centred, ctx.whole, ctx.cut = inputs
+        ctx.save_for_backward(*sides)  # which share their memory
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        columns, x, t = ctx.saved_tensors
-        level, width = ctx.level, len(x)
+        own_columns, other_columns, columns = ctx.saved_tensors
+        width = len(own_columns)
         if torch.is_grad_enabled():  # the gradient's own gradient is wanted
-            other = columns[width:] if t is None else _shifted(t, level and level[1])
-            columns = torch.cat([_shifted(x, level and level[0]), other])
-        each = 3 if level is None else 5
+            columns = torch.cat([own_columns, other_columns])
+        each = 5 if ctx.centred else 3
         grads_s, grads_t = [], []
         for position, part in enumerate(_halves(columns, ctx.cut)):
             own, square_t, cross, *first = grads[position * each : (position + 1) * each]
@@ -191,25 +192,55 @@ class _Sums(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad = _product(cross.T, part[:width], first_t)
                 grads_t.append(torch.addcmul(grad, square_t[:, None], part[width:], value=2))
-        grad_s = _joined(grads_s).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_t = _joined(grads_t).view(t.shape) if ctx.needs_input_grad[1] else None
-        return grad_s, grad_t, None, None, None
+        grad_s = _joined(grads_s) if ctx.needs_input_grad[0] else None
+        grad_t = _joined(grads_t) if ctx.needs_input_grad[1] else None
+        return grad_s, grad_t, None, None, None, None
 
 
-def _stacked(x: Tensor, t: Tensor, level: Level | None) -> Tensor:
-    """Returns ``(C_s + C_t, N)``: both, shifted; in memory by sample where the student's is."""
+def _stacked(x: Tensor, t: Tensor, level: Level | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns both sides, shifted, and the buffer ``(C_s + C_t, N)`` that they lie in."""
     if torch.compiler.is_compiling():  # which makes one pass of it by itself
-        return torch.cat([_shifted(x, level and level[0]), _shifted(t, level and level[1])])
-    size = (len(x) + len(t), _samples(x))
-    by_sample = x.stride(0) == 1 and len(x) > 1
-    columns = x.new_empty(size[::-1]).T if by_sample else x.new_empty(size)
-    places = (columns[: len(x)].view(x.shape), columns[len(x) :].view(t.shape))
-    for place, side, shift in zip(places, (x, t), level or (None, None), strict=True):
-        if shift is None:
-            place.copy_(side)
-        else:
-            torch.sub(side, shift.view(-1, *[1] * (side.dim() - 1)), out=place)
-    return columns
+        own, other = _shifted(x, level and level[0]), _shifted(t, level and level[1])
+        return own, other, torch.cat([own, other]).detach()
+    both: tuple[Tensor, Tensor, Tensor] = _Stacked.apply(x, t, level)
+    return both
+
+
+class _Stacked(torch.autograd.Function):
+    """Copies both sides into one buffer, shifted, so that nothing holds on to the maps themselves.
+
+    In memory the buffer lies by sample where the student's map does.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, t: Tensor, level: Level | None) -> tuple[Tensor, Tensor, Tensor]:
+        size = (len(x) + len(t), _samples(x))
+        by_sample = x.stride(0) == 1 and len(x) > 1
+        columns = x.new_empty(size[::-1]).T if by_sample else x.new_empty(size)
+        own, other = columns[: len(x)], columns[len(x) :]
+        for rows, side, shift in zip((own, other), (x, t), level or (None, None), strict=True):
+            place = rows.view(side.shape)
+            if shift is None:
+                place.copy_(side)
+            else:
+                torch.sub(side, shift.view(-1, *[1] * (side.dim() - 1)), out=place)
+        return own, other, columns
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, t, _ = inputs
+        _, other, columns = output
+        ctx.shapes = x.shape, t.shape
+        # A gradient of zeros as large as the teacher's map would be made otherwise.
+        constants = (columns,) if ctx.needs_input_grad[1] else (other, columns)
+        ctx.mark_non_differentiable(*constants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(grads[:2], ctx.shapes, ctx.needs_input_grad[:2], strict=True)
+        return *(grad.view(shape) if needed else None for grad, shape, needed in pairs), None
 
 
 def _shifted(side: Tensor, mean: Tensor | None) -> Tensor:

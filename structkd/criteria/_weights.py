@@ -36,6 +36,13 @@ class Weighted(Criterion):
         """The weights by part; reading them waits for the device."""
         return dict(zip(self._parts, self._weights.tolist(), strict=True))
 
+    def _present(self) -> dict[str, Tensor]:
+        """Returns the weights by part as scalars that :meth:`set_weight` leaves as they are.
+
+        Autograd may hold them until ``backward()``, and a loop may change a weight before it.
+        """
+        return dict(zip(self._parts, self._weights.clone().unbind(), strict=True))
+
     def set_weight(self, name: str, weight: float) -> None:
         """Changes the weight of a part.
 

@@ -75,7 +75,7 @@ class ClassMeanKDLoss(Criterion):
         mean = (shares.T @ log_p.exp()) / count[:, None].clamp_min(1)
         mean[count == 0] = 1 / len(count)  # never read, but finite
         self.register_buffer("log_mean", mean.log().to(_wide(logits)))
-        self.register_buffer("present", count > 0)
+        self.register_buffer("present", _flags(count))
 
     @classmethod
     def arguments(
@@ -98,11 +98,12 @@ class ClassMeanKDLoss(Criterion):
                 f"got {classes}"
             )
         index, labelled = labels(target, batch, classes, reader=name, of=_OF)
-        _check_present(index, labelled, self.present)
+        present = self.present > 0
+        _check_present(index, labelled, present)
         log_t = self.log_mean.to(student.logits.dtype)[index]
         log_s = F.log_softmax(student.logits / self.temperature, dim=1)
         costs = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
-        costs = torch.where(self.present[index], costs, torch.nan)
+        costs = torch.where(present[index], costs, torch.nan)
         return {"ClassKD": self.temperature**2 * labelled_mean(costs, labelled, gather=self.gather)}
 
     def extra_repr(self) -> str:
@@ -190,7 +191,7 @@ class ClassCORALLoss(Criterion):
         )
         self.register_buffer("means", means)
         self.register_buffer("covariances", covariances)
-        self.register_buffer("present", count > 0)
+        self.register_buffer("present", _flags(count))
 
     @classmethod
     def arguments(
@@ -218,10 +219,11 @@ class ClassCORALLoss(Criterion):
                 f"pass student_projector=structkd.Projector({rows.shape[1]}, {width}, layers=1)"
             )
         index, labelled = labels(target, len(rows), classes, reader=name, of=_OF)
-        _check_present(index, labelled, self.present)
+        present = self.present > 0
+        _check_present(index, labelled, present)
         shares = F.one_hot(index, classes).to(rows.dtype) * labelled[:, None]
         count = shares.sum(dim=0)
-        lost = (count > 0) & ~self.present
+        lost = (count > 0) & ~present
         share = (count / count.sum().clamp_min(1)).masked_fill(lost, torch.nan)
         means, covariances = _moments(rows, shares)
         apart = (means - self.means.to(rows.dtype)).square().sum(dim=1) / width
@@ -266,6 +268,14 @@ def _finite(rows: Tensor, name: str) -> Tensor:
 def _wide(rows: Tensor) -> torch.dtype:
     """Returns the dtype to keep a teacher's statistics in, whatever precision it ran in."""
     return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _flags(count: Tensor) -> Tensor:
+    """Returns 1 where a class has a sample, else 0.
+
+    Numbers, not truths: torch's average of weights with its buffers subtracts them.
+    """
+    return (count > 0).float()
 
 
 def _one_hot(given: Tensor, rows: Tensor, classes: int | None) -> Tensor:

@@ -142,7 +142,8 @@ class ContrastiveRepresentationLoss(Criterion):
             rows = torch.empty(self.dataset_size, width)
             self.register_buffer(name, rows.uniform_(-bound, bound, generator=random))
         self.register_buffer("log_normalizer", torch.zeros(2))
-        self.register_buffer("normalized", torch.zeros(2, dtype=torch.bool))
+        # Numbers, not truths: torch's average of weights with its buffers subtracts them.
+        self.register_buffer("normalized", torch.zeros(2))
 
     @classmethod
     def arguments(
@@ -269,10 +270,13 @@ class ContrastiveRepresentationLoss(Criterion):
             summed = torch.logsumexp(gather_batch(summed[None], [1] * len(sizes)), dim=0)
         count = sum(sizes) * scores[0].shape[1]
         estimate = summed + math.log(self.dataset_size / count)
-        chosen = torch.where(self.normalized, self.log_normalizer, estimate)
+        known = self.normalized > 0
+        # Both are averaged alike, so that this is the normaliser in an average of weights, too.
+        kept = self.log_normalizer / torch.where(known, self.normalized, 1)
+        chosen = torch.where(known, kept, estimate)
         if learns:
             # A batch of NaN must not become the normaliser of the whole run.
-            sets = self.normalized | estimate.isfinite()
+            sets = known | estimate.isfinite()
             self.log_normalizer.copy_(torch.where(sets, chosen, 0))
             self.normalized.copy_(sets)
         return chosen

@@ -84,7 +84,9 @@ class CriterionSum(Weighted):
                 f"fields, got {describe(student)} and {describe(teacher)}"
             )
         merged: dict[str, Tensor] = {}
-        for (_, member), weight in zip(self._members(), self._weights.unbind(), strict=True):
+        weights = self._present()
+        for part, member in self._members():
+            weight = weights[part]
             for name, value in member.terms(student, teacher, target).items():
                 unique, count = name, 1
                 while unique in merged:

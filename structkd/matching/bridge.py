@@ -66,7 +66,8 @@ class BridgeLoss(Weighted):
         gather: Compute on the whole batch of all processes, by all of the criteria inside, too. It
             is on where one of them has it on, and where one trains by all processes in any case, as
             :class:`ContrastiveRepresentationLoss` does, for which the others would wait in vain on
-            a process without a row.
+            a process without a row. A criterion that holds a ``SyncBatchNorm`` needs it on for the
+            same reason.
 
     Shape:
         the student's features of the whole batch, logits ``(B, K)``, any float dtype; the teacher's
@@ -211,7 +212,7 @@ class BridgeLoss(Weighted):
                 f"{NO_LABEL} where a row has none: pass it as 3rd argument, or build the loss with "
                 "task_weight=0"
             )
-        weights = dict(zip(self._parts, self._weights.unbind(), strict=True))
+        weights = self._present()
         found: dict[str, Tensor] = {}
         if target is not None:
             target, known = known_labels(self.task, logits, target, labelled)

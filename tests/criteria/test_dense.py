@@ -282,6 +282,50 @@ def test_nothing_larger_than_the_maps_and_the_channels_is_built(options) -> None
     assert largest.numel <= student.numel() + teacher.numel()  # one buffer for both
 
 
+@every_form
+@pytest.mark.parametrize("widths", [(6, 9), (9, 6)])
+def test_the_graph_keeps_the_columns_and_no_wide_copy_of_the_maps(options, widths) -> None:
+    student = randn(0, 4, widths[0], 24, 24).bfloat16().requires_grad_()
+    teacher = randn(1, 4, widths[1], 24, 24).bfloat16()
+    criterion, kept = build(*widths, **options), {}
+
+    def note(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        value = criterion(student, teacher)
+    on_map = not options.get("adapter") and widths[0] > widths[1]
+    columns = 2 * widths[1] if on_map else sum(widths)
+    if on_map:
+        columns += widths[0]  # the convolution's own input
+    assert sum(kept.values()) < 1.1 * 4 * columns * student[:, 0].numel()
+    value.backward()
+    assert student.grad.isfinite().all()
+
+
+@every_form
+def test_a_map_that_is_overwritten_after_the_loss_changes_no_gradient(options) -> None:
+    leaf, teacher = randn(0, 3, 3, 4, 4).requires_grad_(), randn(1, 3, 4, 4, 4)
+    criterion = build(3, 4, **options)
+    (wanted,) = torch.autograd.grad(criterion(leaf, teacher), leaf)
+    student = 1.0 * leaf
+    value = criterion(student, teacher)
+    student.relu_()
+    (found,) = torch.autograd.grad(value, leaf)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@every_form
+def test_function_transforms_give_the_same_gradient(options) -> None:
+    student, teacher = randn(0, 3, 3, 4, 4).requires_grad_(), randn(1, 3, 4, 4, 4)
+    criterion = build(3, 4, **options)
+    (wanted,) = torch.autograd.grad(criterion(student, teacher), student)
+    found = torch.func.grad(lambda value: criterion(value, teacher))(student.detach())
+    torch.testing.assert_close(found, wanted)
+
+
 def test_stages_are_summed_and_layer_picks_them() -> None:
     maps_s = (randn(0, 4, 3, 6, 6), randn(1, 4, 5, 3, 3), randn(2, 4, 6, 2, 2))
     maps_t = (randn(3, 4, 4, 6, 6), randn(4, 4, 4, 3, 3), randn(5, 4, 8, 1, 1))

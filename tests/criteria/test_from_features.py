@@ -149,6 +149,20 @@ def test_a_weight_falls_to_zero_along_a_cosine_without_a_recompile() -> None:
             structkd.falling(step, steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_changes_before_backward_counts_from_the_next_step(dtype) -> None:
+    logits = torch.eye(4, dtype=dtype).requires_grad_()
+    teacher = structkd.Features(logits=torch.eye(4, dtype=dtype).flip(0))
+    sums = 3.0 * structkd.KDLoss(), structkd.BridgeLoss(structkd.KDLoss(), task_weight=0)
+    for criterion, name in zip(sums, ("KDLoss", "pair"), strict=True):
+        value = criterion(structkd.Features(logits=logits), teacher)
+        (wanted,) = torch.autograd.grad(value, logits, retain_graph=True)
+        criterion.set_weight(name, 7.0)
+        (found,) = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert criterion.weights[name] == 7.0
+
+
 def test_a_number_that_yaml_reads_as_text_is_told() -> None:
     feats = Features(logits=torch.eye(4))
     for said in ("weight: 1e-3", "temperature: 1e-3"):
