@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -78,3 +79,14 @@ def moments(images: Tensor, channel: int) -> tuple[float, float]:
     values = [float(value) for value in images[:, channel].flatten()]
     mean = sum(values) / len(values)
     return mean, sum((value - mean) ** 2 for value in values) / len(values)
+
+
+def grain(images: Tensor, channel: int) -> float:
+    """Root of the mean squared steps to the right, plus those down, of a channel."""
+    across, down = [], []
+    for image in images[:, channel].tolist():
+        for row in image:
+            across += [(b - a) ** 2 for a, b in itertools.pairwise(row)]
+        for row, below in itertools.pairwise(image):
+            down += [(b - a) ** 2 for a, b in zip(row, below, strict=True)]
+    return math.sqrt(sum(across) / len(across) + sum(down) / len(down))
