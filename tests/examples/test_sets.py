@@ -13,7 +13,7 @@ from tests.examples.files import two_sides, values, write
 
 SMALL = (
     *("--epochs", "1", "--seeds", "1", "--batch-size", "4", "--precision", "fp32"),
-    *("--teacher", "resnet8x0_5", "--student", "resnet8x0_5", "--matcher", "resnet8x0_5"),
+    *("--teacher", "resnet8x0_5", "--student", "resnet8x0_5"),
 )
 
 
@@ -67,7 +67,7 @@ def test_real_bands_without_pairs(
     tmp_path: Path, train: Callable[..., int], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = data("unpaired-eurosat", tmp_path / "data", monkeypatch)
-    more = ("--limit", "8", "--variant", "ssm")
+    more = ("--limit", "8", "--variant", "ssm", "--matcher", "resnet8x0_5")
     assert train(*arguments, *SMALL, *more, name="unpaired-eurosat", out=tmp_path / "out") == 0
     assert len(trained) == 3  # teacher, matcher, student
 
