@@ -29,14 +29,14 @@ UNREAD = {
     "student": (),
     "matcher": ("falling", "labelled"),
 }
-_TYPES: dict[str, Any] = {
-    "int": int, "float": (int, float), "str": str, "bool": bool, "Mapping": Mapping,
-    "tuple": (list, tuple),
-}  # fmt: skip
-_WORDS = {
-    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false",
-    "Mapping": "a table", "tuple": "a list",
-}  # fmt: skip
+_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "Mapping": (Mapping, "a table"),
+    "tuple": ((list, tuple), "a list"),
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam", "adamw"),
     "crop": ("pad", "resized"),
@@ -243,11 +243,9 @@ def checked(kind: type, values: Mapping[str, Any], where: str) -> Any:
                 raise ValueError(f"{where} has no {one.name}; fix: add {one.name} = ...")
             continue
         wanted, value = str(one.type).removeprefix("Annotated[").partition(",")[0], values[one.name]
-        allowed = _TYPES.get(wanted.partition("[")[0])
+        allowed, words = _TYPES.get(wanted.partition("[")[0], (object, ""))
         # Python takes true for a whole number, which nobody means.
-        odd = isinstance(value, bool) and wanted != "bool"
-        if allowed and (odd or not isinstance(value, allowed)):
-            raise ValueError(
-                f"{where}: {one.name} must be {_WORDS[wanted.partition('[')[0]]}, got {value!r}"
-            )
+        odd = words and isinstance(value, bool) and wanted != "bool"
+        if odd or not isinstance(value, allowed):
+            raise ValueError(f"{where}: {one.name} must be {words}, got {value!r}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -34,6 +34,11 @@ class Columns(NamedTuple):
     cut: int | None = None
 
 
+def by_channel(features: Tensor) -> Tensor:
+    """Returns ``(C, B, H W)`` of ``(B, C, H, W)``, a view where positions lie evenly in memory."""
+    return features.transpose(0, 1).flatten(2)
+
+
 class Moments(NamedTuple):
     """Means, and second moments divided by N.
 
@@ -119,15 +124,18 @@ def inverse_scale(square: Tensor, floor: float) -> Tensor:
 def _means(pairs: Sequence[Columns], gather: bool) -> list[Level | None]:
     with torch.no_grad():
         sums = [
-            [pair.student.new_full((1,), _samples(pair.student))]
-            + [side.flatten(1).sum(1) if side.dim() < 3 else side.sum((1, 2)) for side in pair[:2]]
-            for pair in pairs
+            [_count(x, _samples(x)), *(side.sum(tuple(range(1, side.dim()))) for side in (x, t))]
+            for x, t, _, _ in pairs
         ]
         return [(first / count, second / count) for count, first, second in _total(sums, gather)]
 
 
 def _samples(side: Tensor) -> int:
     return side[0].numel()
+
+
+def _count(side: Tensor, samples: int) -> Tensor:
+    return side.new_full((1,), samples)
 
 
 def _sums(pair: Columns, level: Level | None) -> list[list[Tensor]]:
@@ -137,7 +145,7 @@ def _sums(pair: Columns, level: Level | None) -> list[list[Tensor]]:
     counts = [_samples(x)] if cut is None else [cut, _samples(x) - cut]
     each = len(flat) // len(counts)
     return [
-        [x.new_full((1,), count), *flat[position * each : (position + 1) * each]]
+        [_count(x, count), *flat[position * each : (position + 1) * each]]
         for position, count in enumerate(counts)
     ]
 

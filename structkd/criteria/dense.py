@@ -19,7 +19,7 @@ from structkd.criteria._maps import (
     common_positions,
     map_pairs,
 )
-from structkd.criteria._moments import UNKNOWABLE, Columns, inverse_scale, moments
+from structkd.criteria._moments import UNKNOWABLE, Columns, by_channel, inverse_scale, moments
 from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion
 from structkd.distributed import rank, shard_sizes
@@ -211,7 +211,7 @@ class DenseStructureLoss(Criterion):
         weights = [weight[:, :, 0, 0] for weight in self.convs.parameters()]
         on_sums = [weight.shape[1] <= weight.shape[0] for weight in weights]
         pairs = [
-            Columns(_columns(map_s if sums else conv(map_s)), _columns(map_t), whole=sums)
+            Columns(by_channel(map_s if sums else conv(map_s)), by_channel(map_t), whole=sums)
             for (map_s, map_t), conv, sums in zip(maps, self.convs, on_sums, strict=True)
         ]
         stages = []
@@ -220,7 +220,12 @@ class DenseStructureLoss(Criterion):
             var_s = _mapped_variance(value.spread_s, weight) if sums else value.spread_s
             scale_s = inverse_scale(var_s, self.floor)[:, None]
             cross = value.cross * inverse_scale(value.var_t, self.floor)
-            stages.append(_squares(scale_s * weight if sums else scale_s, cross, sums))
+            if sums and 2 * len(cross) <= len(weight):
+                stages.append(_through_few(scale_s * weight, cross))
+                continue
+            correlation = scale_s * weight @ cross if sums else scale_s * cross
+            others = off_diagonal(correlation).square().sum()
+            stages.append((correlation.diagonal(), others))
         return stages
 
     def _closed_form(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -230,7 +235,7 @@ class DenseStructureLoss(Criterion):
         before = sum(sizes[: rank()]) if self.gather else 0
         pairs = []
         for map_s, map_t in maps:
-            x, y = _columns(map_s), _columns(map_t)
+            x, y = by_channel(map_s), by_channel(map_t)
             positions = map_s.shape[2] * map_s.shape[3]
             cut = cut_at(sum(sizes) * positions, len(x), self.split)
             if cut is not None:  # of the whole batch: this process may lie on either side
@@ -259,30 +264,21 @@ class DenseStructureLoss(Criterion):
                     )
 
 
-def _columns(features: Tensor) -> Tensor:
-    """Returns ``(C, B, H W)`` of ``(B, C, H, W)``, a view where positions lie evenly in memory."""
-    return features.transpose(0, 1).flatten(2)
-
-
 def _mapped_variance(spread: Tensor, weight: Tensor) -> Tensor:
     """Returns the variances of ``weight x``."""
     # Rounding can leave what is 0 just below it; NaN passes through clamp.
     return (weight @ spread * weight).sum(dim=1).clamp_min(0)
 
 
-def _squares(left: Tensor, right: Tensor, product: bool) -> tuple[Tensor, Tensor]:
-    """Returns the diagonal of C and the sum of its other squares.
+def _through_few(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the diagonal of ``left @ right`` and the sum of its other squares.
 
-    C is ``left @ right``, or with rows scaled by ``left (d, 1)`` it is ``left * right``. Of a
-    product ``(d, C_s) @ (C_s, d)`` through few channels it is never built.
+    The ``(d, d)`` product is never built: ``left`` is ``(d, C_s)`` with C_s well below d.
     """
-    if product and 2 * len(right) <= len(left):
-        diagonal = (left * right.T).sum(dim=1)
-        others = cross_product_energy(left.T, right) - diagonal.square().sum()
-        # Rounding can leave the difference just below zero; NaN passes through clamp.
-        return diagonal, others.clamp_min(0)
-    correlation = left @ right if product else left * right
-    return correlation.diagonal(), off_diagonal(correlation).square().sum()
+    diagonal = (left * right.T).sum(dim=1)
+    others = cross_product_energy(left.T, right) - diagonal.square().sum()
+    # Rounding can leave the difference just below zero; NaN passes through clamp.
+    return diagonal, others.clamp_min(0)
 
 
 def _enabled(terms: Sequence[str] | None, adapter: str, diagonal: str) -> tuple[str, ...]:

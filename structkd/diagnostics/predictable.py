@@ -8,7 +8,7 @@ from torch import Tensor
 from structkd._checks import describe, number
 from structkd.criteria._closed_form import cut_at, predicted_share
 from structkd.criteria._maps import common_positions
-from structkd.criteria._moments import Columns, moments
+from structkd.criteria._moments import Columns, by_channel, moments
 
 
 def predictable_share(
@@ -63,12 +63,9 @@ def predictable_share(
         torch.promote_types(features_s.dtype, features_t.dtype), torch.float32
     )
     wide = (features_s.detach().to(dtype), features_t.detach().to(dtype))
-    x, y = (
-        value.transpose(0, 1).flatten(1)
-        for value in common_positions(*wide, "features_s and features_t")
-    )
-    if x.shape[1] < 2:
-        raise ValueError(f"the features must have at least 2 positions, got {x.shape[1]}")
-    pair = Columns(x, y, whole=True, cut=cut_at(x.shape[1], len(x), split))
+    x, y = map(by_channel, common_positions(*wide, "features_s and features_t"))
+    if (positions := x[0].numel()) < 2:
+        raise ValueError(f"the features must have at least 2 positions, got {positions}")
+    pair = Columns(x, y, whole=True, cut=cut_at(positions, len(x), split))
     with torch.autocast(x.device.type, enabled=False):
         return predicted_share(*moments([pair]), ridge=number("ridge", ridge, above=0), floor=0.0)

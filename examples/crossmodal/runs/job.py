@@ -41,7 +41,7 @@ class Job:
     tensorboard: bool
     fresh: bool  # train students again that results.json already has
     resume: bool  # refuse to start anew
-    near: tuple[Path, ...] = ()  # folders whose finished networks and runs are taken over
+    near: tuple[Path, ...]  # folders whose finished networks and runs are taken over
 
     @property
     def matched(self) -> bool:

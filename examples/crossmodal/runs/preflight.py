@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import nn
 
 from crossmodal.data import Images
+from crossmodal.errors import first_line
 from crossmodal.recipes import Recipe
 from crossmodal.runs.epochs import SETTINGS
 from crossmodal.runs.processes import agreed, held
@@ -83,10 +84,9 @@ def check_network(role: str, name: str, network: nn.Module, images: Images) -> N
         with torch.no_grad():
             network.eval()(torch.zeros(1, *shape))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"--{role} {name} does not take images of {'x'.join(map(str, shape))} ({reason}); fix: "
-            "another network, or --size N where the data set has it"
+            f"--{role} {name} does not take images of {'x'.join(map(str, shape))} "
+            f"({first_line(error)}); fix: another network, or --size N where the data set has it"
         ) from error
 
 

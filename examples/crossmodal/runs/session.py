@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from crossmodal.data import Images, open_views
+from crossmodal.errors import first_line
 from crossmodal.runs import preflight
 from crossmodal.runs.epochs import Epochs
 from crossmodal.runs.job import Asked, Job
@@ -125,7 +126,7 @@ class Session:
             described = asked.plan.described(training.step.criterion)
             let_go(training)
         except _FAILURES as error:
-            self.failed[asked.label] = _line(error)
+            self.failed[asked.label] = first_line(error)
             described = {"supervision": asked.plan.supervision, "plan": asked.plan.name}
         self.settings.losses[asked.label] = described
 
@@ -139,7 +140,7 @@ class Session:
                 seconds[label] = preflight.estimated(training, self.job.device)
                 let_go(training)
             except _FAILURES as error:
-                self.failed[label] = _line(error)
+                self.failed[label] = first_line(error)
         for asked, seed in missing:
             if (error := self.failed.get(asked.label)) is not None:
                 self._store(self._blank(asked, seed) | {"failed": error, "error": "preflight"})
@@ -265,7 +266,7 @@ class Session:
             training = self.trainings.student(asked, seed, self.teacher)
             outcome = self._distil(asked, training, checkpoint, run)
         except _FAILURES as error:
-            run |= {"failed": _line(error), "error": type(error).__name__}
+            run |= {"failed": first_line(error), "error": type(error).__name__}
             self.show.end()
         # The result first: where the disk is full the weights are the smaller loss.
         self._store(run)
@@ -345,10 +346,6 @@ class Session:
             return run
         # Nothing is random: what diverged diverges again. Other errors may have been mended.
         return run if run.get("error") in (None, "FloatingPointError") else None
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _told(run: Run | None) -> str:

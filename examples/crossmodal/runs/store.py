@@ -22,6 +22,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import structkd
+from crossmodal.errors import first_line
 
 RESULTS, LOCKS = "results.json", ".locks"
 _PACKAGES = ("torch", "timm", "numpy")
@@ -53,8 +54,7 @@ def save_tensors(content: Any, path: Path) -> None:
     try:
         write_atomically(path, lambda temporary: torch.save(content, temporary))
     except RuntimeError as error:  # torch's own writer raises this
-        reason = next(iter(str(error).splitlines()), "")
-        raise OSError(f"torch cannot write {path} ({reason})") from error
+        raise OSError(f"torch cannot write {path} ({first_line(error)})") from error
 
 
 def lock(folder: Path, name: str) -> FileLock:
