@@ -93,10 +93,11 @@ def parse(arguments: Sequence[str], *, kind: str = "train") -> Job:
     given.data_dir, (given.poor, given.options) = given.data, options(given, entry)
     common = _given(given)
     recipes = {role: entry.recipe(role, common, _given(given, f"{role}_")) for role in ROLES}
-    refuse_unread(given, entry, recipes)
+    asked = _asked(given, entry, kind)
+    refuse_unread(given, entry, recipes, asked)
     values = {
         "wanted": Wanted(**{f.name: getattr(given, f.name) for f in fields(Wanted)}),
-        "asked": _asked(given, entry, kind),
+        "asked": asked,
         "seeds": _seeds(given.seeds),
         "models": {
             role: getattr(given, role) or getattr(entry, role) or entry.teacher for role in ROLES
@@ -154,7 +155,7 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
         weights = Weights(*given.weights, **match)
         variant, made = row(name, given.criterion or "kd", weights)
-        if given.labels is not None and variant.first != "none":
+        if given.labels is not None and (variant.matched or variant.soft):
             raise ValueError(
                 f"--labels: {name} matches every image by its label, also those that have none; "
                 f"rows without matches are {ALONE}, {BRIDGE} and {BRIDGE}+METHOD"

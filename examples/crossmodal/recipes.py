@@ -188,6 +188,9 @@ class DataSet:
         values = {**common, **getattr(self, f"{role}_recipe")}
         if self.unpaired and role != "matcher":  # half the images: twice the passes
             values["epochs"] = 2 * values.get("epochs", Recipe.epochs)
+        if self.matched and role == "student":
+            # Made images are never quite like real ones, and the end is the student's own.
+            values.setdefault("falling", True)
         own_only = {
             "teacher": UNREAD["teacher"],
             "matcher": _MATCHER.keys() - {"epochs"},

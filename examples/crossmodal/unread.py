@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from crossmodal.recipes import PREFIX, ROLES, DataSet, Recipe
+from crossmodal.runs.job import Asked
 
 # Of the matcher, of matches and of free pairs, beside --variant, --criterion and --weights.
 _MATCHED = ("matcher", "match_weight", "rematch_by")
 
 
-def refuse_unread(given: argparse.Namespace, entry: DataSet, recipes: Mapping[str, Recipe]) -> None:
+def refuse_unread(
+    given: argparse.Namespace,
+    entry: DataSet,
+    recipes: Mapping[str, Recipe],
+    asked: Sequence[Asked],
+) -> None:
     """Refuse what has no effect on this data set, or beside the other options.
 
     Raises:
         ValueError: names the first such option, why nobody reads it and what would.
     """
-    for name, reason in (*_of_the_job(given, entry), *_of_the_recipes(given, entry, recipes)):
+    for name, reason in (
+        *_of_the_job(given, entry),
+        *_of_the_recipes(given, entry, recipes, asked),
+    ):
         raise ValueError(f"--{name.replace('_', '-')} has no effect here: {reason}")
 
 
@@ -35,7 +44,10 @@ def _of_the_job(given: argparse.Namespace, entry: DataSet) -> Iterator[tuple[str
 
 
 def _of_the_recipes(
-    given: argparse.Namespace, entry: DataSet, recipes: Mapping[str, Recipe]
+    given: argparse.Namespace,
+    entry: DataSet,
+    recipes: Mapping[str, Recipe],
+    asked: Sequence[Asked],
 ) -> Iterator[tuple[str, str]]:
     for name, own, whose in _given(given):
         some = [recipes[role] for role in whose]
@@ -47,6 +59,8 @@ def _of_the_recipes(
             yield own, "crops are resized; fix: --crop pad, or leave it out"
         elif name == "momentum" and all(recipe.optimizer != "sgd" for recipe in some):
             yield own, f"the optimizer is {some[0].optimizer}; fix: --optimizer sgd"
+        elif name == "falling" and not any(row.falls for row in asked):
+            yield own, "no row here distils over pairs, true or free; fix: add one, or leave it out"
 
 
 def _given(given: argparse.Namespace) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -78,9 +78,12 @@ def test_finished_runs_are_skipped_and_missing_ones_trained(
     trained.clear()
     train("--method", "kd", "--seeds", "1", "--amount", "0.7")  # changes students, but no teacher
     assert trained == ["kd seed 0"]
+    trained.clear()
+    train("--method", "alone", "kd", "--seeds", "1", "--falling")  # nothing of `alone` falls
+    assert trained == ["kd seed 0"]
     text = (tmp_path / "results.md").read_text()
-    assert text.count("Made by") == 5  # a table a command
-    assert text.count("| alone |") == 3
+    assert text.count("Made by") == 6  # a table a command
+    assert text.count("| alone |") == 4
 
 
 def test_a_new_field_of_the_recipe_leaves_results_known(
@@ -218,6 +221,12 @@ def test_an_unpaired_job_end_to_end_and_again(
     assert train(*more, "--epochs", "2", name="unpaired-tiny") == 0
     assert trained == ["matcher", "kd matching (SSM) seed 0"]
     trained.clear()
+    # Free pairs weigh less and less; nothing else that is published or has no teacher does.
+    rows = ("--variant", "alone", "bridge", "bridge+dense:weight=5", "random", "--seeds", "1")
+    assert train("--no-falling", *rows, "--epochs", "2", name="unpaired-tiny") == 0
+    assert trained == ["bridge + dense:weight=5 seed 0"]
+    assert "falling" not in runs(tmp_path)[-1]["config"]["training"]
+    trained.clear()
     # Rows without matches need no matcher.
     rows = ("--variant", "bridge+fitnets", "bridge+kd+ds+ssm+dynm", "--seeds", "1", "--epochs", "2")
     assert train(*rows, name="unpaired-tiny") == 0
@@ -227,13 +236,17 @@ def test_an_unpaired_job_end_to_end_and_again(
     ]
     trained.clear()
     # Matches of ours, for the bridge alone.
-    names = [f"bridge+{name}" for name in ("sure", "neighbours", "class")]
+    names = [f"bridge+{name}" for name in ("sure", "neighbours", "class", "coral")]
     assert train("--variant", *names, *rows[3:], name="unpaired-tiny") == 0
     assert trained == [
         "bridge + kd of sure teachers, planned seed 0",
         "bridge + kd of neighbours' mean seed 0",
         "bridge + kd of the class's mean seed 0",
+        "bridge + CORAL by class seed 0",
     ]
+    terms = runs(tmp_path)[-1]["terms"]
+    assert list(terms) == ["task", "match/ClassCORAL-covariance", "match/ClassCORAL-mean"]
+    assert all(value > 0 for value in terms.values())
     trained.clear()
     few = ("--labels", "8", "--variant", "alone", "bridge", "bridge+kd", "--seeds", "1")
     assert train(*few, "--epochs", "1", "--out", str(tmp_path / "few"), name="unpaired-tiny") == 0
@@ -330,6 +343,8 @@ def test_the_time_of_rematching_is_a_share_of_an_epoch() -> None:
         (["unpaired-tiny", "--labelled", "0.5", "--labels", "8"], "--labelled has no effect here"),
         (["tiny", "--pad", "2", "--crop", "resized"], "crops are resized; fix: --crop pad"),
         (["s2s_eu", "--student-momentum", "0.5"], "the optimizer is adam; fix: --optimizer sgd"),
+        (["tiny", "--falling", "--method", "alone"], "no row here distils over pairs"),
+        (["unpaired-tiny", "--no-falling", "--variant", "full"], "--falling has no effect here"),
         (["unpaired-tiny", "--limit", "4"], "leave a class of unpaired-tiny without an image"),
     ],
 )

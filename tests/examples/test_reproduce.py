@@ -295,6 +295,13 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     found = cells.stored(tmp_path, table, first)
     assert found is not None
     assert (found.teacher, found.rows["kd"].accuracies) == (None, (20.0,))
+    falling = {"epochs": 5, "falling": True}  # nothing of the lone student falls
+    Results(place).write({}, one("kd", 2, 65.0, training=falling | {"seed": 2}))
+    cells.record(tmp_path, first, common | {"training": falling}, [])
+    found = cells.stored(tmp_path, table, first)
+    assert found is not None
+    rows = {name: row.accuracies for name, row in found.rows.items()}
+    assert rows == {"alone": (50.0, 52.0), "kd": (65.0,)}
     (place / "columns.json").write_text("{")
     with pytest.raises(ValueError, match=r"columns.json is damaged .*fix: move it away"):
         cells.stored(tmp_path, table, first)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import structkd
 from crossmodal.near import did_you_mean, looked_up
@@ -33,9 +33,20 @@ class Setup:
 
     samples: int
     batch_size: int
+    read: Callable[[], tuple[Tensor, Tensor]] | None = None  # see `taught`
+
+    @cached_property
+    def taught(self) -> dict[str, Tensor]:
+        """The teacher's embedding of its own set and the labels there, read when first asked."""
+        if self.read is None:
+            raise ValueError("this criterion reads the teacher's own set, which is not at hand")
+        embedding, labels = self.read()
+        return {"$embedding": embedding, "$labels": labels}
 
     def fill(self, option: object) -> object:
-        """An option of the registry with the data's number in place of its name."""
+        """An option of the registry with what the data have in place of its name."""
+        if option in ("$embedding", "$labels"):
+            return self.taught[str(option)]
         names = {
             "$samples": self.samples,
             "$batch_size": min(self.batch_size, self.samples),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
+from crossmodal.methods import ALONE, METHODS, Method, Options, Plan, resolve
 from crossmodal.near import looked_up
 
 
@@ -21,7 +21,8 @@ class Variant:
     class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and ``itself``
     the student's own image in the rich modality, which without pairs only a reference has.
     ``neighbours`` and ``class`` are means of what the teacher says: of the images that the matcher
-    finds nearest in the class, and of the whole class.
+    finds nearest in the class, and of the whole class. ``moments`` has no match either: the
+    teacher's embedding of its whole set, by class, is what the student's is to be spread like.
     """
 
     title: str  # its name in the table; {} is the criterion
@@ -30,6 +31,11 @@ class Variant:
     aligned: bool = False  # SKA is added
     planned: bool = False  # matches come from a plan that limits a teacher image's share
     reliable: bool = False  # only teacher images that are right and sure are matched
+
+    @property
+    def matched(self) -> bool:
+        """Whether a teacher image stands beside every student image."""
+        return self.first not in ("none", "neighbours", "class", "moments")
 
     @property
     def chosen(self) -> bool:
@@ -67,7 +73,12 @@ MATCHES: Mapping[str, Variant] = {
     "sure": Variant("{} of sure teachers, planned", dynamic=True, planned=True, reliable=True),
     "neighbours": Variant("{} of neighbours' mean", "neighbours"),
     "class": Variant("{} of the class's mean", "class"),
+    "coral": Variant("CORAL by class", "moments"),
 }
+_CORAL = Method(
+    "CORAL by class", "structure", "ClassCORALLoss",
+    options={"embedding": "$embedding", "labels": "$labels"},
+)  # fmt: skip
 BRIDGES = (BRIDGE, f"{BRIDGE}+{FREE_PAIRS}")  # the rows over it that a table has by default
 PAIRS = Variant("{}", "itself")  # what every method of a paired job is
 
@@ -102,6 +113,10 @@ def plan(
     """
     if variant.first == "none":
         return replace(resolve(ALONE), name=variant.title)
+    if variant.first == "moments":
+        return Plan(
+            variant.title, (("coral", _CORAL),), weights.task, weights={"coral": weights.kd}
+        )
     chosen = resolve(criterion, options)
     if not chosen.parts:
         raise ValueError(f"--criterion must name a criterion, got {criterion!r}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crossmodal.data import Wanted
 from crossmodal.methods import Plan
-from crossmodal.methods.variants import Variant
+from crossmodal.methods.variants import PAIRS, Variant
 from crossmodal.recipes import DataSet, Recipe
 from crossmodal.training.matching import Rematching
 
@@ -20,6 +20,15 @@ class Asked:
     label: str
     plan: Plan
     variant: Variant
+
+    @property
+    def falls(self) -> bool:
+        """Whether ``falling`` is for it: over pairs, true or free; published matches are not."""
+        return self.plan.taught and (self.plan.bridged or self.variant == PAIRS)
+
+    def recipe(self, students: Recipe, seed: int) -> Recipe:
+        """The students' recipe for this row; what it does not read is no setting of its result."""
+        return replace(students, seed=seed, falling=students.falling and self.falls)
 
 
 @dataclass(frozen=True)

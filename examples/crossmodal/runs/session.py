@@ -166,8 +166,9 @@ class Session:
 
     @property
     def _shared(self) -> tuple[str, ...]:
-        chosen = any(asked.variant.first != "none" for asked in self.job.asked)
-        return ("teacher", "matcher") if self.job.matched and chosen else ("teacher",)
+        variants = [asked.variant for asked in self.job.asked]
+        gathered = any(variant.matched or variant.soft for variant in variants)
+        return ("teacher", "matcher") if self.job.matched and gathered else ("teacher",)
 
     def _train_shared(self) -> None:
         """The teacher, and the matcher where one is needed: from their checkpoints, or trained."""
@@ -286,7 +287,7 @@ class Session:
             run["trace"] = {}
             if asked.variant.soft:
                 training.step.soft.copy_(self.galleries.soft(asked.variant.first))
-            elif asked.variant.first != "none":
+            elif asked.variant.matched:
                 training.choose = self.trainings.chooser(asked, training, self.galleries)
         outcome = self._fit(training, where)
         let_go(training)

@@ -57,9 +57,9 @@ class Settings:
         }
 
     def student(self, asked: Asked, seed: int) -> dict[str, Any]:
-        job, variant, recipe = self.job, asked.variant, self.recipes["student"]
+        job, variant, recipe = self.job, asked.variant, asked.recipe(self.recipes["student"], seed)
         found = self.common | {
-            "training": replace(recipe, seed=seed).settings,
+            "training": recipe.settings,
             "loss": self.losses[asked.label],
         }
         if not asked.plan.taught:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from crossmodal.data import Batches, Images, MixedBatches, Views
 from crossmodal.methods import Setup
@@ -17,6 +18,7 @@ from crossmodal.runs.job import Asked, Job
 from crossmodal.training.engine import Training
 from crossmodal.training.matching import Chooser, Galleries, new_matcher, outputs
 from crossmodal.training.steps import Distilled, Matching, Step, Supervised, fresh
+from structkd import FeatureCapture
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,9 @@ class Trainings:
 
     def student(self, asked: Asked, seed: int, teacher: nn.Module) -> Training:
         """A student's; without pairs its chooser is still to come."""
-        recipe, poor = replace(self.recipes["student"], seed=seed), self.views.poor
+        recipe, poor = asked.recipe(self.recipes["student"], seed), self.views.poor
         network, label = self.network("student", seed), f"{asked.label} seed {seed}"
-        alone = asked.variant.first == "none" or asked.variant.soft
-        rich = None if alone else self.taught_from(asked)
+        rich = self.taught_from(asked) if asked.variant.matched else None
         both = {"poor": poor, "rich": rich, "together": self.views.paired}
         # An own image without a label has nothing to learn from where there are no pairs.
         labelled = recipe.labelled if asked.plan.taught and not asked.plan.bridged else 1.0
@@ -60,7 +61,7 @@ class Trainings:
             return Training(label, Supervised(network, "poor"), batches, recipe)
         example = batches.first(2).to(torch.device("cpu"), False)
         samples = len(poor) if self.views.paired else max(len(poor), len(self.views.rich))
-        setup = Setup(samples, recipe.batch_size)
+        setup = Setup(samples, recipe.batch_size, partial(self._taught, teacher))
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)
         if asked.variant.soft:  # to be filled when there is a teacher
             step.soft = torch.zeros(len(poor), len(poor.classes))
@@ -74,6 +75,13 @@ class Trainings:
         variant, network, job = asked.variant, training.step.network, self.job
         matches = galleries, logits, job.rematching
         return Chooser(variant, network, self.views, *matches, training.recipe, device)
+
+    def _taught(self, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """A teacher's embedding of the rich images, and their labels."""
+        device = PartialState().device
+        with FeatureCapture(teacher.to(device).eval(), intermediate=[]) as capture:
+            embedding = outputs(lambda images: capture(images).embedding, self.views.rich, device)
+        return embedding, self.views.rich.labels
 
     def _batches(self, recipe: Recipe, **images: Any) -> Batches:
         state = PartialState()

@@ -83,7 +83,9 @@ def _common(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What a run has in common with the others of its job, as a key."""
     own = {name: value for name, value in config.items() if name != "loss"}
     own["training"] = {k: v for k, v in config["training"].items() if k != "seed"}
-    own["teacher"] = config["teacher"] or wanted["teacher"]  # the lone student has none
+    if config["teacher"] is None:  # the lone student has none, and nothing of it falls
+        own["teacher"] = wanted["teacher"]
+        own["training"] |= {k: v for k, v in wanted["training"].items() if k == "falling"}
     return key(own)
 
 

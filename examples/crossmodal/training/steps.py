@@ -76,7 +76,7 @@ class Distilled(Step):
         seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.supervision = plan.supervision
+        self.supervision, self.matching = plan.supervision, plan.match is not None
         self.register_buffer("soft", None, persistent=False)
 
         def build(feats_s: Features, feats_t: Features) -> Criterion:
@@ -120,6 +120,8 @@ class Distilled(Step):
             rows |= {"x_matched": batch.rich, "matched": own}
         elif self.soft is not None:
             rows |= {"matches": Features(logits=self.soft[batch.index]), "matched": own}
+        elif self.matching:  # by a criterion that reads no teacher image
+            rows |= {"matched": own}
         logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
         # As elsewhere, only the distillation falls, not the labels' part.
         falling = {k: v if k == "task" else self.left * v for k, v in terms.items()}
