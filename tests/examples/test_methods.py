@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossmodal.methods import METHODS, Setup, described, resolve, value
-from crossmodal.methods.variants import VARIANTS, Weights
+from crossmodal.methods.variants import VARIANTS, Weights, row
 from crossmodal.methods.variants import plan as plan_of
 from structkd import ConvAdapter, DSLoss, Features, KDLoss
 
@@ -218,3 +218,49 @@ def test_a_description_changes_with_every_option() -> None:
         description("fitnets", form="log"),
     ]
     assert all(variants[i] != other for i in range(len(variants)) for other in variants[:i])
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "title"),
+    [
+        ("bridge", "none", "bridge"),
+        ("bridge+kd+ds", "none", "bridge + kd+ds"),
+        ("bridge+random", "each epoch", "bridge + crd random"),
+        (
+            "bridge+dense:weight=5+class",
+            "class",
+            "bridge + dense:weight=5 + crd of the class's mean",
+        ),
+        ("bridge+coral", "moments", "bridge + CORAL by class"),
+        (
+            "bridge+kd+ssm+dynm",
+            "semantic",
+            "bridge + kd + crd matching + DynM (full without SKA)",
+        ),
+    ],
+)
+def test_rows_over_the_bridge_by_their_names(name: str, first: str, title: str) -> None:
+    variant, plan = row(name, "crd", Weights(match=0.5))
+    assert (variant.first, plan.name) == (first, title)
+    assert plan.bridged
+    assert plan.supervision == 1
+    assert (plan.match is None) == (first == "none")
+    if plan.match is not None:
+        assert [plan.match.weight(*part) for part in plan.match.parts] == [
+            0.5 * method.weight for _, method in plan.match.parts
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("coral", r"'coral' is for own images .*fix: bridge\+dense:weight=5\+coral"),
+        ("bridge+kd+corall", "unknown method or variant 'corall'; did you mean 'coral'"),
+        ("bridge+kdd+coral", "unknown method 'kdd'; did you mean 'kd'"),
+        ("bridg", "unknown variant 'bridg'"),
+        ("bridge+kd:supervision=1", "the labels weigh 1 over a bridge"),
+    ],
+)
+def test_a_row_that_is_none_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        row(name, "kd", Weights())

@@ -145,12 +145,20 @@ def row(name: str, criterion: str, weights: Weights) -> tuple[Variant, Plan]:
     """
     bridge, *rest = name.split("+")
     if bridge.strip().lower() != BRIDGE:
+        if name in MATCHES:
+            raise ValueError(
+                f"variant {name!r} is for own images beside free pairs; "
+                f"fix: {BRIDGE}+{FREE_PAIRS}+{name}"
+            )
         variant = looked_up("variant", name, VARIANTS, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
         return variant, plan(variant, criterion, weights)
     matching = {k: v for k, v in VARIANTS.items() if v.first != "none"} | MATCHES
     # The longest end that names a variant: ssm+dynm is one.
     ends = ["+".join(rest[cut:]) for cut in range(len(rest))]
     end = next((end for end in ends if end in matching), "")
+    if rest and not end:  # then the last part is a method, or a name of nothing
+        last = rest[-1].partition(":")[0].strip().lower()
+        looked_up("method or variant", last, {**METHODS, **matching})
     method = "+".join(rest[: len(rest) - len(end.split("+"))] if end else rest)
     variant = matching[end] if end else VARIANTS[ALONE]
     made = resolve(method or ALONE)
