@@ -14,6 +14,7 @@ from structkd._checks import describe, near
 from structkd._frozen import Frozen, call
 from structkd._modes import evaluating
 from structkd.capture import FeatureCapture
+from structkd.criteria._weights import Share
 from structkd.criteria.base import Criterion, same_buffers
 from structkd.criteria.sums import fields_read, reads_teacher
 from structkd.features import Features
@@ -101,6 +102,7 @@ class Distiller(nn.Module):
             ):
                 feats_s, feats_t = _example_features(capture_s, capture_t, example)
         self.criterion = build_criterion(criterion, feats_s, feats_t)
+        self._share = Share()
         reads = fields_read(self.criterion)
         self._layers = _only(reads, options_s)
         self._capture: FeatureCapture | None = FeatureCapture(student, **self._layers)
@@ -160,8 +162,22 @@ class Distiller(nn.Module):
             feats_s = feats_s.replace(index=index)
             feats_t = feats_t if apart or feats_t is None else feats_t.replace(index=index)
         if bridge is not None:
-            return output, bridge.terms(feats_s, feats_t, target, **rows)
-        return output, self.criterion.terms(feats_s, feats_t or Features(), target)
+            terms = bridge.terms(feats_s, feats_t, target, **rows)
+        else:
+            terms = self.criterion.terms(feats_s, feats_t or Features(), target)
+        return output, self._share.of(terms)
+
+    def set_weight(self, weight: float) -> None:
+        """Sets a weight of all that is distilled, beside the criterion's own; 1 at first.
+
+        The labels' terms, a :class:`BridgeLoss`'s ``task`` and ``SRM``, keep theirs. Nothing is
+        compiled again, and the weight is no part of ``state_dict``. With :func:`falling` the labels
+        have the last word: ``distiller.set_weight(structkd.falling(step, steps))``.
+
+        Raises:
+            TypeError, ValueError: If the weight is no finite number.
+        """
+        self._share.set_weight("distilled", weight)
 
     def step_epoch(self) -> None:
         """Tells the criterion that an epoch of training is over."""

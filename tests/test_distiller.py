@@ -400,6 +400,52 @@ def test_epochs_are_passed_on() -> None:
     assert int(whole.criterion.criteria["CurriculumTemperatureLoss"].epoch) == 3
 
 
+def test_one_weight_for_all_that_is_distilled_and_the_labels_keep_theirs() -> None:
+    torch.compiler.reset()
+    spec = [{"type": "DSLoss", "srm": True}, {"type": "SupervisionLoss", "weight": 0.5}]
+    whole = distiller(spec)
+    before = whole(POOR, TARGET, RICH)[1]
+    keys = whole.state_dict().keys()
+    compiled: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    fast = torch.compile(whole, backend=counting, fullgraph=True)
+    for weight in (1.0, 0.25, 0.1, 0.0):
+        whole.set_weight(weight)
+        for terms in (whole(POOR, TARGET, RICH)[1], fast(POOR, TARGET, RICH)[1]):
+            assert terms.keys() == before.keys() >= {"SRM", "SRM (2)", "SEM-1", "DCM-1"}
+            for name, value in terms.items():
+                wanted = before[name] if name.startswith("SRM") else weight * before[name]
+                torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+    assert len(compiled) == 1
+    assert whole.state_dict().keys() == keys
+    # A schedule may move it before backward, and a half-precision module keeps its digits.
+    whole.set_weight(0.1)
+    total = sum(whole(POOR, TARGET, RICH)[1].values())
+    whole.set_weight(0.3)
+    total.backward()
+    whole.set_weight(0.1)
+    half = copy.deepcopy(whole).bfloat16()(POOR.bfloat16(), TARGET, RICH.bfloat16())[1]
+    rest = distiller(spec).bfloat16()(POOR.bfloat16(), TARGET, RICH.bfloat16())[1]
+    torch.testing.assert_close(half["SEM-1"], 0.1 * rest["SEM-1"], rtol=1e-5, atol=0)
+    for wrong, error in ((float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="weight must be"):
+            whole.set_weight(wrong)
+
+
+def test_a_bridges_labels_keep_their_weight() -> None:
+    whole = distiller(structkd.BridgeLoss(structkd.KDLoss(), structkd.LogitMSELoss()))
+    rows = {"paired": torch.arange(3, 6), "x_matched": RICH[:3], "matched": torch.arange(3)}
+    before = whole(POOR, TARGET, RICH[3:], **rows)[1]
+    whole.set_weight(structkd.falling(1, 2))
+    after = whole(POOR, TARGET, RICH[3:], **rows)[1]
+    assert after == {k: v if k == "task" else 0.5 * v for k, v in before.items()}
+    assert list(after) == ["task", "pair/KD", "match/Logits"]
+
+
 def test_an_index_reaches_a_criterion_with_a_memory() -> None:
     whole = distiller({"type": "ContrastiveRepresentationLoss", "dataset_size": 9, "negatives": 4})
     _, terms = whole(POOR, x_teacher=RICH, index=torch.arange(6))

@@ -11,6 +11,8 @@ from torch import Tensor
 from structkd._checks import near, number
 from structkd.criteria.base import Criterion
 
+OF_LABELS = ("task", "SRM")  # terms of BridgeLoss and of SupervisionLoss
+
 
 class Weighted(Criterion):
     """A criterion of named parts, each with a weight.
@@ -54,3 +56,19 @@ class Weighted(Criterion):
                 f"{type(self).__name__} has no part {name!r}; {near(name, self._parts)}"
             )
         self._weights[self._parts.index(name)].fill_(number("weight", weight))
+
+
+class Share(Weighted):
+    """One weight of all that is distilled, beside which the labels' terms keep theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weigh({"distilled": 1.0})
+
+    def of(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the terms, those that are distilled times the weight."""
+        weight = self._present()["distilled"]
+        return {
+            name: value if name.partition(" (")[0] in OF_LABELS else weight.to(value.dtype) * value
+            for name, value in terms.items()
+        }

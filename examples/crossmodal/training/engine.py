@@ -114,7 +114,7 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
                 done = epoch * updates + number // recipe.accumulate
                 schedule.step_update(done)
                 if recipe.falling:
-                    step.fall(done / (recipe.epochs * updates))
+                    step.fall(done, recipe.epochs * updates)
                 logits, terms = wrapped(batch)
                 parts = torch.stack([wide(term) for term in terms.values()])
                 accelerator.backward(parts.sum())

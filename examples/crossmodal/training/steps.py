@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,11 +24,6 @@ class Step(nn.Module):
 
     network: nn.Module  # what is trained, evaluated and stored
     criterion: Criterion | None = None  # what is trained beside it, and has epochs to count
-    left: Tensor  # the share of the criterion's weight that is left, where it falls
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("left", torch.ones(()), persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, Terms]:
         """Logits, where there are any, and the terms whose sum is minimised."""
@@ -40,9 +33,8 @@ class Step(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         return same_buffers(self)
 
-    def fall(self, progress: float) -> None:
-        """Sets the criterion's share for the part of the training that is done, in [0, 1]."""
-        self.left.fill_(0.5 * (1 + math.cos(math.pi * progress)))
+    def fall(self, step: int, total: int) -> None:
+        """Lets the weight of what is distilled fall, where anything is."""
 
 
 class Supervised(Step):
@@ -103,6 +95,9 @@ class Distilled(Step):
     def criterion(self) -> Criterion:  # type: ignore[override]
         return self.distiller.criterion
 
+    def fall(self, step: int, total: int) -> None:
+        self.distiller.set_weight(structkd.falling(step, total))
+
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
         if batch.pairs is not None:
             return self._mixed(batch, batch.pairs)
@@ -110,7 +105,7 @@ class Distilled(Step):
             batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
         )
         supervised = {"CE": self.supervision * cross_entropy(logits, batch.target)}
-        return logits, supervised | {name: self.left * term for name, term in terms.items()}
+        return logits, supervised | terms
 
     def _mixed(self, batch: Batch, pairs: Batch) -> tuple[Tensor, Terms]:
         images, target, index = mixed(batch)
@@ -123,9 +118,7 @@ class Distilled(Step):
         elif self.matching:  # by a criterion that reads no teacher image
             rows |= {"matched": own}
         logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
-        # As elsewhere, only the distillation falls, not the labels' part.
-        falling = {k: v if k == "task" else self.left * v for k, v in terms.items()}
-        return logits[: len(own)], falling
+        return logits[: len(own)], terms
 
 
 class Matching(Step):
