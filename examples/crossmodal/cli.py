@@ -155,7 +155,7 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
         weights = Weights(*given.weights, **match)
         variant, made = row(name, given.criterion or "kd", weights)
-        if given.labels is not None and (variant.matched or variant.soft):
+        if given.labels is not None and variant.gathered:
             raise ValueError(
                 f"--labels: {name} matches every image by its label, also those that have none; "
                 f"rows without matches are {ALONE}, {BRIDGE} and {BRIDGE}+METHOD"

@@ -33,9 +33,14 @@ class Variant:
     reliable: bool = False  # only teacher images that are right and sure are matched
 
     @property
+    def gathered(self) -> bool:
+        """Whether it reads teacher images, one for each student image or a mean of several."""
+        return self.first not in ("none", "moments")
+
+    @property
     def matched(self) -> bool:
         """Whether a teacher image stands beside every student image."""
-        return self.first not in ("none", "neighbours", "class", "moments")
+        return self.gathered and not self.soft
 
     @property
     def chosen(self) -> bool:

@@ -166,8 +166,7 @@ class Session:
 
     @property
     def _shared(self) -> tuple[str, ...]:
-        variants = [asked.variant for asked in self.job.asked]
-        gathered = any(variant.matched or variant.soft for variant in variants)
+        gathered = any(asked.variant.gathered for asked in self.job.asked)
         return ("teacher", "matcher") if self.job.matched and gathered else ("teacher",)
 
     def _train_shared(self) -> None:

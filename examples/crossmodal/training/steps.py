@@ -68,7 +68,7 @@ class Distilled(Step):
         seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.supervision, self.matching = plan.supervision, plan.match is not None
+        self.supervision = plan.supervision
         self.register_buffer("soft", None, persistent=False)
 
         def build(feats_s: Features, feats_t: Features) -> Criterion:
@@ -115,7 +115,7 @@ class Distilled(Step):
             rows |= {"x_matched": batch.rich, "matched": own}
         elif self.soft is not None:
             rows |= {"matches": Features(logits=self.soft[batch.index]), "matched": own}
-        elif self.matching:  # by a criterion that reads no teacher image
+        elif self.criterion.match is not None:  # by a criterion that reads no teacher image
             rows |= {"matched": own}
         logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
         return logits[: len(own)], terms
