@@ -74,6 +74,16 @@ def choice(name: str, value: str, allowed: Sequence[ChoiceT]) -> ChoiceT:
     raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def terms_of(terms: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the terms to take in the order of ``known``, after checking their names."""
+    chosen = (terms,) if isinstance(terms, str) else tuple(terms)
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"terms must name one or more of {', '.join(known)}, got {got}")
+    return tuple(name for name in known if name in chosen)
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """Returns a hint that lists the known names nearest to ``name``."""
     names = list(known)
@@ -99,7 +109,7 @@ def labels(
     if target is None:
         raise ValueError(
             f"{reader} needs {name}, the class indices (B,) with {NO_LABEL} where a row has none: "
-            "pass it as 3rd argument"
+            f"pass {name}=labels"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 tensor of class indices, got {describe(target)}")

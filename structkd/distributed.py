@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd._devices import sent
-
-# The sizes of all ranks' shards, where who calls has read them already.
-_known_sizes: list[int] | None = None
 
 
 def world_size() -> int:
@@ -71,86 +68,106 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def shard_sizes(count: int, device: torch.device) -> list[int]:
-    """Returns how many samples every rank holds, in rank order.
+@dataclass(frozen=True)
+class Shards:
+    """How many rows of a batch every process holds, and what adds them up.
 
-    On the CPU the ranks may hold different numbers. On an accelerator reading the numbers would
-    stall the stream at every step, so there they must agree, and the device's own assertion speaks
-    where they do not.
+    Criteria that need the whole batch are handed one. Of a process by itself, whose batch is the
+    whole batch, ``gather`` and ``sum`` return what they are given.
 
-    Args:
-        count: This rank's number of samples.
-        device: Where the samples are.
+    Attributes:
+        sizes: The number of rows of every rank, in rank order.
+        rank: This process's place among them.
+
+    Example:
+        >>> alone = Shards.alone(4)
+        >>> alone.total, alone.sum(torch.ones(2))
+        (4, tensor([1., 1.]))
     """
-    world = world_size()
-    if world == 1:
-        return [count]
-    if _known_sizes is not None and _known_sizes[rank()] == count:
-        return _known_sizes
-    together = _all_counts([count], device)
-    if device.type == "cpu":
-        return [int(size) for size in together]
-    torch._assert_async(
-        (together == count).all(),
-        "the ranks hold different numbers of samples, which gather=True cannot take on an "
-        "accelerator: use DistributedSampler(drop_last=True) and drop_last=True in the DataLoader",
-    )
-    return [count] * world
+
+    sizes: tuple[int, ...]
+    rank: int = 0
+
+    @classmethod
+    def alone(cls, count: int) -> Shards:
+        """Returns the shards of a process that exchanges nothing."""
+        return cls((count,))
+
+    @classmethod
+    def ask(cls, count: int, device: torch.device) -> Shards:
+        """Asks all ranks how many rows they hold; all of them must call it.
+
+        On the CPU the ranks may hold different numbers. On an accelerator reading the numbers would
+        stall the stream at every step, so there they must agree, and the device's own assertion
+        speaks where they do not.
+
+        Args:
+            count: This rank's number of rows.
+            device: Where the rows are.
+        """
+        world = world_size()
+        if world == 1:
+            return cls.alone(count)
+        together = _all_counts(count, device)
+        if device.type == "cpu":
+            return cls(tuple(together.tolist()), rank())
+        torch._assert_async(
+            (together == count).all(),
+            "the ranks hold different numbers of samples, which gather=True cannot take on an "
+            "accelerator: use DistributedSampler(drop_last=True) and drop_last=True in the "
+            "DataLoader",
+        )
+        return cls((count,) * world, rank())
+
+    @classmethod
+    def read(cls, count: int, device: torch.device) -> Shards:
+        """Asks all ranks as :meth:`ask` does, and waits for numbers that may differ."""
+        if world_size() == 1:
+            return cls.alone(count)
+        return cls(tuple(_all_counts(count, device).tolist()), rank())
+
+    @property
+    def total(self) -> int:
+        """The rows of all processes."""
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> int:
+        """The rows of this process."""
+        return self.sizes[self.rank]
+
+    @property
+    def before(self) -> int:
+        """The rows of the ranks before this one."""
+        return sum(self.sizes[: self.rank])
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """Returns the rows of all processes, with exact gradients; see :func:`gather_batch`."""
+        return gather_batch(shard, self.sizes) if len(self.sizes) > 1 else shard
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Returns a tensor's sum over the processes; see :func:`sum_over_ranks`."""
+        return sum_over_ranks(value) if len(self.sizes) > 1 else value
 
 
-def counts_of_ranks(counts: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Returns every rank's number for each of ``counts``, which the host waits for.
-
-    Args:
-        counts: This rank's numbers, as many on all ranks.
-        device: Where the collective runs.
-    """
-    if world_size() == 1:
-        return [[count] for count in counts]
-    columns: list[list[int]] = _all_counts(counts, device).T.tolist()
-    return columns
-
-
-@contextmanager
-def unequal_shards(sizes: list[int]) -> Iterator[None]:
-    """Criteria that run inside know what each rank holds, and may hold nothing on some.
-
-    :func:`shard_sizes` then asks nobody, and an accelerator takes different numbers as well.
-
-    Args:
-        sizes: The number of samples of every rank, of which one at least has any.
-    """
-    global _known_sizes
-    before, _known_sizes = _known_sizes, sizes
-    try:
-        yield
-    finally:
-        _known_sizes = before
-
-
-def whole_batch(count: int) -> int:
-    """Returns the samples of all ranks inside :func:`unequal_shards`, elsewhere ``count``."""
-    return count if _known_sizes is None else sum(_known_sizes)
-
-
-def _all_counts(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Returns the counts of all ranks, ``(world, len(counts))``."""
-    own = sent(torch.tensor([counts]), device)
+def _all_counts(count: int, device: torch.device) -> Tensor:
+    """Returns the counts of all ranks, ``(world,)``."""
+    own = sent(torch.tensor([count]), device)
     found = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(found, own)
     return torch.cat(found)
 
 
-def gather_batch(shard: Tensor, sizes: list[int] | None = None) -> Tensor:
+def gather_batch(shard: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Concatenates a tensor's shards from all ranks along the batch, with exact gradients.
 
     Under ``DistributedDataParallel``, a loss of the gathered batch gives the model the gradient of
     the single-process run on the whole batch. On the CPU the ranks may hold different numbers of
-    samples; on an accelerator they must agree, see :func:`shard_sizes`.
+    samples; on an accelerator they must agree, see :meth:`Shards.ask`.
 
     Args:
         shard: This rank's part, ``(b, ...)``.
-        sizes: What :func:`shard_sizes` returned for this batch, to spare asking again.
+        sizes: The rows of every rank, where they are known: it spares asking.
 
     Returns:
         The whole batch in rank order; ``shard`` itself where there is one process.
@@ -162,8 +179,8 @@ def gather_batch(shard: Tensor, sizes: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return shard
     if sizes is None:
-        sizes = shard_sizes(shard.shape[0], shard.device)
-    gathered: Tensor = _Gather.apply(shard, sizes)
+        sizes = Shards.ask(shard.shape[0], shard.device).sizes
+    gathered: Tensor = _Gather.apply(shard, list(sizes))
     return gathered
 
 

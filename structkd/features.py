@@ -11,6 +11,8 @@ from torch import Tensor
 from structkd._checks import chosen_rows, describe
 from structkd._devices import sent
 
+FIELDS = ("logits", "embedding", "intermediate", "index")
+
 
 @dataclass(frozen=True, eq=False)
 class Features:

@@ -10,9 +10,10 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from structkd._checks import describe, whole
-from structkd.criteria._fields import missing
-from structkd.distributed import world_size
+from structkd.criteria.base import missing
+from structkd.distributed import Shards
 from structkd.features import Features
+from structkd.projectors import project
 
 Layers = int | Sequence[int] | None
 
@@ -37,12 +38,28 @@ def pooled(features: Tensor) -> Tensor:
     return reduce(features, pattern, "mean")
 
 
-def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
-    """Runs a module for maps ``(B, C, H, W)`` on maps, tokens or rows and keeps their form."""
-    result: Tensor = adapter(as_map(features))
-    if features.dim() == 4:
+def adapted(adapter: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """Brings a student's map, tokens or rows to the teacher's channels, in their own form.
+
+    Args:
+        adapter: One of this library's, which takes its shape at the first call, or a user's module
+            for maps ``(B, C, H, W)``.
+        student: Map, tokens or rows.
+        teacher: The same or another kind, of any size.
+
+    Raises:
+        ValueError: If a user's module gives other channels than the teacher has.
+    """
+    wanted = channels(teacher)
+    result = project(adapter, as_map(student), wanted)
+    if result.dim() != 4 or result.shape[1] != wanted:
+        raise ValueError(
+            f"the adapter must bring {describe(student)} to the teacher's {wanted} channels, got "
+            f"{describe(result)}"
+        )
+    if student.dim() == 4:
         return result
-    return rearrange(result, "b c 1 1 -> b c" if features.dim() == 2 else "b c 1 n -> b n c")
+    return rearrange(result, "b c 1 1 -> b c" if student.dim() == 2 else "b c 1 n -> b n c")
 
 
 def checked_layers(layer: Layers) -> Layers:
@@ -145,13 +162,17 @@ def check_positions(first: Tensor, second: Tensor, reader: str) -> None:
         )
 
 
-def check_several(features: Tensor, reader: str, *, gather: bool) -> None:
-    """Raises where all samples of ``(B, C, H, W)`` together have fewer than two positions.
+def common_pair(student: Features, teacher: Features, layer: int) -> tuple[Tensor, Tensor]:
+    """Returns the maps at one position of both as ``(B, C, H, W)`` of one height and width."""
+    return common_positions(
+        *map_pair(student, teacher, layer), "student and teacher intermediate"
+    )
 
-    Not under ``gather`` where there are several processes: others may have them.
-    """
-    count = features.shape[0] * features.shape[2] * features.shape[3]
-    if count < 2 and not (gather and world_size() > 1):
+
+def check_several(features: Tensor, reader: str, shards: Shards) -> None:
+    """Raises where all samples of ``(B, C, H, W)`` together have fewer than two positions."""
+    count = shards.total * features.shape[2] * features.shape[3]
+    if count < 2:
         raise ValueError(
             f"{reader} compares positions over the batch: it needs at least 2, got {count} (one "
             "sample and a map of 1 x 1, or a row); use drop_last=True in the DataLoader, or "

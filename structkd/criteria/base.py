@@ -1,37 +1,34 @@
-"""The contract every criterion keeps."""
+"""The contract that every criterion keeps, and the weighted sum of criteria."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structkd._checks import describe, near, number
-from structkd.criteria._fields import (
-    Input,
-    as_features,
-    constant,
-    gathered_rows,
-    mapped,
-    missing,
-    named_tensors,
-)
-from structkd.distributed import gather_batch, shard_sizes, whole_batch
-from structkd.features import Features
-
-if TYPE_CHECKING:
-    from structkd.criteria.sums import CriterionSum
+from structkd.distributed import Shards
+from structkd.features import FIELDS, Features
 
 CriterionT = TypeVar("CriterionT", bound="Criterion")
+Input: TypeAlias = Features | Mapping[str, Any] | Tensor | Sequence[Tensor]
 
 _RANKS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "logits": ((2,), "2-D (B, K)"),
     "embedding": ((2,), "2-D (B, D)"),
     "intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, C)"),
+}
+_HINTS: Mapping[str, str] = {
+    "logits": "pass Features with logits, as FeatureCapture and Distiller give them",
+    "embedding": "name the layer, embedding='fc:input' for FeatureCapture, "
+    "layers=dict(embedding='fc:input') for a Distiller",
+    "intermediate": "name a layer, intermediate='layer2' for FeatureCapture, "
+    "layers=dict(intermediate='layer2') for a Distiller",
 }
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -40,19 +37,22 @@ class Criterion(nn.Module):
     """Base class of all distillation criteria.
 
     A criterion compares a student's features with a teacher's and returns a scalar to minimise. It
-    takes :class:`Features` and reads its own fields, or takes that field's tensors directly. The
-    teacher is a constant: it is detached inside. Internals run in float32 at least with autocast
-    off, and gradients return in the caller's dtype. Trainable parts are parameters and memories are
-    buffers, so ``.to()``, ``state_dict()`` and ``parameters()`` cover all of it. They stay in
-    float32 where ``.half()`` or ``.bfloat16()`` is called on a module that holds the criterion.
+    takes :class:`Features`, or a dict of the same names, and reads its own fields; or it takes that
+    field's tensors directly. The teacher is a constant: it is detached inside. Internals run in
+    float32 at least with autocast off, and gradients return in the caller's dtype.
+
+    A criterion is made of its options alone. What depends on the networks, a projector for example,
+    takes its shape at the first call, in place: an optimizer that was made before trains it.
+    Trainable parts are parameters and memories are buffers, so ``.to()``, ``state_dict()`` and
+    ``parameters()`` cover all of it. They stay in float32 where ``.half()`` or ``.bfloat16()`` is
+    called on a module that holds the criterion.
 
     No criterion adds the labels' cross-entropy unless it is asked to. Labels may be missing: a
     target of -100 marks a row without one.
 
-    To write one, name the fields it ``reads`` and implement :meth:`compute`. Say ``couples = True``
-    if it compares the samples of a batch with each other: under ``gather`` it is then given the
-    rows of all processes, unless ``sums_over_ranks`` says that it needs their sums alone. Override
-    :meth:`arguments` if the constructor needs widths.
+    To write one, name the fields it ``reads`` and implement :meth:`compute`. If it compares the
+    samples of a batch with each other, say ``over_ranks = "gathered"``: under ``gather`` it is then
+    given the rows of all processes. Parts that depend on the networks are torch's lazy modules.
 
     Args:
         gather: Compute on the whole batch of all processes, so that value and gradient equal the
@@ -68,81 +68,29 @@ class Criterion(nn.Module):
         tensor(1.5000)
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()  # a bare tensor stands for the first
-    reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
-    # Whether the samples of a batch are compared with each other, and whether compute adds sums up
-    # over the ranks by itself and wants its own rows under gather. Where an option decides it, the
+    # Fields of Features; a bare tensor stands for the first. An option may decide it: then the
     # constructor sets it on the instance.
-    couples: bool = False
-    sums_over_ranks: bool = False
-    # Whether a training call exchanges with all ranks without gather too, so that none may miss it.
-    collective: ClassVar[bool] = False
-    # Options of from_features that are no keywords of the constructor; arguments() reads them.
-    build_options: ClassVar[tuple[str, ...]] = ()
+    reads: tuple[str, ...] = ()
+    reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
+    # How it goes over processes. "rows": every sample by itself. "gathered": under gather, compute
+    # is given the rows of all processes. "sums": compute is given Shards as a fourth argument, and
+    # adds up what it needs. "always": as "sums", and a training call exchanges without gather too,
+    # so that no rank may miss it; its buffers are then equal on all ranks.
+    over_ranks: Literal["rows", "gathered", "sums", "always"] = "rows"
     min_batch: ClassVar[int] = 1
-    ranks: ClassVar[Mapping[str, tuple[tuple[int, ...], str]]] = _RANKS
-    # Buffers that are equal on all ranks by construction, which DDP need not broadcast.
-    same_on_all_ranks: ClassVar[tuple[str, ...]] = ()
+    _version = 2  # of the state dict; 1 is structkd 0.1.0
 
     def __init__(self, *, gather: bool = False) -> None:
         super().__init__()
         self.gather = gather
 
-    @classmethod
-    def from_features(
-        cls: type[CriterionT], feats_s: Input, feats_t: Input, **options: Any
-    ) -> CriterionT:
-        """Builds the criterion for the widths of two example forward passes.
+    def compute(self, *given: Any) -> dict[str, Tensor]:
+        """Returns the named scalar terms of ``(student, teacher, target)``.
 
-        Args:
-            feats_s: Any batch of the student's features.
-            feats_t: Any batch of the teacher's.
-            **options: Any keyword of the constructor; it goes before what the features say.
-
-        Returns:
-            The criterion on the device of the features, in float64 where they are.
-
-        Raises:
-            ValueError: If a feature is missing that the criterion reads.
-            TypeError: If there is no such option (the near names are listed).
+        Both are :class:`Features` that hold what the criterion reads, checked, in one dtype of
+        float32 at least, the teacher's detached. ``target`` is what the caller gave. Where
+        ``over_ranks`` is ``sums`` or ``always``, a fourth argument is the batch's ``Shards``.
         """
-        known = cls.options()
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no option {name!r}; {near(name, known)}")
-        feats_s, feats_t = (
-            as_features(feats_s, "feats_s", cls),
-            as_features(feats_t, "feats_t", cls),
-        )
-        given = {name: value for name, value in options.items() if name not in cls.build_options}
-        criterion = cls(**{**cls.arguments(feats_s, feats_t, options), **given})
-        for _, tensor in [*named_tensors(feats_s, "feats_s"), *named_tensors(feats_t, "feats_t")]:
-            dtype = torch.float64 if tensor.dtype == torch.float64 else None
-            return criterion.to(device=tensor.device, dtype=dtype)
-        return criterion
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the constructor's keywords that two example passes determine.
-
-        Args:
-            feats_s: The student's features.
-            feats_t: The teacher's.
-            options: What the caller of :meth:`from_features` gave, which goes first.
-        """
-        return {}
-
-    @classmethod
-    def options(cls) -> tuple[str, ...]:
-        """Returns the names of all options that :meth:`from_features` takes."""
-        return (*inspect.signature(cls).parameters, *cls.build_options)
-
-    def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Returns the named scalar terms from checked float features with a detached teacher."""
         raise NotImplementedError(f"{type(self).__name__} must implement compute")
 
     def forward(self, student: Input, teacher: Input, target: Tensor | None = None) -> Tensor:
@@ -150,7 +98,12 @@ class Criterion(nn.Module):
         return torch.stack(list(self.terms(student, teacher, target).values())).sum()
 
     def terms(
-        self, student: Input, teacher: Input, target: Tensor | None = None
+        self,
+        student: Input,
+        teacher: Input,
+        target: Tensor | None = None,
+        *,
+        shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         """Returns the named parts whose sum :meth:`forward` returns.
 
@@ -158,6 +111,8 @@ class Criterion(nn.Module):
             student: The student's features, or the tensor that this criterion reads.
             teacher: The teacher's, of the same batch in the same order.
             target: Labels ``(B,)`` where the criterion uses them, -100 where a row has none.
+            shards: The rows that every process holds, where the caller knows them; a process may
+                hold none then. Otherwise a criterion that needs them asks.
 
         Returns:
             Scalars by name, weights included.
@@ -166,31 +121,49 @@ class Criterion(nn.Module):
             ValueError: If a field is missing, of the wrong rank or of another batch size.
             TypeError: If a tensor is not of floating point.
         """
-        student = self._read(student, "student")
-        teacher = self._read(teacher, "teacher") if self.reads_teacher else Features()
-        tensors = [*named_tensors(student, "student"), *named_tensors(teacher, "teacher")]
+        features_s = self._read(student, "student")
+        features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
+        tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
-        if self.gather and self.couples and not self.sums_over_ranks:
-            sizes = shard_sizes(batch, device)
-            batch = sum(sizes)
-            student, teacher = gathered_rows(student, sizes), gathered_rows(teacher, sizes)
-            target = None if target is None else gather_batch(target, sizes)
-        if not self.sums_over_ranks:
-            self._check_batch(whole_batch(batch))
-        student = mapped(student, lambda tensor: tensor.to(dtype))
-        teacher = mapped(teacher, lambda tensor: constant(tensor).to(dtype))
+        counted = shards
+        if not self.exchanges:
+            shards = Shards.alone(batch)
+        elif shards is None:
+            shards = Shards.ask(batch, device)
+        self._check_batch((counted or shards).total)
+        if self.over_ranks == "gathered":
+            features_s, features_t = _gathered(features_s, shards), _gathered(features_t, shards)
+            target = None if target is None else shards.gather(target)
+        features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
+        features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
+        more = (shards,) if self.over_ranks in ("sums", "always") else ()
         with torch.autocast(device.type, enabled=False):
-            return self.compute(student, teacher, target)
+            return self.compute(features_s, features_t, target, *more)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a call now waits for the other processes, if there are any."""
+        if self.over_ranks == "always" and self.training and torch.is_grad_enabled():
+            return True
+        return self.gather and self.over_ranks != "rows"
 
     def step_epoch(self) -> None:
         """Tells the criterion, and every one inside it, that an epoch of training is over."""
-        for module in self.modules():
-            if isinstance(module, Criterion):
-                module.epoch_ended()
+        for part in criteria_in(self):
+            part.epoch_ended()
 
     def epoch_ended(self) -> None:
         """Moves a schedule on by one epoch, where this criterion has one; override it there."""
+
+    def extra_repr(self) -> str:
+        """Returns the options, in the words of the constructor and of a criterion's dict."""
+        shown = []
+        for name in inspect.signature(type(self)).parameters:
+            value = self.__dict__.get("enabled" if name == "terms" else name)
+            if value is not None and not isinstance(value, nn.Module):
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -214,6 +187,11 @@ class Criterion(nn.Module):
 
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""
+        if not self.reads:
+            raise TypeError(
+                f"{type(self).__name__} must name the fields that it reads, "
+                "reads = ('logits',) in the class for example"
+            )
         features = as_features(given, name, self)
         found: dict[str, Tensor | tuple[Tensor, ...]] = {}
         for field in self.reads:
@@ -221,16 +199,9 @@ class Criterion(nn.Module):
             if value is None or (field == "intermediate" and not value):
                 raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
             for tensor in value if isinstance(value, tuple) else (value,):
-                self._check_tensor(tensor, f"{name}.{field}", field)
+                _check_tensor(tensor, f"{name}.{field}", field)
             found[field] = value
         return Features(**found, index=features.index)  # type: ignore[arg-type]
-
-    def _check_tensor(self, tensor: Tensor, name: str, field: str) -> None:
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}")
-        ranks, wanted = self.ranks[field]
-        if tensor.dim() not in ranks:
-            raise ValueError(f"{name} must be {wanted}, got {describe(tensor)}")
 
     def _check_together(self, tensors: Sequence[tuple[str, Tensor]]) -> tuple[torch.device, int]:
         """Checks that all tensors share a batch size and a device; returns both."""
@@ -262,6 +233,8 @@ class Criterion(nn.Module):
         dtypes = {tensor.dtype for _, tensor in tensors}
         wide = torch.float64 in dtypes
         for parameter in self.parameters():
+            if is_lazy(parameter):  # it goes where its first input is
+                continue
             if parameter.dtype in _HALVES:
                 raise TypeError(
                     f"{type(self).__name__} has parameters in {parameter.dtype}; keep the "
@@ -279,7 +252,7 @@ class Criterion(nn.Module):
                 )
             dtypes.add(parameter.dtype)
         for name, buffer in self.named_buffers():
-            if buffer.dim() and buffer.device != device:
+            if not is_lazy(buffer) and buffer.dim() and buffer.device != device:
                 raise ValueError(
                     f"{type(self).__name__}'s {name} is on {buffer.device}, its inputs on "
                     f"{device}: call criterion.to('{device}')"
@@ -287,8 +260,6 @@ class Criterion(nn.Module):
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def __add__(self, other: object) -> CriterionSum:
-        from structkd.criteria.sums import CriterionSum
-
         return CriterionSum.of(self, other) if isinstance(other, Criterion) else NotImplemented
 
     def __radd__(self, other: object) -> Criterion:
@@ -296,11 +267,9 @@ class Criterion(nn.Module):
         return self if isinstance(other, Real) and other == 0 else NotImplemented
 
     def __mul__(self, weight: object) -> CriterionSum:
-        from structkd.criteria.sums import CriterionSum
-
         if not isinstance(weight, Real):
             return NotImplemented
-        return CriterionSum.of(self).scaled(number("weight", weight))
+        return CriterionSum.of(self).scaled(number("weight", weight, at_least=0))
 
     __rmul__ = __mul__
 
@@ -312,11 +281,239 @@ class Criterion(nn.Module):
         return self * (1 / number("divisor", divisor))
 
 
+class CriterionSum(Criterion):
+    """A weighted sum of criteria, written ``a + 0.5 * b``.
+
+    Every member reads its own fields, so pass :class:`Features`. Members have names, those of their
+    classes unless others are given, with ``_2`` added to a name that comes twice; ``state_dict``
+    goes by them, so it loads whatever the order. Term names are the members', with `` (2)`` added
+    to a name that comes twice. A weight that changes from step to step is a factor in the loop,
+    beside which the sum's weights stay: ``falling(step, steps) * sum(terms.values())``.
+
+    Args:
+        members: Criteria by name.
+        weights: Weights >= 0 by name, 1 where none is given.
+
+    Raises:
+        ValueError: If there is no member, a weight names none, or one is negative.
+        TypeError: If a member is no criterion.
+
+    Example:
+        >>> import torch, structkd
+        >>> criterion = structkd.KDLoss() + 0.5 * structkd.CORALLoss()
+        >>> feats = structkd.Features(logits=torch.eye(4), embedding=torch.eye(4))
+        >>> list(criterion.terms(feats, feats))
+        ['KD', 'CORAL']
+        >>> criterion.weights
+        {'KDLoss': 1.0, 'CORALLoss': 0.5}
+    """
+
+    def __init__(
+        self, members: Mapping[str, Criterion], weights: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("a sum needs at least one criterion, got none")
+        self.criteria = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        for name, weight, member in _flattened(members, weights or {}):
+            unused = _unused(name, self.criteria)
+            self.criteria[unused], self.weights[unused] = member, weight
+
+    @classmethod
+    def of(cls, *criteria: Criterion) -> CriterionSum:
+        """Returns the sum of criteria, named by their classes; members of sums come apart."""
+        names: dict[str, Criterion] = {}
+        for criterion in criteria:
+            names[_unused(type(criterion).__name__, names)] = criterion
+        return cls(names)
+
+    def scaled(self, factor: float) -> CriterionSum:
+        """Returns a sum of the same members, every weight times ``factor``."""
+        weights = {name: factor * weight for name, weight in self.weights.items()}
+        return CriterionSum(dict(self._members()), weights)
+
+    def terms(
+        self,
+        student: Input,
+        teacher: Input,
+        target: Tensor | None = None,
+        *,
+        shards: Shards | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns every member's weighted terms under distinct names."""
+        fields = {member.reads for _, member in self._members()}
+        by_name = (Features, Mapping)
+        if len(fields) > 1 and not (isinstance(student, by_name) and isinstance(teacher, by_name)):
+            raise TypeError(
+                "student and teacher must be Features, or dicts of their names, for a sum whose "
+                f"members read different fields, got {describe(student)} and {describe(teacher)}"
+            )
+        merged: dict[str, Tensor] = {}
+        for part, member in self._members():
+            found = member.terms(student, teacher, target, shards=shards)
+            for name, value in found.items():
+                unique, count = name, 1
+                while unique in merged:
+                    count += 1
+                    unique = f"{name} ({count})"
+                merged[unique] = self.weights[part] * value
+        return merged
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+    def _members(self) -> list[tuple[str, Criterion]]:
+        return [
+            (name, member)
+            for name, member in self.criteria.items()
+            if isinstance(member, Criterion)
+        ]
+
+
+def criteria_in(module: nn.Module) -> list[Criterion]:
+    """Returns a criterion and all inside it, or those inside any module."""
+    return [part for part in module.modules() if isinstance(part, Criterion)]
+
+
+def leaves_of(criterion: Criterion) -> list[Criterion]:
+    """Returns the criteria inside one that hold no other, which are the ones that read."""
+    return [part for part in criteria_in(criterion) if len(criteria_in(part)) == 1]
+
+
+def fields_read(criterion: Criterion) -> tuple[str, ...]:
+    """Returns the fields of ``Features`` that a criterion reads, its members' included."""
+    fields = [field for part in criteria_in(criterion) for field in part.reads]
+    return tuple(dict.fromkeys(fields))
+
+
 def same_buffers(module: nn.Module) -> list[str]:
     """Returns the dotted names of a module's buffers that all ranks hold alike by construction."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules()
-        if isinstance(part, Criterion)
-        for name in part.same_on_all_ranks
+        if isinstance(part, Criterion) and part.over_ranks == "always"
+        for name, _ in part.named_buffers()
     ]
+
+
+def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
+    """Returns ``logits`` or ``embedding`` of both, after checking that their widths agree."""
+    value_s, value_t = either(student, teacher, field)
+    if value_s.shape[1] != value_t.shape[1]:
+        width_s, width_t = value_s.shape[1], value_t.shape[1]
+        fix = (
+            "both networks must score the same classes"
+            if field == "logits"
+            else f"project the student's with structkd.Projector({width_t}) first"
+        )
+        raise ValueError(
+            f"student and teacher {field} must have one width, got {width_s} and {width_t}; {fix}"
+        )
+    return value_s, value_t
+
+
+def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
+    """Returns ``logits`` or ``embedding`` of both, of any width."""
+    value_s, value_t = getattr(student, field), getattr(teacher, field)
+    for name, features in (("student", student), ("teacher", teacher)):
+        if getattr(features, field) is None:
+            raise ValueError(missing("the criterion", f"{name}.{field}", features, field))
+    return value_s, value_t
+
+
+def missing(reader: str, name: str, features: Features, field: str) -> str:
+    """Returns what to say where a field is missing, with the capture's reason if it gave one."""
+    return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
+
+
+def as_features(given: Input, name: str, reader: Criterion) -> Features:
+    """Returns features; bare tensors become the first field that the criterion reads."""
+    if isinstance(given, Features):
+        return given
+    if isinstance(given, Mapping):
+        for key in given:
+            if key not in FIELDS:
+                raise ValueError(f"{name} has no field {key!r}; {near(str(key), FIELDS)}")
+        return Features(**given)
+    field = reader.reads[0] if reader.reads else ""
+    is_maps = field == "intermediate" and isinstance(given, list | tuple)
+    if not field or (not isinstance(given, Tensor) and not is_maps):
+        raise TypeError(
+            f"{name} must be Features, a dict of their names or a tensor, got {describe(given)}"
+        )
+    return Features(**{field: given})  # type: ignore[arg-type]
+
+
+def _check_tensor(tensor: Tensor, name: str, field: str) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}")
+    ranks, wanted = _RANKS[field]
+    if tensor.dim() not in ranks:
+        raise ValueError(f"{name} must be {wanted}, got {describe(tensor)}")
+
+
+def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:
+    """Returns the features' floating-point tensors with their names."""
+    fields = (("logits", features.logits), ("embedding", features.embedding))
+    named = [(f"{name}.{field}", value) for field, value in fields if value is not None]
+    for position, value in enumerate(features.intermediate):
+        named.append((f"{name}.intermediate[{position}]", value))
+    return named
+
+
+def _mapped(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
+    """Applies ``function`` to every floating-point field."""
+    return features.replace(
+        logits=None if features.logits is None else function(features.logits),
+        embedding=None if features.embedding is None else function(features.embedding),
+        intermediate=tuple(function(value) for value in features.intermediate),
+    )
+
+
+def _gathered(features: Features, shards: Shards) -> Features:
+    """Gathers every field over the processes, the index included."""
+    gathered = _mapped(features, shards.gather)
+    if features.index is None:
+        return gathered
+    return gathered.replace(index=shards.gather(features.index))
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Detaches; a tensor made under ``inference_mode`` is copied, autograd cannot save it."""
+    # A compiled graph copies such inputs itself, and cannot trace the question.
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach()
+
+
+def _flattened(
+    members: Mapping[str, Criterion], weights: Mapping[str, float]
+) -> Iterator[tuple[str, float, Criterion]]:
+    """Yields name, weight and member; members of a sum come apart and keep their own names."""
+    for name in weights:
+        if name not in members:
+            raise ValueError(f"weights names no member {name!r}; {near(name, members)}")
+    for name, member in members.items():
+        if not isinstance(member, Criterion):
+            raise TypeError(f"member {name!r} must be a Criterion, got {describe(member)}")
+        weight = number("weight", weights.get(name, 1.0), at_least=0)
+        if isinstance(member, CriterionSum):
+            for (inner, part), own in zip(member._members(), member.weights.values(), strict=True):
+                yield _base_name(inner), weight * own, part
+        else:
+            yield name, weight, member
+
+
+def _base_name(name: str) -> str:
+    """Returns a member's name without the number that told it from its like."""
+    stem, _, count = name.rpartition("_")
+    return stem if stem and count.isdigit() else name
+
+
+def _unused(name: str, taken: Iterable[str]) -> str:
+    unique, count = name, 1
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    return unique

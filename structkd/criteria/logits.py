@@ -6,13 +6,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from structkd._checks import labels, number
-from structkd.criteria._fields import pair
-from structkd.criteria._rows import labelled_mean, mean_of_rows
-from structkd.criteria.base import Criterion
+from structkd._checks import labels, number, whole
+from structkd.criteria.base import Criterion, pair
+from structkd.criteria.numerics import labelled_mean, mean_of_rows
+from structkd.distributed import Shards
 from structkd.features import Features
+
+# Where the published code starts: sigmoid(1), which is a temperature of 15.6 in (1, 21).
+_START = 1.0
 
 
 class KDLoss(Criterion):
@@ -55,9 +58,6 @@ class KDLoss(Criterion):
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
         return {"KD": softened_divergence(logits_s, logits_t, self.temperature)}
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
 
 
 class LogitMSELoss(Criterion):
@@ -141,6 +141,7 @@ class DKDLoss(Criterion):
     """
 
     reads = ("logits",)
+    over_ranks = "sums"
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class DKDLoss(Criterion):
         self.temperature = number("temperature", temperature, above=0)
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
         batch, classes = logits_s.shape
@@ -171,32 +172,29 @@ class DKDLoss(Criterion):
         others = _divergence(
             F.log_softmax(others_s / tau, dim=1), F.log_softmax(others_t / tau, dim=1)
         )
-        means = [labelled_mean(part, labelled, gather=self.gather) for part in (binary, others)]
+        means = [labelled_mean(part, labelled, shards) for part in (binary, others)]
         return {
             "DKD-target": self.alpha * tau**2 * means[0],
             "DKD-nontarget": self.beta * tau**2 * means[1],
         }
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
 
 
 class LogitStandardizationLoss(Criterion):
     r"""Soft-label distillation of logits standardised row by row.
 
     .. math::
-        L = \frac{w \tau^2}{B} \sum_b KL\left(
+        L = \frac{\tau^2}{B} \sum_b KL\left(
             \mathrm{softmax}(Z(t_b) / \tau) \,\|\, \mathrm{softmax}(Z(s_b) / \tau) \right), \qquad
         Z(x) = \frac{x - \bar x}{\sigma(x)}
 
     with mean and standard deviation over a row's K classes, so that only the relations between a
     row's logits count, not their range. sigma divides by K as in the paper, whose bound
     :math:`|Z| \le \sqrt{K-1}` needs it; the published code divides by K-1 and adds 1e-7. A
-    row whose logits are all equal has Z = 0. Term: ``LSKD``.
+    row whose logits are all equal has Z = 0. Term: ``LSKD``. The published loss is ``9 *
+    LogitStandardizationLoss()`` beside a cross-entropy of weight 0.1.
 
     Args:
         temperature: Base temperature tau > 0.
-        weight: w >= 0; the published weight belongs to a cross-entropy of weight 0.1.
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
@@ -218,24 +216,114 @@ class LogitStandardizationLoss(Criterion):
 
     reads = ("logits",)
 
-    def __init__(
-        self, temperature: float = 2.0, weight: float = 9.0, *, gather: bool = False
-    ) -> None:
+    def __init__(self, temperature: float = 2.0, *, gather: bool = False) -> None:
         super().__init__(gather=gather)
         self.temperature = number("temperature", temperature, above=0)
-        self.weight = number("weight", weight, at_least=0)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        divergence = softened_divergence(
-            _standardized(logits_s), _standardized(logits_t), self.temperature
-        )
-        return {"LSKD": self.weight * divergence}
+        rows = _standardized(logits_s), _standardized(logits_t)
+        return {"LSKD": softened_divergence(*rows, self.temperature)}
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, weight={self.weight}"
+
+class CurriculumTemperatureLoss(Criterion):
+    r"""Soft-label distillation at a learned temperature that makes the task ever harder.
+
+    .. math::
+        L = \frac{T^2}{B} \sum_b KL\left(
+            \mathrm{softmax}(t_b / T) \,\|\, \mathrm{softmax}(s_b / T) \right), \qquad
+        T = low + (high - low) \, \mathrm{sigmoid}(\hat T)
+
+    :math:`\hat T` is one learned number for all samples (the paper's global version). The student
+    descends L; the gradient of T is multiplied by
+
+    .. math::
+        -\lambda(e) = -\tfrac{1}{2} \lambda \left( 1 - \cos \frac{\pi \min(e, E)}{E} \right)
+
+    so that one optimizer step makes T ascend it. T^2 is part of what T ascends, as in the published
+    code. The epoch e counts from 1 and is a buffer, so a resumed run goes on where it stopped: call
+    :meth:`step_epoch` at the end of every epoch. Term: ``CTKD``.
+
+    A weight decay of the optimizer pulls :math:`\hat T` towards 0 like any parameter, and in the
+    published code it does.
+
+    Args:
+        low: Lower bound of T, > 0.
+        high: Upper bound of T, > ``low``. The published code writes (1, 21) as t_start 1, t_end 20.
+        ramp_epochs: E, the epochs until the reversal has its full strength.
+        strength: lambda >= 0, the full strength.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
+
+    Shape:
+        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: If the class counts differ, the bounds are not in order, or an argument is out
+            of range.
+
+    References:
+        Li et al., *Curriculum Temperature for Knowledge Distillation*, 2023.
+
+    Example:
+        >>> criterion = CurriculumTemperatureLoss(ramp_epochs=10)
+        >>> loss = criterion(torch.randn(4, 10), torch.randn(4, 10))
+        >>> criterion.step_epoch()
+        >>> print(f"{criterion.temperature:.2f} {criterion.reversal:.3f}")
+        15.62 0.095
+    """
+
+    reads = ("logits",)
+    epoch: Tensor
+
+    def __init__(
+        self,
+        *,
+        low: float = 1.0,
+        high: float = 21.0,
+        ramp_epochs: int = 10,
+        strength: float = 1.0,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
+        self.low = number("low", low, above=0)
+        self.high = number("high", high, above=self.low)
+        self.ramp_epochs = whole("ramp_epochs", ramp_epochs)
+        self.strength = number("strength", strength, at_least=0)
+        self.raw_temperature = nn.Parameter(torch.tensor(_START))
+        self.register_buffer("epoch", torch.tensor(1))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The present temperature, a scalar in ``[low, high]`` outside the graph."""
+        return self._bounded().detach()
+
+    @property
+    def reversal(self) -> Tensor:
+        """The present strength of the reversal, a scalar in ``[0, strength]``."""
+        raw = self.raw_temperature
+        progress = self.epoch.to(raw.dtype).clamp(0, self.ramp_epochs) / self.ramp_epochs
+        return 0.5 * self.strength * (1 - torch.cos(math.pi * progress))
+
+    def epoch_ended(self) -> None:
+        """Moves the ramp on by one epoch; :meth:`step_epoch` calls it, in sums too."""
+        self.epoch += 1
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        logits_s, logits_t = pair(student, teacher, "logits")
+        bounded = self._bounded()
+        constant = bounded.detach()
+        # The bracket is exactly 0: the value is T's, the gradient is -reversal times T's.
+        reversed_ = constant - self.reversal * (bounded - constant)
+        return {"CTKD": softened_divergence(logits_s, logits_t, reversed_)}
+
+
+    def _bounded(self) -> Tensor:
+        return self.low + (self.high - self.low) * torch.sigmoid(self.raw_temperature)
 
 
 def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:

@@ -3,74 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from structkd._checks import choice, number, whole
-from structkd.criteria._maps import (
-    channels,
-    check_several,
-    checked_layer,
-    common_positions,
-    map_pair,
-)
-from structkd.criteria._moments import UNKNOWABLE, error_and_variance
+from structkd._checks import choice, number
+from structkd.criteria._maps import adapted, check_several, checked_layer, common_pair
 from structkd.criteria.base import Criterion
+from structkd.criteria.moments import UNKNOWABLE, error_and_variance
+from structkd.distributed import Shards
 from structkd.features import Features
-from structkd.projectors import ConvAdapter
+from structkd.projectors import ConvAdapter, LazyHead, project, shaped
 
 FORMS = ("squared", "log")
 # Keeps VID's variance from reaching zero.
 _FLOOR = 1e-5
 
 
-class _MapRegression(Criterion):
-    """Reads one pair of maps and checks their channels."""
-
-    reads = ("intermediate",)
-
-    def __init__(
-        self,
-        student_channels: int,
-        teacher_channels: int,
-        *,
-        layer: int = -1,
-        gather: bool = False,
-    ) -> None:
-        super().__init__(gather=gather)
-        self.student_channels = whole("student_channels", student_channels)
-        self.teacher_channels = whole("teacher_channels", teacher_channels)
-        self.layer = checked_layer(layer)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the channels of two example passes."""
-        map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
-        return {"student_channels": channels(map_s), "teacher_channels": channels(map_t)}
-
-    def _maps(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
-        """Returns both maps as ``(B, C, H, W)`` of one size."""
-        map_s, map_t = map_pair(student, teacher, self.layer)
-        for name, given, wanted in (
-            ("student", channels(map_s), self.student_channels),
-            ("teacher", channels(map_t), self.teacher_channels),
-        ):
-            if given != wanted:
-                raise ValueError(
-                    f"{name}.intermediate[{self.layer}] has {given} channels, expected "
-                    f"{name}_channels={wanted}; build the criterion with "
-                    f"{type(self).__name__}.from_features(feats_s, feats_t)"
-                )
-        return common_positions(map_s, map_t, "student and teacher intermediate")
-
-
-class FitNetLoss(_MapRegression):
+class FitNetLoss(Criterion):
     r"""Regresses the teacher's map (the "hint") from the student's.
 
     .. math:: L = \mathrm{mean} \, (r(F_s) - F_t)^2
@@ -94,10 +45,10 @@ class FitNetLoss(_MapRegression):
     learn, and the share counts as 1, without a gradient.
 
     Args:
-        student_channels: Channels of the student's map.
-        teacher_channels: Channels of the teacher's map.
         form: ``squared`` or ``log``.
         kernel_size: Odd size of the convolution.
+        adapter: Module from the student's map ``(B, C, H, W)`` to the teacher's channels, in place
+            of the convolution.
         layer: Position in ``Features.intermediate`` of the map to read.
         gather: Take the sums inside the logarithm over the samples of all processes, whatever
             number each holds: two all-reduces forward and one backward. Without effect on
@@ -109,7 +60,7 @@ class FitNetLoss(_MapRegression):
         log 0.01.
 
     Raises:
-        ValueError: If channels are not those it was built for, tokens that would need a grid have
+        ValueError: If channels are not those of the first call, tokens that would need a grid have
             none, ``form`` is none of the two, or ``log`` meets one position only.
 
     References:
@@ -117,45 +68,50 @@ class FitNetLoss(_MapRegression):
         the CRD benchmark's weight is 100. The logarithm is this library's own.
 
     Example:
-        >>> criterion = FitNetLoss(8, 16)
+        >>> criterion = FitNetLoss()
         >>> criterion(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)).shape
         torch.Size([])
-        >>> scaled = FitNetLoss(8, 16, form="log")
-        >>> _ = torch.nn.init.zeros_(scaled.regressor.conv.weight)
-        >>> _ = torch.nn.init.zeros_(scaled.regressor.conv.bias)
+        >>> class Zero(nn.Module):
+        ...     def forward(self, features):
+        ...         return features.new_zeros(len(features), 16, 4, 4)
         >>> teacher = torch.randn(64, 16, 4, 4)
-        >>> teacher = teacher - teacher.mean(dim=(0, 2, 3), keepdim=True)
-        >>> value = scaled(torch.randn(64, 8, 4, 4), 1000 * teacher)
+        >>> teacher = 1000 * (teacher - teacher.mean(dim=(0, 2, 3), keepdim=True))
+        >>> value = FitNetLoss(form="log", adapter=Zero())(torch.randn(64, 8, 4, 4), teacher)
         >>> round(float(value), 3)  # log 1.01: the mean is predicted, and no more
         0.01
     """
 
+    reads = ("intermediate",)
+
     def __init__(
         self,
-        student_channels: int,
-        teacher_channels: int,
         *,
         form: str = "squared",
         kernel_size: int = 1,
+        adapter: nn.Module | None = None,
         layer: int = -1,
         gather: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
+        super().__init__(gather=gather)
         self.form = choice("form", form, FORMS)
         # The mean of the squared form needs the rows of nobody else.
-        self.couples = self.sums_over_ranks = form == "log"
-        self.regressor = ConvAdapter(student_channels, teacher_channels, kernel_size=kernel_size)
+        self.over_ranks = "sums" if form == "log" else "rows"
+        self.layer = checked_layer(layer)
+        self.regressor = adapter or ConvAdapter(kernel_size=kernel_size)
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self,
+        student: Features,
+        teacher: Features,
+        target: Tensor | None,
+        shards: Shards | None = None,
     ) -> dict[str, Tensor]:
-        map_s, map_t = self._maps(student, teacher)
-        if self.form == "squared":
-            return {"FitNets": F.mse_loss(self.regressor(map_s), map_t)}
-        check_several(map_s, type(self).__name__, gather=self.gather)
-        error, variance = error_and_variance(
-            self.regressor(map_s) - map_t, map_t, gather=self.gather
-        )
+        map_s, map_t = common_pair(student, teacher, self.layer)
+        predicted = adapted(self.regressor, map_s, map_t)
+        if shards is None:
+            return {"FitNets": F.mse_loss(predicted, map_t)}
+        check_several(map_s, type(self).__name__, shards)
+        error, variance = error_and_variance(predicted - map_t, map_t, shards)
         variance = variance.mean()
         # Written so that NaN stays NaN: a comparison with it is false, and 0 times it is NaN.
         constant = variance <= 0
@@ -164,11 +120,8 @@ class FitNetLoss(_MapRegression):
         # No quotient, which would leave float32 where the variance nearly does.
         return {"FitNets": torch.log(error + UNKNOWABLE * variance) - torch.log(variance)}
 
-    def extra_repr(self) -> str:
-        return f"form={self.form!r}"
 
-
-class VariationalInformationLoss(_MapRegression):
+class VariationalInformationLoss(Criterion):
     r"""Maximises a variational bound on the mutual information of two maps (VID).
 
     The teacher's map is modelled as a Gaussian whose mean the student predicts and whose variance
@@ -183,8 +136,6 @@ class VariationalInformationLoss(_MapRegression):
     other sizes are average-pooled to a common size before mu. Term: ``VID``.
 
     Args:
-        student_channels: Channels of the student's map.
-        teacher_channels: Channels of the teacher's map.
         init_variance: Value of every v_c at the start, > 1e-5.
         layer: Position in ``Features.intermediate`` of the map to read.
         gather: Accepted by every criterion; without effect here, where no sample meets another.
@@ -194,7 +145,7 @@ class VariationalInformationLoss(_MapRegression):
         dtype; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If channels are not those it was built for, tokens that would need a grid have
+        ValueError: If channels are not those of the first call, tokens that would need a grid have
             none, or ``init_variance`` is out of range.
 
     References:
@@ -202,44 +153,78 @@ class VariationalInformationLoss(_MapRegression):
         with the authors' code for mu and the floor.
 
     Example:
-        >>> criterion = VariationalInformationLoss(8, 16)
-        >>> criterion.variance.shape
-        torch.Size([16])
+        >>> criterion = VariationalInformationLoss()
         >>> criterion(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)).shape
         torch.Size([])
+        >>> criterion.variance.shape
+        torch.Size([16])
     """
 
+    reads = ("intermediate",)
+
     def __init__(
-        self,
-        student_channels: int,
-        teacher_channels: int,
-        *,
-        init_variance: float = 5.0,
-        layer: int = -1,
-        gather: bool = False,
+        self, *, init_variance: float = 5.0, layer: int = -1, gather: bool = False
     ) -> None:
-        super().__init__(student_channels, teacher_channels, layer=layer, gather=gather)
-        start = number("init_variance", init_variance, above=_FLOOR) - _FLOOR
-        width = self.teacher_channels
-        self.mean = nn.Sequential(
-            nn.Conv2d(self.student_channels, width, 1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1, bias=False),
-        )
-        # The inverse of softplus, in the form that does not overflow.
-        self.rho = nn.Parameter(torch.full((width,), start + math.log(-math.expm1(-start))))
+        super().__init__(gather=gather)
+        self.init_variance = number("init_variance", init_variance, above=_FLOOR)
+        self.layer = checked_layer(layer)
+        self.gaussian = _Gaussian(self.init_variance)
 
     @property
     def variance(self) -> Tensor:
-        """The learned variances ``(C_t,)``."""
-        return F.softplus(self.rho) + _FLOOR
+        """The learned variances ``(C_t,)``, once the first call has told how many."""
+        if is_lazy(self.gaussian.rho):
+            raise ValueError("variance has no shape before the first call: call the criterion once")
+        return self.gaussian.variance()
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        map_s, map_t = self._maps(student, teacher)
-        variance = self.variance[:, None, None]
-        residual = (self.mean(map_s) - map_t).square()
-        return {"VID": 0.5 * (variance.log() + residual / variance).mean()}
+        map_s, map_t = common_pair(student, teacher, self.layer)
+        mean = project(self.gaussian, map_s, map_t.shape[1])
+        variance = self.gaussian.variance()[:, None, None]
+        return {"VID": 0.5 * (variance.log() + (mean - map_t).square() / variance).mean()}
+
+
+class _Gaussian(LazyHead):
+    """The mean of the teacher's map, and the variance of each of its channels."""
+
+    rho: nn.Parameter
+
+    def __init__(self, init_variance: float) -> None:
+        super().__init__()
+        start = init_variance - _FLOOR
+        # The inverse of softplus, in the form that does not overflow.
+        self.start = start + math.log(-math.expm1(-start))
+        self.mean = nn.Sequential(
+            nn.LazyConv2d(0, 1, bias=False),
+            nn.ReLU(),
+            nn.LazyConv2d(0, 1, bias=False),
+            nn.ReLU(),
+            nn.LazyConv2d(0, 1, bias=False),
+        )
+        self.rho = UninitializedParameter()
+
+    def initialize_parameters(self, features: Tensor, width: int) -> None:
+        value = features
+        for layer in self.mean:
+            shaped(layer, value, width)
+            value = features.new_empty(1, width, 1, 1)
+        if isinstance(self.rho, UninitializedParameter):
+            self.rho.materialize((width,), device=features.device, dtype=features.dtype)
+            nn.init.constant_(self.rho, self.start)
+
+    def variance(self) -> Tensor:
+        return F.softplus(self.rho) + _FLOOR
+
+    def forward(self, features: Tensor, width: int) -> Tensor:
+        first = self.mean[0]
+        assert isinstance(first, nn.Conv2d)
+        if (features.shape[1], width) != (first.in_channels, len(self.rho)):
+            raise ValueError(
+                f"the maps have {features.shape[1]} (student) and {width} (teacher) channels, but "
+                f"this criterion took its shape from {first.in_channels} and {len(self.rho)}: make "
+                "a new one"
+            )
+        mean: Tensor = self.mean(features)
+        return mean

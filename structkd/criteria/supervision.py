@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structkd._checks import NO_LABEL, labels, number
-from structkd.criteria._fields import missing
-from structkd.criteria._rows import labelled_mean
-from structkd.criteria.base import Criterion
+from structkd._checks import labels, number
+from structkd.criteria.base import Criterion, missing
+from structkd.criteria.numerics import labelled_mean
+from structkd.distributed import Shards
 from structkd.features import Features
 
 
@@ -59,38 +59,49 @@ class SupervisionLoss(Criterion):
 
     reads = ("logits",)
     reads_teacher: ClassVar[bool] = False
+    over_ranks = "sums"
 
     def __init__(self, *, label_smoothing: float = 0.0, gather: bool = False) -> None:
         super().__init__(gather=gather)
         self.label_smoothing = number("label_smoothing", label_smoothing, at_least=0, at_most=1)
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits = student.logits
         if logits is None:
             raise ValueError(missing("SupervisionLoss", "student.logits", student, "logits"))
-        batch, classes = logits.shape
-        if target is None:
-            raise ValueError(
-                "SupervisionLoss needs target, class indices (B,) with "
-                f"{NO_LABEL} where a row has no label, or probabilities (B, K): pass it as 3rd "
-                "argument"
-            )
-        if target.is_floating_point():
+        if target is not None and target.is_floating_point():
             if target.shape != logits.shape:
                 raise ValueError(
                     f"target probabilities must have shape {tuple(logits.shape)}, "
                     f"got {tuple(target.shape)}"
                 )
-            wanted = target.to(logits.dtype)
-            labelled = torch.ones(batch, dtype=torch.bool, device=logits.device)
+            wanted, labelled = target.to(logits.dtype), torch.ones_like(logits[:, 0]) > 0
         else:
-            wanted, labelled = labels(target, batch, classes, reader="SupervisionLoss")
-        costs = F.cross_entropy(
-            logits, wanted, reduction="none", label_smoothing=self.label_smoothing
-        )
-        return {"SRM": labelled_mean(costs, labelled, gather=self.gather)}
+            wanted, labelled = labels(target, *logits.shape, reader="SupervisionLoss")
+        return {"SRM": labelled_cross_entropy(
+            logits, wanted, labelled, shards, label_smoothing=self.label_smoothing
+        )}
 
-    def extra_repr(self) -> str:
-        return f"label_smoothing={self.label_smoothing}"
+
+def labelled_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    labelled: Tensor,
+    shards: Shards,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Returns the mean cross-entropy of the rows that have a label, 0 where none has.
+
+    Args:
+        logits: ``(B, K)``.
+        target: Class indices ``(B,)`` in range, of any class where there is no label; or
+            probabilities ``(B, K)``.
+        labelled: Which rows have a label, ``(B,)`` bool.
+        shards: The mean is over the rows of all its processes.
+        label_smoothing: Share of a label's mass that is spread over all classes.
+    """
+    costs = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    return labelled_mean(costs, labelled, shards)

@@ -1,0 +1,314 @@
+"""Second moments of paired columns from a few sums, which several processes can add up exactly.
+
+One buffer holds both sides' shifted columns, so that one matrix product gives all sums of a pair
+and another one the whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from structkd.criteria.numerics import is_rounding
+from structkd.distributed import Shards
+
+_Level = tuple[Tensor, Tensor]  # the means of student and teacher, (C_s,) and (C_t,)
+
+# The share of a variance that nothing can know: log(share + 0.01) stays finite.
+UNKNOWABLE = 0.01
+
+
+class Columns(NamedTuple):
+    """A pair of arrays with a row for every channel and N samples behind it, in any dimensions.
+
+    Attributes:
+        student: ``(C_s, ...)``.
+        teacher: ``(C_t, ...)``.
+        whole: Whether the student's whole covariance is wanted, or its diagonal.
+        cut: Moments are taken of the first ``cut`` samples and of the others, each by itself;
+            None for all together.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    whole: bool = False
+    cut: int | None = None
+
+
+def by_channel(features: Tensor) -> Tensor:
+    """Returns ``(C, B, H W)`` of ``(B, C, H, W)``, a view where positions lie evenly in memory."""
+    return features.transpose(0, 1).flatten(2)
+
+
+class Moments(NamedTuple):
+    """Means, and second moments divided by N.
+
+    Attributes:
+        mean_s: ``(C_s,)``, about the mean of all samples, so 0 unless they were cut.
+        mean_t: ``(C_t,)``, likewise.
+        spread_s: The student's covariance ``(C_s, C_s)``, or its diagonal ``(C_s,)``.
+        var_t: ``(C_t,)``.
+        cross: ``(C_s, C_t)``.
+    """
+
+    mean_s: Tensor
+    mean_t: Tensor
+    spread_s: Tensor
+    var_t: Tensor
+    cross: Tensor
+
+
+def moments(
+    pairs: Sequence[Columns], shards: Shards, *, center: bool = True
+) -> list[tuple[Moments, ...]]:
+    """Returns the moments of every pair: one for all samples, or one for each half of them.
+
+    Columns are first shifted by their mean. The sums that follow do not cancel in float32 then. To
+    autograd the shift is a constant, which is exact: any shift gives the same moments. A channel
+    whose deviations are the rounding of its mean has moments of 0.
+
+    Args:
+        pairs: As many as wanted; they share the collectives.
+        shards: The moments are over the samples of all its processes, of which each may hold
+            another number: one all-reduce of the means and one of the sums, and backward one of the
+            sums' gradients.
+        center: Take moments about the mean, else about zero.
+    """
+    levels = _means(pairs, shards) if center else [None] * len(pairs)
+    sums = [_sums(pair, level) for pair, level in zip(pairs, levels, strict=True)]
+    summed = iter(_total([half for halves in sums for half in halves], shards))
+    found = []
+    for halves, level in zip(sums, levels, strict=True):
+        several = [_moments(*next(summed)) for _ in halves]
+        if level is not None:
+            several = [_without_rounding(value, *level) for value in several]
+        found.append(tuple(several))
+    return found
+
+
+def error_and_variance(error: Tensor, teacher: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Returns the mean squared error of all elements, and every channel's variance ``(C,)``.
+
+    As in :func:`moments`, channels are shifted by their mean first, and one whose deviations are
+    the rounding of its mean has a variance of 0.
+
+    Args:
+        error: ``(B, C, H, W)``.
+        teacher: ``(B, C, H, W)``, a constant.
+        shards: Over the samples of all its processes, of which each may hold another number: one
+            all-reduce of the means and one of the sums, and backward one of the error's gradient.
+    """
+    channels = teacher.shape[1]
+    count = teacher.new_full((1,), teacher.numel() // channels)
+    ((count, level),) = _total([[count, teacher.sum(dim=(0, 2, 3))]], shards)
+    level = level / count
+    shifted = teacher - level[:, None, None]
+    own = [shifted.square().sum(dim=(0, 2, 3)), shifted.sum(dim=(0, 2, 3))]
+    ((wrong, second, first),) = _total([[error.square().sum(), *own]], shards)
+    variance = (second / count - (first / count).square()).clamp_min(0)
+    variance = torch.where(is_rounding(variance.sqrt(), level), 0, variance)
+    return wrong / (count[0] * channels), variance
+
+
+def _means(pairs: Sequence[Columns], shards: Shards) -> list[_Level | None]:
+    with torch.no_grad():
+        sums = [
+            [_count(x, _samples(x)), *(side.sum(tuple(range(1, side.dim()))) for side in (x, t))]
+            for x, t, _, _ in pairs
+        ]
+        return [(first / count, second / count) for count, first, second in _total(sums, shards)]
+
+
+def _count(side: Tensor, number: int) -> Tensor:
+    return side.new_full((1,), number)
+
+
+def _sums(pair: Columns, level: _Level | None) -> list[list[Tensor]]:
+    """Returns the sums of all samples, or of each half."""
+    x, t, whole, cut = pair
+    flat = _Sums.apply(*_stacked(x, t, level), level is not None, whole, cut)
+    counts = [_samples(x)] if cut is None else [cut, _samples(x) - cut]
+    each = len(flat) // len(counts)
+    return [
+        [_count(x, count), *flat[position * each : (position + 1) * each]]
+        for position, count in enumerate(counts)
+    ]
+
+
+def _total(sums: list[list[Tensor]], shards: Shards) -> list[list[Tensor]]:
+    """Adds sums up over the ranks, all in one message."""
+    if len(shards.sizes) == 1:
+        return sums
+    flat = [value for each in sums for value in each]
+    packed = shards.sum(torch.cat([value.flatten() for value in flat]))
+    shares = iter(torch.split(packed, [value.numel() for value in flat]))
+    return [[next(shares).view(value.shape) for value in each] for each in sums]
+
+
+def _moments(
+    count: Tensor,
+    own: Tensor,
+    square_t: Tensor,
+    cross: Tensor,
+    sum_s: Tensor | None = None,
+    sum_t: Tensor | None = None,
+) -> Moments:
+    own, square_t, cross = own / count, square_t / count, cross / count
+    if sum_s is None or sum_t is None:
+        zeros = cross.new_zeros(cross.shape)
+        return Moments(zeros[:, 0], zeros[0], own, square_t, cross)
+    mean_s, mean_t = sum_s / count, sum_t / count
+    outer = torch.outer(mean_s, mean_s) if own.dim() == 2 else mean_s.square()
+    var_t = (square_t - mean_t.square()).clamp_min(0)
+    return Moments(mean_s, mean_t, own - outer, var_t, cross - torch.outer(mean_s, mean_t))
+
+
+def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Moments:
+    mean_s, mean_t, spread_s, var_t, cross = found
+    var_s = spread_s.diagonal() if spread_s.dim() == 2 else spread_s
+    dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s)
+    dead_t = is_rounding(var_t.sqrt(), level_t)
+    both = dead_s[:, None] | dead_s if spread_s.dim() == 2 else dead_s
+    return Moments(
+        mean_s,
+        mean_t,
+        torch.where(both, 0, spread_s),
+        torch.where(dead_t, 0, var_t),
+        torch.where(dead_s[:, None] | dead_t, 0, cross),
+    )
+
+
+def _samples(side: Tensor) -> int:
+    """How many lie behind each row of ``(C, ...)``."""
+    return side[0].numel()
+
+
+class _Sums(torch.autograd.Function):
+    """The sums of one pair, from one buffer that holds its shifted columns, student over teacher.
+
+    One matrix product gives the student's square and the cross products, and one gives the whole
+    gradient. Autograd, left alone, would take four and add every sum's gradient up by itself,
+    which costs more than the products where channels are few. The backward is differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        own: Tensor, other: Tensor, columns: Tensor, centred: bool, whole: bool, cut: int | None
+    ) -> tuple[Tensor, ...]:
+        width = len(own)
+        found = []
+        for part in _halves(columns, cut):
+            own, other = part[:width], part[width:]
+            if whole:
+                square, cross = torch.split(own @ part.T, [width, len(other)], dim=1)
+            else:
+                square, cross = _squares(own), own @ other.T
+            found += [square, _squares(other), cross]
+            if centred:
+                found += [own.sum(dim=1), other.sum(dim=1)]
+        return tuple(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *sides, ctx.centred, ctx.whole, ctx.cut = inputs
+        ctx.save_for_backward(*sides)  # which share their memory
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own_columns, other_columns, columns = ctx.saved_tensors
+        width = len(own_columns)
+        if torch.is_grad_enabled():  # the gradient's own gradient is wanted
+            columns = torch.cat([own_columns, other_columns])
+        each = 5 if ctx.centred else 3
+        grads_s, grads_t = [], []
+        for position, part in enumerate(_halves(columns, ctx.cut)):
+            own, square_t, cross, *first = grads[position * each : (position + 1) * each]
+            first_s, first_t = first or (own.new_zeros(1), own.new_zeros(1))
+            if ctx.whole:
+                weights = torch.cat([own + own.T, cross], dim=1)
+                grads_s.append(_product(weights, part, first_s))
+            else:
+                grad = _product(cross, part[width:], first_s)
+                grads_s.append(torch.addcmul(grad, own[:, None], part[:width], value=2))
+            if ctx.needs_input_grad[1]:
+                grad = _product(cross.T, part[:width], first_t)
+                grads_t.append(torch.addcmul(grad, square_t[:, None], part[width:], value=2))
+        grad_s = _joined(grads_s) if ctx.needs_input_grad[0] else None
+        grad_t = _joined(grads_t) if ctx.needs_input_grad[1] else None
+        return grad_s, grad_t, None, None, None, None
+
+
+def _stacked(x: Tensor, t: Tensor, level: _Level | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns both sides, shifted, and the buffer ``(C_s + C_t, N)`` that they lie in."""
+    if torch.compiler.is_compiling():  # which makes one pass of it by itself
+        own, other = _shifted(x, level and level[0]), _shifted(t, level and level[1])
+        return own, other, torch.cat([own, other]).detach()
+    both: tuple[Tensor, Tensor, Tensor] = _Stacked.apply(x, t, level)
+    return both
+
+
+class _Stacked(torch.autograd.Function):
+    """Copies both sides into one buffer, shifted, so that nothing holds on to the maps themselves.
+
+    In memory the buffer lies by sample where the student's map does.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, t: Tensor, level: _Level | None) -> tuple[Tensor, Tensor, Tensor]:
+        size = (len(x) + len(t), _samples(x))
+        by_sample = x.stride(0) == 1 and len(x) > 1
+        columns = x.new_empty(size[::-1]).T if by_sample else x.new_empty(size)
+        own, other = columns[: len(x)], columns[len(x) :]
+        for rows, side, shift in zip((own, other), (x, t), level or (None, None), strict=True):
+            place = rows.view(side.shape)
+            if shift is None:
+                place.copy_(side)
+            else:
+                torch.sub(side, shift.view(-1, *[1] * (side.dim() - 1)), out=place)
+        return own, other, columns
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, t, _ = inputs
+        _, other, columns = output
+        ctx.shapes = x.shape, t.shape
+        # A gradient of zeros as large as the teacher's map would be made otherwise.
+        constants = (columns,) if ctx.needs_input_grad[1] else (other, columns)
+        ctx.mark_non_differentiable(*constants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(grads[:2], ctx.shapes, ctx.needs_input_grad[:2], strict=True)
+        return *(grad.view(shape) if needed else None for grad, shape, needed in pairs), None
+
+
+def _shifted(side: Tensor, mean: Tensor | None) -> Tensor:
+    return side.flatten(1) if mean is None else side.flatten(1) - mean[:, None]
+
+
+def _halves(columns: Tensor, cut: int | None) -> tuple[Tensor, ...]:
+    return (columns,) if cut is None else (columns[:, :cut], columns[:, cut:])
+
+
+def _squares(columns: Tensor) -> Tensor:
+    # A norm needs no copy, but is slow across rows of memory.
+    if columns.stride(0) == 1:
+        return columns.square().sum(dim=1)
+    norm: Tensor = torch.linalg.vector_norm(columns, dim=1)
+    return norm.square()
+
+
+def _product(weights: Tensor, columns: Tensor, first: Tensor) -> Tensor:
+    """Returns ``weights @ columns + first[:, None]`` in the memory order of ``columns``."""
+    if columns.stride(0) == 1:
+        return torch.addmm(first, columns.T, weights.T).T
+    return torch.addmm(first[:, None], weights, columns)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
