@@ -1,4 +1,4 @@
-"""Training and evaluation mode, changed for a while."""
+"""Evaluation mode, for a while."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Runs modules in eval mode and gives every submodule its own mode back."""
+    """Runs modules in eval mode and gives every submodule its own mode back.
+
+    It sets the flags that ``nn.Module.eval()`` sets: an exported network refuses that call.
+    """
     training = [part for module in modules for part in module.modules() if part.training]
-    for module in modules:
-        module.eval()
+    for part in training:
+        part.training = False
     try:
         yield
     finally:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
+import re
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from structkd import _backbone
-from structkd._checks import describe, near
-from structkd._frozen import Frozen, call
+from structkd._checks import chosen_rows, describe, near, whole
+from structkd._devices import sent
 from structkd._modes import evaluating
+from structkd import _backbone as backbone
 from structkd.capture import FeatureCapture
-from structkd.criteria._weights import Share
-from structkd.criteria.base import Criterion, same_buffers
-from structkd.criteria.sums import fields_read, reads_teacher
+from structkd.criteria import Spec, build_criterion
+from structkd.criteria.base import Criterion, criteria_in, fields_read, leaves_of, same_buffers
+from structkd.distributed import Shards, world_size
 from structkd.features import Features
-from structkd.matching.bridge import BridgeLoss
-from structkd.specs import Spec, build_criterion, needs_example
+from structkd.projectors import is_unshaped
 
 DistillerT = TypeVar("DistillerT", bound="Distiller")
 _LAYER_OPTIONS = ("intermediate", "embedding", "logits", "layout")
+# Which Distillers there are, so that none freezes a network that another one trains.
+_living: weakref.WeakSet[Distiller] = weakref.WeakSet()
 
 
 class Distiller(nn.Module):
@@ -30,34 +36,35 @@ class Distiller(nn.Module):
 
     It owns the captures of both networks, the criterion and the teacher. The student is the very
     module that went in: ``distiller.student`` has its own keys and attributes, and its
-    ``state_dict()`` loads into the bare network at any step. The teacher is frozen and in eval
-    mode; it moves with ``.to()``, and it is in no ``parameters()``, ``state_dict()``, DDP bucket or
-    EMA copy.
+    ``state_dict()`` loads into the bare network at any step. The teacher is frozen and runs in eval
+    mode whatever mode it is set to; it moves with ``.to()``, and it is in no ``parameters()``,
+    ``state_dict()``, DDP bucket or EMA copy.
 
-    The optimizer takes ``distiller.parameters()``: the student's and the criterion's. Under DDP
-    wrap the Distiller, ``DistributedDataParallel(distiller)``, which is right for every criterion.
+    The optimizer takes ``distiller.parameters()``: the student's and the criterion's, which are
+    there before the first batch tells their shape. Under DDP wrap the Distiller,
+    ``DistributedDataParallel(distiller)``, which is right for every criterion.
     ``torch.compile(distiller)``, autocast, ``copy.deepcopy`` and ``pickle`` take it as it is.
 
     Args:
         student: The network to train, bare. A network inside DDP belongs in a Distiller first.
         teacher: The trained network.
-        criterion: A :class:`Criterion`; a class or function that makes one from two example
-            ``Features``; a dict such as ``dict(type="DSLoss", weight=0.5, gamma=2.0)``; or a list
-            of these, which is their sum.
-        example: Input of the student, or a pair (the student's, the teacher's), from which a
-            criterion reads widths. Needed unless ``criterion`` is finished. A few samples do.
+        criterion: A :class:`Criterion`; a class of criteria or its name; a dict such as
+            ``dict(type="DSLoss", weight=0.5, gamma=2.0)``; or a list of these, which is their sum.
+        example: Input of the student, or a pair (the student's, the teacher's), a few samples, with
+            which the criterion takes its shape at once. DDP and copies (an average of weights) need
+            it, or one call under ``torch.no_grad()``; a plain loop does not.
         layers: What to capture of both, any of :class:`FeatureCapture`'s ``intermediate``,
             ``embedding``, ``logits``, ``layout``. Optional on timm models.
         teacher_layers: The same for the teacher, where its layers have other names.
 
     Shape:
-        ``distiller(x, target, x_teacher)`` takes what the networks take and returns the student's
-        output as the student gives it, and the criterion's terms by name, scalars with their
-        weights: ``loss = task_loss(output, target) + sum(terms.values())``.
+        ``distiller(x, target, x_teacher=...)`` takes what the networks take and returns the
+        student's output as the student gives it, and the criterion's terms by name, scalars with
+        their weights: ``loss = task_loss(output, target) + sum(terms.values())``.
 
     Raises:
-        ValueError: If a layer or a criterion is unknown (the near names are listed), an example is
-            missing, or a network does not give what the criterion reads.
+        ValueError: If a layer or a criterion is unknown (the near names are listed), a network does
+            not give what the criterion reads, or they score different classes.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -65,12 +72,16 @@ class Distiller(nn.Module):
         >>> def net(width):
         ...     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         ...                          nn.Flatten(), nn.Linear(width, 10))
-        >>> x_poor, x_good = torch.randn(2, 4, 3, 8, 8)
-        >>> distiller = Distiller(net(8), net(16), structkd.DSLoss, example=(x_poor, x_good),
+        >>> distiller = Distiller(net(8), net(16), structkd.DSLoss(),
         ...                       layers=dict(intermediate="1", embedding="4:input"))
-        >>> output, terms = distiller(x_poor, x_teacher=x_good)
+        >>> x_poor, x_rich = torch.randn(2, 4, 3, 8, 8)
+        >>> output, terms = distiller(x_poor, x_teacher=x_rich)
         >>> output.shape, list(terms)
         (torch.Size([4, 10]), ['SEM-1', 'SEM-2', 'DCM-1', 'DCM-2'])
+
+        Where only some rows of a batch have a pair, the teacher sees these alone:
+
+        >>> output, terms = distiller(x_poor, x_teacher=x_rich[:2], paired=torch.tensor([0, 3]))
     """
 
     student: nn.Module
@@ -88,25 +99,33 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         _check_networks(student, teacher)
+        self.student = student
+        self.criterion = build_criterion(criterion)
+        _check_sharding(student, self.criterion)
         options_s = _layer_options("layers", layers)
         options_t = options_s
         if teacher_layers is not None:
             options_t = _layer_options("teacher_layers", teacher_layers)
-        self.student = student
-        teacher.requires_grad_(False).eval()
-        feats_s = feats_t = Features()
-        if needs_example(criterion):
-            with (
-                FeatureCapture(student, **options_s) as capture_s,
-                FeatureCapture(teacher, **options_t) as capture_t,
-            ):
-                feats_s, feats_t = _example_features(capture_s, capture_t, example)
-        self.criterion = build_criterion(criterion, feats_s, feats_t)
-        self._share = Share()
         reads = fields_read(self.criterion)
+        self._reads_teacher = any(leaf.reads_teacher for leaf in leaves_of(self.criterion))
         self._layers = _only(reads, options_s)
-        self._capture: FeatureCapture | None = FeatureCapture(student, **self._layers)
-        self._frozen = Frozen(teacher, _only(reads, options_t))
+        self._capture: FeatureCapture | None = _captured("student", student, self._layers)
+        self._frozen = _Frozen(teacher, _only(reads if self._reads_teacher else (), options_t))
+        self._check_layers(reads)
+        if not any(_share_parameters(other.student, teacher) for other in _living):
+            teacher.requires_grad_(False)
+            for part in teacher.modules():
+                part.training = False
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise ValueError(
+                "student has no parameter that trains, all are frozen: call "
+                "student.requires_grad_(True), after the Distiller is made in which it teaches, if "
+                "there is one"
+            )
+        self._versions: tuple[list[int], list[int]] | None = None
+        _living.add(self)
+        if example is not None:
+            self._build(example)
 
     @property
     def teacher(self) -> nn.Module:
@@ -117,71 +136,72 @@ class Distiller(nn.Module):
         self,
         x: Any,
         target: Tensor | None = None,
-        x_teacher: Any = None,
         *,
+        x_teacher: Any = None,
+        paired: Tensor | None = None,
         index: Tensor | None = None,
-        x_matched: Any = None,
-        **rows: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Runs both networks and compares them.
 
         Args:
             x: The student's input: a tensor, a tuple of arguments or a dict of keywords.
             target: Labels ``(B,)`` for criteria that read them, -100 where a row has none.
-            x_teacher: The teacher's input, the same samples in the same order; ``x`` by default.
-                With ``paired`` the samples that it names alone, which may be none. Where nothing
-                reads the teacher's features of them, as in a :class:`BridgeLoss` without ``pair``,
-                it is not run.
+            x_teacher: The teacher's input, the same samples in the same order: ``x_teacher=x``
+                where both networks see the same. With ``paired`` the samples that it names alone,
+                which may be none.
+            paired: The rows of the batch that have a pair: a mask ``(B,)``, or int64 positions
+                ``(n,)`` in the order of ``x_teacher``; all by default. The criterion is given these
+                rows and no others, with their labels and their index. On an accelerator leave masks
+                on the CPU, or give positions, so that nothing waits.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
-            x_matched: The teacher's input for a :class:`BridgeLoss`'s rows with a match, in place
-                of ``matches``.
-            **rows: For a :class:`BridgeLoss`, ``labelled``, ``paired``, ``matches`` and
-                ``matched``, as :meth:`BridgeLoss.terms` takes them.
 
         Returns:
-            The student's output, and the criterion's terms by name. A :class:`BridgeLoss`'s are the
-            whole loss, the task's included.
+            The student's output, and the criterion's terms by name. Where no row has a pair there
+            is one term, 0 with a gradient of 0.
 
         Raises:
             RuntimeError: If the Distiller was detached, or as :meth:`FeatureCapture.read` raises.
-            ValueError: As the criterion raises.
+            ValueError: As the criterion raises; or if nothing that is distilled reaches a parameter
+                of the student that trains.
         """
         if self._capture is None:
             raise RuntimeError("this Distiller was detached: call attach() to distil on")
-        mixed = bool(rows) or x_matched is not None
-        bridge = _as_bridge(self.criterion, rows) if mixed else None
-        apart = "paired" in rows  # the teacher sees these samples alone, if any
-        feats_t: Features | None = None
-        if _reads_teacher(self.criterion) and not (apart and x_teacher is None):
-            feats_t = self._frozen.features(x if x_teacher is None else x_teacher)
-        if x_matched is not None:
-            rows["matches"] = self._frozen.features(x_matched)
-        output = call(self.student, x)
+        feats_t: Features | None = None if self._reads_teacher else Features()
+        if x_teacher is None and self._reads_teacher and paired is None:
+            raise TypeError(
+                "x_teacher is missing, the teacher's input of the same samples: say x_teacher=x "
+                "where both networks see the same images"
+            )
+        if x_teacher is not None and self._reads_teacher:
+            feats_t = self._frozen.features(x_teacher)
+        output = _called("student", self.student, x)
         feats_s = self._capture.read()
+        self._check_features(feats_s, feats_t)
         if index is not None:
             feats_s = feats_s.replace(index=index)
-            feats_t = feats_t if apart or feats_t is None else feats_t.replace(index=index)
-        if bridge is not None:
-            terms = bridge.terms(feats_s, feats_t, target, **rows)
-        else:
-            terms = self.criterion.terms(feats_s, feats_t or Features(), target)
-        return output, self._share.of(terms)
-
-    def set_weight(self, weight: float) -> None:
-        """Sets a weight of all that is distilled, beside the criterion's own; 1 at first.
-
-        The labels' terms, a :class:`BridgeLoss`'s ``task`` and ``SRM``, keep theirs. Nothing is
-        compiled again, and the weight is no part of ``state_dict``. With :func:`falling` the labels
-        have the last word: ``distiller.set_weight(structkd.falling(step, steps))``.
-
-        Raises:
-            TypeError, ValueError: If the weight is no finite number.
-        """
-        self._share.set_weight("distilled", weight)
+        if paired is not None:
+            return output, self._paired_terms(feats_s, feats_t, target, paired)
+        return output, self.criterion.terms(feats_s, feats_t or Features(), target)
 
     def step_epoch(self) -> None:
-        """Tells the criterion that an epoch of training is over."""
+        """Tells the criterion that an epoch of training is over.
+
+        Warns:
+            UserWarning: If the student's parameters moved since the last call and none of the
+                criterion's did: no optimizer has them.
+        """
         self.criterion.step_epoch()
+        if self._versions is not None:
+            student, criterion = (
+                before != now for before, now in zip(self._versions, self._marks(), strict=True)
+            )
+            if student and not criterion and self._versions[1]:
+                warnings.warn(
+                    f"no optimizer moves the parameters of {type(self.criterion).__name__}: make "
+                    "it of distiller.parameters(), the student's and the criterion's",
+                    stacklevel=2,
+                )
+        self._versions = None
 
     def detach(self) -> nn.Module:
         """Takes all hooks off both networks and returns the student, as it came in."""
@@ -189,6 +209,7 @@ class Distiller(nn.Module):
             self._capture.remove()
             self._frozen.detach()
             self._capture = None
+            _living.discard(self)
         return self.student
 
     def attach(self) -> None:
@@ -196,19 +217,41 @@ class Distiller(nn.Module):
         if self._capture is None:
             self._capture = FeatureCapture(self.student, **self._layers)
             self._frozen.attach()
+            _living.add(self)
 
-    def train(self: DistillerT, mode: bool = True) -> DistillerT:
-        """Sets the student's and the criterion's mode; the teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters that the student asks timm's optimizers not to decay."""
+        asked = getattr(backbone.unwrapped(self.student), "no_weight_decay", set)
+        return {f"student.{name}" for name in asked()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], Any] | dict[str, Any]:
+        """Returns the student's groups of layers for timm's optimizers; a criterion's go last.
+
+        Args:
+            coarse: As in timm, larger groups.
+        """
+        asked = getattr(backbone.unwrapped(self.student), "group_matcher", None)
+        if asked is None:
+            return {}
+        matcher = asked(coarse=coarse)
+        return lambda name: (
+            _layer_group(matcher, name.removeprefix("student."))
+            if name.startswith("student.")
+            else (math.inf,)
+        )
 
     def extra_repr(self) -> str:
-        return f"teacher={type(_backbone.unwrapped(self.teacher)).__name__} (frozen)"
+        return f"teacher={type(backbone.unwrapped(self.teacher)).__name__} (frozen)"
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel reads this name: it broadcasts all other buffers at every step.
+        if is_unshaped(self):
+            raise RuntimeError(
+                "the criterion's parameters have no shape yet, which DistributedDataParallel needs:"
+                " make the Distiller with example=x, or call it once under torch.no_grad() before "
+                "wrapping it"
+            )
         return same_buffers(self)
 
     def _apply(
@@ -217,6 +260,321 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._frozen.apply(fn)
         return self
+
+    def _build(self, example: Any) -> None:
+        """Runs all once, in eval mode so that no statistic moves: the criterion takes its shape."""
+        is_pair = isinstance(example, tuple | list) and len(example) == 2
+        x_s, x_t = example if is_pair else (example, example)
+        assert self._capture is not None
+        with evaluating(self), torch.no_grad():
+            _called("student", self.student, x_s, of_example=is_pair)
+            feats_s, feats_t = self._capture.read(), Features()
+            if self._reads_teacher:
+                feats_t = self._frozen.features(x_t, of_example=is_pair)
+            self._check_features(feats_s, feats_t)
+            count = _batch_of(feats_s)
+            enough = max(count, 2, *(leaf.min_batch for leaf in leaves_of(self.criterion)))
+            rows = torch.arange(enough) % count
+            feats_s = feats_s.rows(rows).replace(index=torch.zeros_like(rows))
+            feats_t = feats_t.rows(rows)
+            place = next(iter(_tensors(feats_s)))
+            no_labels = torch.full_like(rows, -100, device=place.device)
+            feats_s = feats_s.replace(index=torch.zeros_like(no_labels))
+            self.criterion.terms(feats_s, feats_t, no_labels)
+
+    def _paired_terms(
+        self, student: Features, teacher: Features | None, target: Tensor | None, paired: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns the terms of the rows that have a pair, on this process and on all.
+
+        Of a criterion that looks at every sample by itself, a term is the mean over rows, and so
+        that of all processes is :math:`\\sum_r n_r L_r / \\sum_r n_r` with :math:`n_r` rows on
+        rank r. What is of all rows already, the same on each rank, this leaves as it is.
+        """
+        rows = chosen_rows(paired, "paired", _batch_of(student))
+        size = len(rows)
+        if teacher is None and size:
+            raise ValueError(
+                f"paired names {size} row(s) that have a pair, but x_teacher is None: pass the "
+                "teacher's input of these rows"
+            )
+        if teacher is not None and self._reads_teacher:
+            for value in _tensors(teacher):
+                if len(value) != size:
+                    raise ValueError(
+                        f"x_teacher must hold one sample for each of the {size} rows that paired "
+                        f"names, in their order, got {len(value)}"
+                    )
+        shards = self._shards(size, teacher is not None, next(iter(_tensors(student))).device)
+        if not shards.total:
+            return {"no pairs": self._nothing(student)}
+        needy = max(leaves_of(self.criterion), key=lambda leaf: leaf.min_batch)
+        if shards.total < needy.min_batch:
+            raise ValueError(
+                f"this batch has {shards.total} row(s) with a pair, but {type(needy).__name__} "
+                f"compares samples with each other and needs at least {needy.min_batch} of them: "
+                "draw them several at a time, from a loader of their own for example (views.mixed "
+                "makes one batch of two), or leave so few out of paired"
+            )
+        if target is not None:
+            target = target.index_select(0, sent(rows, target.device))
+        given = student.rows(rows), teacher or Features(), target
+        if len(shards.sizes) == 1:
+            return self.criterion.terms(*given)
+        found = self.criterion.terms(*given, shards=shards)
+        own = torch.stack(list(found.values()))
+        # A mean over no rows is NaN. It counts for nothing, yet stays in the graph: others wait for
+        # its part in the collectives of the backward pass.
+        own = size * own if size else torch.where(torch.zeros_like(own) > 0, own, 0)
+        return dict(zip(found, (shards.sum(own) / shards.total).unbind(), strict=True))
+
+    def _shards(self, size: int, has_teacher: bool, device: torch.device) -> Shards:
+        """Returns how many rows have a pair, on all processes where the criterion exchanges."""
+        leaves = leaves_of(self.criterion)
+        if world_size() == 1 or not any(leaf.exchanges for leaf in leaves):
+            return Shards.alone(size)
+        for leaf in leaves:
+            if leaf.over_ranks != "rows" and not leaf.exchanges:
+                raise ValueError(
+                    f"{type(leaf).__name__} compares samples and was made without gather=True, but "
+                    "another criterion of the sum exchanges with all processes, some of which may "
+                    "have no row: say gather=True for all of them"
+                )
+        told = Shards.read(size if has_teacher else -1, device)
+        without = [place for place, count in enumerate(told.sizes) if count < 0]
+        if without and max(told.sizes) > 0:
+            raise ValueError(
+                f"rank(s) {without} have no x_teacher while others have rows with a pair: a process"
+                " without any passes zero samples, x_teacher=images[:0]"
+            )
+        return Shards(tuple(max(count, 0) for count in told.sizes), told.rank)
+
+    def _nothing(self, student: Features) -> Tensor:
+        """Returns 0 with a gradient of 0 for all that trains, which DDP waits for."""
+        trained = [p for p in self.criterion.parameters() if p.requires_grad]
+        parts = [next(iter(_tensors(student)))] + ([] if is_unshaped(self.criterion) else trained)
+        zero = torch.stack([part.flatten()[:0].sum() for part in parts]).sum()
+        return zero.to(torch.promote_types(zero.dtype, torch.float32))
+
+    def _check_layers(self, reads: tuple[str, ...]) -> None:
+        """Raises where nobody named a layer that the criterion reads, with the likely ones."""
+        assert self._capture is not None
+        asked = [("student", self._capture)]
+        asked += [("teacher", self._frozen.capture)] if self._reads_teacher else []
+        lacking: dict[str, list[str]] = {}
+        for name, capture in asked:
+            held = {
+                "embedding": bool(capture.embedding),
+                "intermediate": bool(capture.intermediate),
+            }
+            fields = [field for field in reads if not held.get(field, True)]
+            if fields and not getattr(capture, "_absent", None):
+                lacking[name] = fields
+        if not lacking:
+            return
+        said, fixes = [], {}
+        for name, fields in lacking.items():
+            likely = backbone.likely_layers(backbone.unwrapped(dict(asked)[name].module))
+            said.append(f"{name} no {' and no '.join(fields)}")
+            entries = [f"{field}={likely.get(field, 'NAME')!r}" for field in fields]
+            fixes[name] = f"dict({', '.join(entries)})"
+        call = f"layers={fixes.get('student') or fixes['teacher']}"
+        if "teacher" in fixes and "student" in fixes and fixes["teacher"] != fixes["student"]:
+            call += f", teacher_layers={fixes['teacher']}"
+        elif "student" not in fixes:
+            call = call.replace("layers=", "teacher_layers=", 1)
+        raise ValueError(
+            f"{type(self.criterion).__name__} reads what no layer was named for (of the "
+            f"{', of the '.join(said)}); likely layers of yours: Distiller(..., {call})"
+        )
+
+    def _check_features(self, student: Features, teacher: Features | None) -> None:
+        """Raises where a network gives no logits that are read, or nothing would train."""
+        if torch.compiler.is_compiling():
+            return
+        leaves = leaves_of(self.criterion)
+        for leaf in leaves:
+            for name, features in (("student", student), ("teacher", teacher)):
+                wanted = features is not None and (name == "student" or leaf.reads_teacher)
+                if wanted and "logits" in leaf.reads and features.logits is None:  # type: ignore[union-attr]
+                    said = features.absent.get("logits", "")  # type: ignore[union-attr]
+                    raise ValueError(f"{type(leaf).__name__} needs the {name}'s logits: {said}")
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for leaf in leaves:
+            read = [value for value in _tensors(student, leaf.reads)]
+            if read and not any(value.requires_grad for value in read):
+                raise ValueError(
+                    f"nothing of {type(leaf).__name__} reaches a parameter of the student that "
+                    f"trains: what it reads ({', '.join(leaf.reads)}) comes out of frozen layers; "
+                    "name a later layer, or unfreeze the layers before it"
+                )
+        if self._versions is None and not is_unshaped(self.criterion):
+            self._versions = self._marks()
+
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """Returns how often the parameters of student and criterion were written to."""
+        student, criterion = (
+            [p._version for p in module.parameters() if p.requires_grad]
+            for module in (self.student, self.criterion)
+        )
+        return student, criterion
+
+
+def falling(step: int, total: int) -> float:
+    r"""Share of a weight that is left at a step, falling from 1 to 0 along a cosine.
+
+    :math:`\frac{1}{2} (1 + \cos(\pi \, step / total))`, and 0 from ``total`` on. Distillation whose
+    weight falls shapes the student while it still moves much, and leaves the last word to the
+    labels. It is a factor in the loop.
+
+    Args:
+        step: Steps done, >= 0: batches or epochs.
+        total: Steps of the whole training, >= 1.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        TypeError, ValueError: If a number is not whole or out of range.
+
+    Example:
+        >>> [round(falling(step, 4), 3) for step in range(5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+        >>> terms = {"KD": torch.tensor(2.0)}
+        >>> falling(2, 4) * sum(terms.values())
+        tensor(1.)
+    """
+    done = whole("step", step, at_least=0) / whole("total", total)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class _Frozen:
+    """A teacher with its capture, held where ``nn.Module`` does not look for submodules.
+
+    Deep copies (an EMA, a mean teacher) share the teacher and its hooks, unless they are moved
+    elsewhere. Who detaches takes off the hooks that are its own, and leaves the others their use.
+    """
+
+    def __init__(self, module: nn.Module, layers: dict[str, Any]) -> None:
+        self.module = module
+        self.layers = layers
+        self.owned = True
+        self.attach()
+
+    def features(self, x: Any, *, of_example: bool = False) -> Features:
+        """Runs the teacher in eval mode and returns what it gives, without gradient.
+
+        A batch of no samples gives features of no rows, by way of one sample of zeros: many a
+        network cannot reshape nothing.
+        """
+        if self.capture.removed:  # by the one that this is a copy of
+            self.attach()
+        empty = isinstance(x, Tensor) and x.dim() > 0 and len(x) == 0
+        if empty:
+            x = x.new_zeros(1, *x.shape[1:])
+        with torch.no_grad():
+            if not torch.compiler.is_compiling():
+                with evaluating(self.module):
+                    _called("teacher", self.module, x, of_example=of_example)
+            elif self.module.training:
+                raise RuntimeError("the teacher is in training mode: call distiller.teacher.eval()")
+            else:
+                _called("teacher", self.module, x)
+            found = self.capture.read()
+        return found.rows(torch.empty(0, dtype=torch.int64)) if empty else found
+
+    def attach(self) -> None:
+        self.capture = _captured("teacher", self.module, self.layers)
+        self.borrows_hooks = False
+
+    def detach(self) -> None:
+        if not self.borrows_hooks:
+            self.capture.remove()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Moves the teacher; a shared one stays, and a copy of it moves if that changes it."""
+        if not self.owned:
+            probe = next(self.module.parameters(), None)
+            moved = None if probe is None else fn(probe.data)
+            if probe is None or moved is None or _alike(probe, moved):
+                return
+            self.module, self.owned = copy.deepcopy(self.module), True
+            self.attach()
+        self.module._apply(fn)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
+        shared = _Frozen.__new__(_Frozen)
+        shared.__dict__.update(self.__dict__, owned=False, borrows_hooks=True)
+        return shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, borrows_hooks=False)  # a loaded capture has hooks of its own
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.device == other.device and tensor.dtype == other.dtype
+
+
+def _called(name: str, network: nn.Module, x: Any, *, of_example: bool = False) -> Any:
+    """Calls a network with a tensor, a tuple of arguments or a dict of keywords.
+
+    An error inside the network goes on as it is, with a sentence that says which network it was,
+    and on what.
+    """
+    arguments, keywords = (x,), {}
+    if isinstance(x, Mapping):
+        arguments, keywords = (), dict(x)
+    elif isinstance(x, tuple | list):
+        arguments = tuple(x)
+    if torch.compiler.is_compiling():
+        return network(*arguments, **keywords)
+    try:
+        return network(*arguments, **keywords)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            said = _how_called(name, network, x, of_example=of_example)
+            error.args = (f"{error.args[0]}\n{said}",)
+        raise
+
+
+def _how_called(name: str, network: nn.Module, x: Any, *, of_example: bool) -> str:
+    said = f"structkd: this came from the {name}, a {type(network).__name__}, "
+    if isinstance(x, Mapping):
+        parts = ", ".join(f"{key}={describe(value)}" for key, value in x.items())
+        said += f"called with the keywords of a dict ({parts}); a network whose one argument is a "
+        said += "dict takes a tuple of arguments, ({...},)"
+    elif isinstance(x, tuple | list):
+        parts = ", ".join(describe(value) for value in x)
+        said += f"called with {len(x)} arguments out of a {type(x).__name__} ({parts}); a network "
+        said += "whose one argument is a list takes a tuple of arguments, ([a, b],)"
+    else:
+        said += f"called with {describe(x)}"
+    if of_example:
+        said += "; example=(a, b) is the student's input a and the teacher's b: for networks of two"
+        said += " arguments say example=((x, meta), (x, meta))"
+    return said
+
+
+def _tensors(features: Features, fields: tuple[str, ...] | None = None) -> list[Tensor]:
+    """Returns the tensors of some fields, of all by default."""
+    found: list[Tensor] = []
+    for field in fields or ("logits", "embedding", "intermediate"):
+        value = getattr(features, field)
+        found += value if isinstance(value, tuple) else [] if value is None else [value]
+    return found
+
+
+def _batch_of(features: Features) -> int:
+    return len(next(iter(_tensors(features))))
+
+
+def _captured(name: str, network: nn.Module, options: Mapping[str, Any]) -> FeatureCapture:
+    try:
+        return FeatureCapture(network, **options)
+    except ValueError as error:
+        word = "layers" if name == "student" else "teacher_layers"
+        raise ValueError(f"of the {name}, {word}: {error}") from error
 
 
 def _check_networks(student: object, teacher: object) -> None:
@@ -230,36 +588,34 @@ def _check_networks(student: object, teacher: object) -> None:
             raise TypeError(f"{name} must be an nn.Module, got {describe(module)}")
     assert isinstance(student, nn.Module)
     assert isinstance(teacher, nn.Module)
-    wrapper = _backbone.averaging_wrapper(student)
+    wrapper = backbone.averaging_wrapper(student)
     if wrapper is not None:
         raise TypeError(
             f"student is a {type(wrapper).__name__}: give the bare network, and wrap the "
             "Distiller itself, so that the criterion's parameters are averaged too"
         )
-    trained = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in trained for parameter in teacher.parameters()):
+    if _share_parameters(student, teacher):
         raise ValueError(
             "student and teacher share parameters, which freezing the teacher would freeze: give "
             "the teacher as a copy, copy.deepcopy(student)"
         )
 
 
-def _as_bridge(criterion: Criterion, rows: Mapping[str, Any]) -> BridgeLoss:
-    if not isinstance(criterion, BridgeLoss):
-        given = ", ".join(rows) or "x_matched"
+def _check_sharding(student: nn.Module, criterion: Criterion) -> None:
+    """Raises where FSDP2 has sharded the student alone, and the criterion trains something."""
+    if not any(parameter.requires_grad for parameter in criterion.parameters()):
+        return
+    if any(type(part).__name__.startswith("FSDP") for part in student.modules()):
         raise TypeError(
-            f"{given}: only a BridgeLoss, by itself and in no list or sum, tells rows of a batch "
-            f"apart, but criterion is a {type(criterion).__name__}; put it inside, as "
-            "dict(type='BridgeLoss', pair=...)"
+            f"student is sharded by fully_shard, which would leave the parameters of "
+            f"{type(criterion).__name__} to every process by itself: make the Distiller of the bare"
+            " network with example=x, then shard its parts and fully_shard(distiller)"
         )
-    return criterion
 
 
-def _reads_teacher(criterion: Criterion) -> bool:
-    """Tells whether anything looks at the teacher's features of the samples, matches aside."""
-    if isinstance(criterion, BridgeLoss):
-        return criterion.pair is not None and reads_teacher(criterion.pair)
-    return reads_teacher(criterion)
+def _share_parameters(first: nn.Module, second: nn.Module) -> bool:
+    own = {id(parameter) for parameter in first.parameters()}
+    return any(id(parameter) in own for parameter in second.parameters())
 
 
 def _layer_options(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -286,18 +642,15 @@ def _only(reads: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _example_features(
-    capture_s: FeatureCapture, capture_t: FeatureCapture, example: Any
-) -> tuple[Features, Features]:
-    """Runs both networks once, in eval mode, so that no batch statistic moves."""
-    if example is None:
-        raise ValueError(
-            "example is missing: pass the student's input, or a pair (the student's, the "
-            "teacher's), from which the criterion reads its widths"
-        )
-    is_pair = isinstance(example, tuple | list) and len(example) == 2
-    x_s, x_t = example if is_pair else (example, example)
-    with evaluating(capture_s.module, capture_t.module), torch.no_grad():
-        call(capture_s.module, x_s)
-        call(capture_t.module, x_t)
-    return capture_s.read(), capture_t.read()
+def _layer_group(matcher: Any, name: str) -> tuple[float, ...]:
+    """Returns where a parameter comes in the order of the student's layers, by timm's rules."""
+    if not isinstance(matcher, Mapping):
+        place = matcher(name)
+        return tuple(place) if isinstance(place, tuple | list) else (place,)
+    for ordinal, specs in enumerate(matcher.values()):
+        for pattern, suffix in [(specs, ())] if isinstance(specs, str) else specs or ():
+            found = re.match(pattern, name)
+            if found:
+                parts = (ordinal, *(part for part in found.groups() if part is not None))
+                return tuple(float(part) for part in (*parts, *(suffix or ())))
+    return (math.inf,)

@@ -164,9 +164,7 @@ def check_positions(first: Tensor, second: Tensor, reader: str) -> None:
 
 def common_pair(student: Features, teacher: Features, layer: int) -> tuple[Tensor, Tensor]:
     """Returns the maps at one position of both as ``(B, C, H, W)`` of one height and width."""
-    return common_positions(
-        *map_pair(student, teacher, layer), "student and teacher intermediate"
-    )
+    return common_positions(*map_pair(student, teacher, layer), "student and teacher intermediate")
 
 
 def check_several(features: Tensor, reader: str, shards: Shards) -> None:

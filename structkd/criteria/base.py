@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from structkd._checks import describe, near, number
 from structkd.distributed import Shards
@@ -79,6 +79,8 @@ class Criterion(nn.Module):
     over_ranks: Literal["rows", "gathered", "sums", "always"] = "rows"
     min_batch: ClassVar[int] = 1
     _version = 2  # of the state dict; 1 is structkd 0.1.0
+    _has_met = False  # whether a batch was looked at closely
+    _has_shape = False  # whether all parameters were seen to have one
 
     def __init__(self, *, gather: bool = False) -> None:
         super().__init__()
@@ -123,6 +125,7 @@ class Criterion(nn.Module):
         """
         features_s = self._read(student, "student")
         features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
+        self._has_met = True
         tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device, batch = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
@@ -200,6 +203,8 @@ class Criterion(nn.Module):
                 raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
             for tensor in value if isinstance(value, tuple) else (value,):
                 _check_tensor(tensor, f"{name}.{field}", field)
+            if field == "logits" and not self._has_met and not torch.compiler.is_compiling():
+                _check_scores(value, f"{name}.logits")
             found[field] = value
         return Features(**found, index=features.index)  # type: ignore[arg-type]
 
@@ -232,8 +237,12 @@ class Criterion(nn.Module):
         """Returns float64 where an input or a parameter is, float32 otherwise."""
         dtypes = {tensor.dtype for _, tensor in tensors}
         wide = torch.float64 in dtypes
-        for parameter in self.parameters():
-            if is_lazy(parameter):  # it goes where its first input is
+        # A graph that has met a parameter without a shape cannot give it one.
+        looks = self._has_shape or not torch.compiler.is_compiling()
+        self._has_shape = looks
+        for parameter in self.parameters() if looks else ():
+            if isinstance(parameter, UninitializedTensorMixin):  # it goes where its first input is
+                self._has_shape = False
                 continue
             if parameter.dtype in _HALVES:
                 raise TypeError(
@@ -251,8 +260,10 @@ class Criterion(nn.Module):
                     "are float64: call criterion.double()"
                 )
             dtypes.add(parameter.dtype)
-        for name, buffer in self.named_buffers():
-            if not is_lazy(buffer) and buffer.dim() and buffer.device != device:
+        for name, buffer in self.named_buffers() if looks else ():
+            if isinstance(buffer, UninitializedTensorMixin):
+                continue
+            if buffer.dim() and buffer.device != device:
                 raise ValueError(
                     f"{type(self).__name__}'s {name} is on {buffer.device}, its inputs on "
                     f"{device}: call criterion.to('{device}')"
@@ -451,6 +462,21 @@ def _check_tensor(tensor: Tensor, name: str, field: str) -> None:
     ranks, wanted = _RANKS[field]
     if tensor.dim() not in ranks:
         raise ValueError(f"{name} must be {wanted}, got {describe(tensor)}")
+
+
+def _check_scores(logits: Tensor, name: str) -> None:
+    """Raises where logits are probabilities; asked of the first batch, since it reads values."""
+    values = logits.detach()
+    if values.numel() == 0 or values.shape[1] < 2:
+        return
+    inside = (values >= 0) & (values <= 1)
+    whole = (values == 0) | (values == 1)
+    adds_up = (values.sum(dim=1) - 1).abs() < 1e-2
+    if bool(inside.all() & adds_up.all() & ~whole.all()):
+        raise ValueError(
+            f"{name} look like probabilities, rows in 0..1 that add up to 1: give the scores before "
+            "the softmax"
+        )
 
 
 def _named(features: Features, name: str) -> list[tuple[str, Tensor]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
 from structkd._checks import choice
-from structkd.criteria._fields import either, pair
-from structkd.criteria._gram import FORMS, cross_product_energy, takes_gram
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, either, pair
+from structkd.criteria.numerics import FORMS, cross_product_energy, takes_gram
 from structkd.features import Features
-from structkd.projectors import Projector
+from structkd.projectors import Projector, project
 
 _CROSSOVER = 6
 
@@ -39,8 +35,8 @@ class CORALLoss(Criterion):
 
     Args:
         student_projector: Module ``(B, D_s) -> (B, d)`` that brings the student's embedding to the
-            teacher's width, a linear :class:`Projector` from :meth:`from_features` where widths
-            differ; none means that they agree.
+            teacher's width; by default a linear :class:`Projector` where the widths of the first
+            call differ, and nothing where they agree.
         form: ``auto``, ``matrix`` or ``gram``.
         gather: Estimate the covariances on the batch of all processes.
 
@@ -62,7 +58,7 @@ class CORALLoss(Criterion):
     """
 
     reads = ("embedding",)
-    couples = True
+    over_ranks = "gathered"
     min_batch = 2
 
     def __init__(
@@ -73,32 +69,18 @@ class CORALLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        self.student_projector = student_projector
+        self.student_projector = student_projector or Projector(layers=1, skip_equal=True)
         self.form = choice("form", form, FORMS)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns a linear projector where the widths of two example passes differ."""
-        if "student_projector" in options:
-            return {}
-        rows_s, rows_t = either(feats_s, feats_t, "embedding")
-        width_s, width_t = rows_s.shape[1], rows_t.shape[1]
-        if width_s == width_t:
-            return {}
-        return {"student_projector": Projector(width_s, width_t, layers=1)}
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        if self.student_projector is not None and student.embedding is not None:
-            student = student.replace(embedding=self.student_projector(student.embedding))
+        rows_s, rows_t = either(student, teacher, "embedding")
+        student = student.replace(
+            embedding=project(self.student_projector, rows_s, rows_t.shape[1])
+        )
         embedding_s, embedding_t = pair(student, teacher, "embedding")
         return {"CORAL": coral_distance(embedding_s, embedding_t, self.form)}
-
-    def extra_repr(self) -> str:
-        return f"form={self.form!r}"
 
 
 def coral_distance(rows_s: Tensor, rows_t: Tensor, form: str) -> Tensor:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from structkd._checks import choice, number, whole
-from structkd.criteria._fields import either
-from structkd.criteria._gram import FORMS, cross_product_energy, off_diagonal, takes_gram
-from structkd.criteria._moments import Columns, inverse_scale, moments
-from structkd.criteria._terms import checked_terms
-from structkd.criteria.base import Criterion
-from structkd.distributed import gather_batch, shard_sizes
+from structkd._checks import choice, number, terms_of, whole
+from structkd.criteria.base import Criterion, either
+from structkd.criteria.moments import Columns, moments
+from structkd.criteria.numerics import (
+    FORMS,
+    cross_product_energy,
+    inverse_scale,
+    is_rounding,
+    off_diagonal,
+    takes_gram,
+)
+from structkd.distributed import Shards
 from structkd.features import Features
-from structkd.projectors import Projector
+from structkd.projectors import Projector, project
 
 PROJECTORS = ("linear", "mlp", "none")
 REDUCTIONS = ("mean", "sum")
@@ -54,10 +58,15 @@ class CrossCorrelationLoss(Criterion):
     :math:`\sqrt{\|z_i\|^2 + \epsilon \, mean_j \|z_j\|^2}`, and C_ii stays a little below 1.
 
     Args:
-        student_projector: Module ``(B, D_s) -> (B, d)``; none means identity.
-        teacher_projector: Module ``(B, D_t) -> (B, d)``. It is frozen, as Eq. 12 minimises over the
-            student's side only, unless ``train_teacher_projector``; so it shares no parameter with
-            the student's then.
+        projector: What brings both embeddings to one width, shaped at the first call. ``linear``
+            maps the student onto the teacher's own embedding, where widths agree too: nothing says
+            that channel i of one network stands for channel i of the other. ``mlp`` maps both to
+            ``projector_dim``; ``none`` compares embeddings as they are.
+        projector_dim: d of ``mlp``, four times the teacher's width by default.
+        student_projector: A module of your own ``(B, D_s) -> (B, d)`` in place of ``projector``.
+        teacher_projector: Likewise ``(B, D_t) -> (B, d)``; a side without one is left as it is. The
+            teacher's projector is frozen, as Eq. 12 minimises over the student's side only, unless
+            ``train_teacher_projector``; so it shares no parameter with the student's then.
         reduction: ``mean`` divides by ``d``, so that a weight means the same at any width; ``sum``
             is Eq. 7.
         lambd: Weight of the off-diagonal part, >= 0.
@@ -78,31 +87,31 @@ class CrossCorrelationLoss(Criterion):
 
     Raises:
         ValueError: If the projected widths differ, ``lambd`` or ``floor`` is negative, an option is
-            unknown, the projectors share parameters of which one side would be frozen, or
-            ``train_teacher_projector`` has no projector to train.
+            unknown or has no meaning with the others, or the projectors share parameters of which
+            one side would be frozen.
 
     References:
         Si et al., *A Dimensional Structure based Knowledge Distillation Method for Cross-Modal
         Learning*, Eq. 6-7. The form is Zbontar et al., *Barlow Twins*, 2021.
 
     Example:
-        >>> criterion = CrossCorrelationLoss(nn.Linear(16, 32), lambd=0.01, center=True)
+        >>> criterion = CrossCorrelationLoss(lambd=0.01, center=True)
         >>> loss = criterion(torch.randn(8, 16), torch.randn(8, 32))
         >>> loss.shape
         torch.Size([])
     """
 
     reads = ("embedding",)
-    couples = True
-    sums_over_ranks = True
+    over_ranks = "sums"
     min_batch = 2
-    build_options = ("projector", "projector_dim")
 
     def __init__(
         self,
+        *,
+        projector: str | None = None,
+        projector_dim: int | None = None,
         student_projector: nn.Module | None = None,
         teacher_projector: nn.Module | None = None,
-        *,
         reduction: str = "sum",
         lambd: float = 5e-3,
         center: bool = False,
@@ -113,94 +122,67 @@ class CrossCorrelationLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        self.enabled = checked_terms(terms, TERMS)
+        self.enabled = terms_of(terms, TERMS)
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.lambd = number("lambd", lambd, at_least=0)
         self.center = center
         self.form = choice("form", form, FORMS)
         self.floor = number("floor", floor, at_least=0)
+        own = student_projector is not None or teacher_projector is not None
+        if own and (projector is not None or projector_dim is not None):
+            raise ValueError(
+                "projector and projector_dim say which projectors to make, but student_projector "
+                "or teacher_projector was given: leave one of them out"
+            )
+        self.projector = choice("projector", projector or "linear", PROJECTORS)
+        self.projector_dim = None
+        if own:
+            self.projector = "none"
+        elif self.projector == "linear":
+            student_projector = Projector(layers=1)
+        elif self.projector == "mlp":
+            student_projector, teacher_projector = Projector(), Projector()
+        if projector_dim is not None:
+            self.projector_dim = whole("projector_dim", projector_dim)
+            if self.projector != "mlp":
+                raise ValueError(
+                    f"projector_dim goes with projector='mlp', got projector={self.projector!r}"
+                )
         _check_projectors(student_projector, teacher_projector, train_teacher_projector)
+        self.train_teacher_projector = train_teacher_projector
         self.student_projector = student_projector or nn.Identity()
         self.teacher_projector = teacher_projector or nn.Identity()
-        self.teacher_projector.requires_grad_(train_teacher_projector)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns projectors for the widths of two example passes.
-
-        :meth:`from_features` takes two options for them. ``projector="linear"`` (the default) maps
-        the student onto the teacher's own embedding, where widths agree too: nothing says that
-        channel i of one network stands for channel i of the other. ``"mlp"`` maps both to
-        ``projector_dim``, four times the teacher's width by default; ``"none"`` compares
-        embeddings as they are.
-        """
-        if "student_projector" in options or "teacher_projector" in options:
-            for name in cls.build_options:
-                if name in options:
-                    raise ValueError(
-                        f"{name} builds projectors, but student_projector or teacher_projector was "
-                        "given: leave one of them out"
-                    )
-            return {}
-        embedding_s, embedding_t = either(feats_s, feats_t, "embedding")
-        kind = choice("projector", options.get("projector", "linear"), PROJECTORS)
-        width_s, width_t, width = embedding_s.shape[1], embedding_t.shape[1], None
-        if options.get("projector_dim") is not None:
-            width = whole("projector_dim", options["projector_dim"])
-            if kind != "mlp":
-                raise ValueError(f"projector_dim goes with projector='mlp', got projector={kind!r}")
-        if kind == "none":
-            if width_s != width_t:
-                raise ValueError(
-                    f"the embeddings are {width_s} and {width_t} wide: projector='none' needs "
-                    "equal widths, use 'linear' or 'mlp'"
-                )
-            return {}
-        if kind == "linear":
-            return {"student_projector": Projector(width_s, width_t, layers=1)}
-        width = width or 4 * width_t
-        return {
-            "student_projector": Projector(width_s, width),
-            "teacher_projector": Projector(width_t, width),
-        }
+        for parameter in self.teacher_projector.parameters():
+            parameter.requires_grad = train_teacher_projector  # as an attribute: it may be lazy
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        embedding_s, embedding_t = either(student, teacher, "embedding")
-        sizes = [len(embedding_s)]
-        if self.gather:
-            sizes = shard_sizes(sizes[0], embedding_s.device)
-        self._check_batch(sum(sizes))
-        by_row = _is_row_wise(self.student_projector) and _is_row_wise(self.teacher_projector)
-        if self.gather and not by_row:
-            embedding_s = gather_batch(embedding_s, sizes)
-            embedding_t = gather_batch(embedding_t, sizes)
-        gather = self.gather and by_row  # what is left to bring together
-        projected_s = self.student_projector(embedding_s)
-        projected_t = self.teacher_projector(embedding_t)
+        rows_s, rows_t = either(student, teacher, "embedding")
+        alone = Shards.alone(shards.total)
+        if not (_is_row_wise(self.student_projector) and _is_row_wise(self.teacher_projector)):
+            rows_s, rows_t, shards = shards.gather(rows_s), shards.gather(rows_t), alone
+        width = rows_t.shape[1] if self.projector == "linear" else 4 * rows_t.shape[1]
+        width = self.projector_dim or width
+        projected_s = project(self.student_projector, rows_s, width)
+        projected_t = project(self.teacher_projector, rows_t, width)
         if projected_s.shape[1] != projected_t.shape[1]:
             raise ValueError(
                 "student and teacher embeddings must have one width after projection, got "
-                f"{projected_s.shape[1]} and {projected_t.shape[1]}; pass student_projector="
-                f"structkd.Projector({embedding_s.shape[1]}, {projected_t.shape[1]})"
+                f"{projected_s.shape[1]} and {projected_t.shape[1]}; leave projector='linear', the "
+                f"default, or give student_projector=structkd.Projector({projected_t.shape[1]})"
             )
-        if takes_gram(self.form, projected_s, _CROSSOVER, rows=sum(sizes)):
-            if gather:
-                projected_s = gather_batch(projected_s, sizes)
-                projected_t = gather_batch(projected_t, sizes)
+        if takes_gram(self.form, projected_s, _CROSSOVER, rows=shards.total):
+            projected_s, projected_t = shards.gather(projected_s), shards.gather(projected_t)
             diagonal, off = _gram_form(
                 _unit_columns(projected_s, self.center, self.floor),
                 _unit_columns(projected_t, self.center, self.floor),
             )
         else:
             columns = [Columns(projected_s.T, projected_t.T)]
-            ((found,),) = moments(columns, center=self.center, gather=gather)
+            ((found,),) = moments(columns, shards, center=self.center)
             scale_s = inverse_scale(found.spread_s, self.floor)
-            scale_t = inverse_scale(found.var_t, self.floor)
-            correlation = found.cross * scale_s[:, None] * scale_t
+            correlation = found.cross * scale_s[:, None] * inverse_scale(found.var_t, self.floor)
             diagonal = correlation.diagonal()
             off = off_diagonal(correlation).square().sum()
         scale = 1 / projected_s.shape[1] if self.reduction == "mean" else 1.0
@@ -210,11 +192,17 @@ class CrossCorrelationLoss(Criterion):
         }
         return {name: terms[name] for name in self.enabled}
 
-    def extra_repr(self) -> str:
-        return (
-            f"reduction={self.reduction!r}, lambd={self.lambd}, center={self.center}, "
-            f"form={self.form!r}, floor={self.floor}, terms={self.enabled}"
-        )
+
+def off_diagonal_energy(left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
+    """Returns the sum of squares of ``left^T right`` off its known diagonal, without building it.
+
+    Args:
+        left: ``(n, d)``.
+        right: ``(n, d)``, with n well below d.
+        diagonal: The product's diagonal ``(d,)``.
+    """
+    # Rounding can leave the difference just below zero; NaN passes through clamp.
+    return (cross_product_energy(left, right) - diagonal.square().sum()).clamp_min(0)
 
 
 def _check_projectors(
@@ -223,7 +211,7 @@ def _check_projectors(
     if train_teacher and teacher is None:
         raise ValueError(
             "train_teacher_projector=True, but there is no teacher_projector to train; pass one, "
-            "or from_features(..., projector='mlp')"
+            "or projector='mlp'"
         )
     if student is None or teacher is None or train_teacher:
         return
@@ -238,20 +226,20 @@ def _check_projectors(
 
 def _is_row_wise(projector: nn.Module) -> bool:
     # By exact type: what a subclass changes is not known.
-    return all(type(module) in _ROW_WISE for module in projector.modules())
+    return all(
+        type(module) in _ROW_WISE or isinstance(module, nn.LazyLinear)
+        for module in projector.modules()
+    )
 
 
 def _unit_columns(projected: Tensor, center: bool, floor: float) -> Tensor:
     """Scales columns to unit length; columns with nothing in them become zero, not noise."""
     length = torch.linalg.vector_norm(projected, dim=0)
-    grain = torch.zeros_like(length)
+    empty = length <= 0
     if center:
-        # What is left of a constant column is the rounding of its mean: some 5 eps for 10,000 rows.
-        grain = 16 * torch.finfo(projected.dtype).eps * length.detach()
         projected = projected - projected.mean(dim=0)
-        length = torch.linalg.vector_norm(projected, dim=0)
-    # Written so that NaN stays NaN: a comparison with it is false.
-    empty = length <= grain
+        before, length = length.detach(), torch.linalg.vector_norm(projected, dim=0)
+        empty = is_rounding(length, before)
     square = torch.where(empty, 0, torch.where(empty, 1, length).square())
     return torch.where(empty, 0, projected * inverse_scale(square, floor))
 
@@ -261,6 +249,4 @@ def _gram_form(unit_s: Tensor, unit_t: Tensor) -> tuple[Tensor, Tensor]:
     dtype = unit_s.dtype
     unit_s, unit_t = unit_s.double(), unit_t.double()
     diagonal = (unit_s * unit_t).sum(dim=0)
-    off = cross_product_energy(unit_s, unit_t) - diagonal.square().sum()
-    # Rounding can leave the difference just below zero; NaN passes through clamp.
-    return diagonal.to(dtype), off.clamp_min(0).to(dtype)
+    return diagonal.to(dtype), off_diagonal_energy(unit_s, unit_t, diagonal).to(dtype)

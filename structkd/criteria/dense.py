@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from structkd._checks import choice, number, whole
-from structkd.criteria._closed_form import cut_at, predicted_share
-from structkd.criteria._gram import cross_product_energy, off_diagonal
+from structkd._checks import choice, number, terms_of
 from structkd.criteria._maps import (
     Layers,
-    channels,
     check_several,
     checked_layers,
     common_positions,
     map_pairs,
 )
-from structkd.criteria._moments import UNKNOWABLE, Columns, by_channel, inverse_scale, moments
-from structkd.criteria._terms import checked_terms
 from structkd.criteria.base import Criterion
-from structkd.distributed import rank, shard_sizes
+from structkd.criteria.correlation import off_diagonal_energy
+from structkd.criteria.moments import UNKNOWABLE, Columns, Moments, by_channel, moments
+from structkd.criteria.numerics import inverse, inverse_scale, off_diagonal
+from structkd.distributed import Shards
 from structkd.features import Features
+from structkd.projectors import StackedLinear, linear_map
 
 ADAPTERS = ("conv", "closed_form")
 DIAGONALS = ("information", "squared")
 TERMS = ("Dense-1", "Dense-2")
+# Positions a student channel below which a regression measured on its own positions flatters.
+_ENOUGH = 10
 
 
 class DenseStructureLoss(Criterion):
@@ -77,9 +77,6 @@ class DenseStructureLoss(Criterion):
     exchanges the numbers of samples beside them.
 
     Args:
-        student_channels: Channels of the student's maps, one number a stage, or one number. The
-            closed form needs none.
-        teacher_channels: Channels of the teacher's.
         adapter: ``conv``, a trained 1x1 convolution without bias a stage, or ``closed_form``.
         diagonal: ``information`` or ``squared``; the closed form has the first only.
         lambd: Weight of the off-diagonal part, >= 0.
@@ -101,7 +98,7 @@ class DenseStructureLoss(Criterion):
         inputs), which may be negative.
 
     Raises:
-        ValueError: If the maps do not pair up, channels are not those it was built for, there is
+        ValueError: If the maps do not pair up, channels are not those of the first call, there is
             one position only, tokens that would need a grid have none, or an option is out of
             range or has no meaning with the others.
 
@@ -113,7 +110,7 @@ class DenseStructureLoss(Criterion):
 
     Example:
         >>> small, large = torch.randn(4, 8, 8, 8), torch.randn(4, 16, 8, 8)
-        >>> criterion = DenseStructureLoss(8, 16)
+        >>> criterion = DenseStructureLoss()
         >>> sorted(criterion.terms(small, large))
         ['Dense-1', 'Dense-2']
         >>> free = DenseStructureLoss(adapter="closed_form")
@@ -122,13 +119,10 @@ class DenseStructureLoss(Criterion):
     """
 
     reads = ("intermediate",)
-    couples = True
-    sums_over_ranks = True
+    over_ranks = "sums"
 
     def __init__(
         self,
-        student_channels: int | Sequence[int] | None = None,
-        teacher_channels: int | Sequence[int] | None = None,
         *,
         adapter: str = "conv",
         diagonal: str = "information",
@@ -151,27 +145,11 @@ class DenseStructureLoss(Criterion):
         self.split = split
         self.layer = checked_layers(layer)
         self.enabled = _enabled(terms, self.adapter, self.diagonal)
-        self.convs = nn.ModuleList()
-        if self.adapter == "conv":
-            widths = _paired_widths(student_channels, teacher_channels)
-            # Columns are centred, which makes a bias idle.
-            self.convs.extend(nn.Conv2d(width_s, d, 1, bias=False) for width_s, d in widths)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the channels of every stage of two example passes."""
-        if options.get("adapter") == "closed_form":
-            return {}
-        pairs = map_pairs(feats_s, feats_t, cls.__name__, options.get("layer"))
-        return {
-            "student_channels": [channels(map_s) for map_s, _ in pairs],
-            "teacher_channels": [channels(map_t) for _, map_t in pairs],
-        }
+        # A 1x1 convolution a stage. Columns are centred, which makes a bias idle.
+        self.convs = StackedLinear(bias=False) if self.adapter == "conv" else None
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         name = type(self).__name__
         maps = [
@@ -179,89 +157,68 @@ class DenseStructureLoss(Criterion):
             for map_s, map_t in map_pairs(student, teacher, name, self.layer)
         ]
         for map_s, _ in maps:
-            check_several(map_s, name, gather=self.gather)
-        if self.adapter == "closed_form":
-            return {"Dense-1": torch.stack(self._closed_form(maps)).sum()}
-        stages = self._correlations(maps)
+            check_several(map_s, name, shards)
+        if self.convs is None:
+            shares = self._shares(maps, shards)
+            costs = [torch.log(1 - share + UNKNOWABLE).mean() for share in shares]
+            return {"Dense-1": torch.stack(costs).sum()}
+        stages = self._correlations(maps, self.convs, shards)
         terms = {
             "Dense-1": [self._diagonal(diagonal).mean() for diagonal, _ in stages],
             "Dense-2": [self.lambd * off / len(diagonal) for diagonal, off in stages],
         }
         return {name: torch.stack(terms[name]).sum() for name in self.enabled}
 
-    def extra_repr(self) -> str:
-        own = (
-            f"ridge={self.ridge}, split={self.split}"
-            if self.adapter == "closed_form"
-            else f"diagonal={self.diagonal!r}, lambd={self.lambd}"
-        )
-        return (
-            f"adapter={self.adapter!r}, {own}, floor={self.floor}, layer={self.layer}, "
-            f"terms={self.enabled}"
-        )
-
     def _diagonal(self, correlation: Tensor) -> Tensor:
         if self.diagonal == "squared":
             return (1 - correlation).square()
         return torch.log(1 - correlation.clamp_min(0).square() + UNKNOWABLE)
 
-    def _correlations(self, maps: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def _correlations(
+        self, maps: list[tuple[Tensor, Tensor]], convs: StackedLinear, shards: Shards
+    ) -> list[tuple[Tensor, Tensor]]:
         """Returns of every stage C's diagonal ``(d,)`` and the sum of its other squares."""
-        self._check_channels(maps)
-        weights = [weight[:, :, 0, 0] for weight in self.convs.parameters()]
+        widths = [(map_s.shape[1], map_t.shape[1]) for map_s, map_t in maps]
+        weights = [weight for weight, _ in convs(widths, maps[0][0])]
         on_sums = [weight.shape[1] <= weight.shape[0] for weight in weights]
         pairs = [
-            Columns(by_channel(map_s if sums else conv(map_s)), by_channel(map_t), whole=sums)
-            for (map_s, map_t), conv, sums in zip(maps, self.convs, on_sums, strict=True)
+            Columns(
+                by_channel(map_s if sums else linear_map(map_s, weight)),
+                by_channel(map_t),
+                whole=sums,
+            )
+            for (map_s, map_t), weight, sums in zip(maps, weights, on_sums, strict=True)
         ]
         stages = []
-        found = moments(pairs, gather=self.gather)
+        found = moments(pairs, shards)
         for (value,), weight, sums in zip(found, weights, on_sums, strict=True):
             var_s = _mapped_variance(value.spread_s, weight) if sums else value.spread_s
             scale_s = inverse_scale(var_s, self.floor)[:, None]
             cross = value.cross * inverse_scale(value.var_t, self.floor)
-            if sums and 2 * len(cross) <= len(weight):
-                stages.append(_through_few(scale_s * weight, cross))
+            if sums and 2 * len(cross) <= len(weight):  # C, (d, d), is never built
+                left = scale_s * weight
+                diagonal = (left * cross.T).sum(dim=1)
+                stages.append((diagonal, off_diagonal_energy(left.T, cross, diagonal)))
                 continue
             correlation = scale_s * weight @ cross if sums else scale_s * cross
             others = off_diagonal(correlation).square().sum()
             stages.append((correlation.diagonal(), others))
         return stages
 
-    def _closed_form(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        sizes = [len(maps[0][0])]
-        if self.gather:
-            sizes = shard_sizes(sizes[0], maps[0][0].device)
-        before = sum(sizes[: rank()]) if self.gather else 0
+    def _shares(self, maps: list[tuple[Tensor, Tensor]], shards: Shards) -> list[Tensor]:
+        """Returns of every stage the share of each teacher channel that is predicted."""
         pairs = []
         for map_s, map_t in maps:
             x, y = by_channel(map_s), by_channel(map_t)
             positions = map_s.shape[2] * map_s.shape[3]
-            cut = cut_at(sum(sizes) * positions, len(x), self.split)
+            cut = _cut_at(shards.total * positions, len(x), self.split)
             if cut is not None:  # of the whole batch: this process may lie on either side
-                cut = min(max(cut - before * positions, 0), len(map_s) * positions)
+                cut = min(max(cut - shards.before * positions, 0), len(map_s) * positions)
             pairs.append(Columns(x, y, whole=True, cut=cut))
-        shares = [
+        return [
             predicted_share(halves, ridge=self.ridge, floor=self.floor)
-            for halves in moments(pairs, gather=self.gather)
+            for halves in moments(pairs, shards)
         ]
-        return [torch.log(1 - share + UNKNOWABLE).mean() for share in shares]
-
-    def _check_channels(self, maps: list[tuple[Tensor, Tensor]]) -> None:
-        name = type(self).__name__
-        if len(maps) != len(self.convs):
-            raise ValueError(
-                f"{name} was built for {len(self.convs)} stage(s), got {len(maps)}; build it with "
-                f"{name}.from_features(feats_s, feats_t), or choose stages with layer=[...]"
-            )
-        for stage, (pair, conv) in enumerate(zip(maps, self.convs, strict=True)):
-            wanted = (conv.in_channels, conv.out_channels)
-            for side, features, width in zip(("student", "teacher"), pair, wanted, strict=True):
-                if features.shape[1] != width:
-                    raise ValueError(
-                        f"{side}'s map of stage {stage} has {features.shape[1]} channels, expected "
-                        f"{width}; build the criterion with {name}.from_features(feats_s, feats_t)"
-                    )
 
 
 def _mapped_variance(spread: Tensor, weight: Tensor) -> Tensor:
@@ -270,44 +227,71 @@ def _mapped_variance(spread: Tensor, weight: Tensor) -> Tensor:
     return (weight @ spread * weight).sum(dim=1).clamp_min(0)
 
 
-def _through_few(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the diagonal of ``left @ right`` and the sum of its other squares.
-
-    The ``(d, d)`` product is never built: ``left`` is ``(d, C_s)`` with C_s well below d.
-    """
-    diagonal = (left * right.T).sum(dim=1)
-    others = cross_product_energy(left.T, right) - diagonal.square().sum()
-    # Rounding can leave the difference just below zero; NaN passes through clamp.
-    return diagonal, others.clamp_min(0)
-
-
 def _enabled(terms: Sequence[str] | None, adapter: str, diagonal: str) -> tuple[str, ...]:
     if adapter == "conv":
-        return TERMS if terms is None else checked_terms(terms, TERMS)
+        return TERMS if terms is None else terms_of(terms, TERMS)
     if diagonal != "information":
         raise ValueError(
             f"diagonal={diagonal!r} goes with adapter='conv': the closed form has 'information' "
             "only; leave one of them out"
         )
-    return TERMS[:1] if terms is None else checked_terms(terms, TERMS[:1])
+    return TERMS[:1] if terms is None else terms_of(terms, TERMS[:1])
 
 
-def _paired_widths(
-    student: int | Sequence[int] | None, teacher: int | Sequence[int] | None
-) -> list[tuple[int, int]]:
-    if student is None or teacher is None:
-        raise ValueError(
-            "student_channels and teacher_channels are needed for adapter='conv'; build the "
-            "criterion with DenseStructureLoss.from_features(feats_s, feats_t)"
-        )
-    widths_s = student if isinstance(student, list | tuple) else [student]
-    widths_t = teacher if isinstance(teacher, list | tuple) else [teacher]
-    if len(widths_s) != len(widths_t) or not widths_s:
-        raise ValueError(
-            "student_channels and teacher_channels must name as many stages, at least one, got "
-            f"{len(widths_s)} and {len(widths_t)}"
-        )
-    return [
-        (whole("student_channels", width_s), whole("teacher_channels", width_t))
-        for width_s, width_t in zip(widths_s, widths_t, strict=True)
-    ]
+def _cut_at(positions: int, channels: int, split: bool | None) -> int | None:
+    """Returns how many positions the regression is fitted on, None for all, measured on all.
+
+    Args:
+        positions: Of the whole batch.
+        channels: Of the student.
+        split: Whether to cut them in halves; None where there are fewer than 10 a channel.
+    """
+    few = positions < _ENOUGH * channels if split is None else split
+    return positions // 2 if few else None
+
+
+def predicted_share(halves: tuple[Moments, ...], *, ridge: float, floor: float) -> Tensor:
+    r"""Returns the share of each teacher channel that a linear map predicts, ``(C_t,)``.
+
+    On all positions it is :math:`[S_{ts} (S_{ss} + \rho I)^{-1} S_{st}]_{ii} / v_i`, within [0, 1],
+    with :math:`\rho` the ridge times the student's mean variance and :math:`v_i = S_{tt,ii} + floor
+    \cdot mean_j S_{tt,jj}`. From halves, the map and its intercept are fitted on one and measured
+    on the other, against the mean of the one, both ways; where they predict worse than that mean
+    does, it is below 0.
+
+    Args:
+        halves: The moments of all positions, or of each half, with the student's covariance.
+        ridge: > 0, so that dead and dependent channels are no obstacle.
+        floor: >= 0, which fades teacher channels of little variance.
+    """
+    weights = [_ridge_regression(half, ridge) for half in halves]
+    if len(halves) == 1:
+        (whole,) = halves
+        explained = (weights[0] * whole.cross).sum(dim=0)
+        return explained * inverse(whole.var_t + floor * whole.var_t.mean())
+    shares = []
+    for weight, fitted, measured in zip(weights, halves, halves[::-1], strict=True):
+        step_s, step_t = measured.mean_s - fitted.mean_s, measured.mean_t - fitted.mean_t
+        # Second moments of the measured half about the means of the fitted one.
+        spread_s = measured.spread_s + torch.outer(step_s, step_s)
+        cross = measured.cross + torch.outer(step_s, step_t)
+        total = measured.var_t + step_t.square()
+        # What the mean leaves over, less what the regression does.
+        explained = (weight * (2 * cross - spread_s @ weight)).sum(dim=0)
+        shares.append(explained * inverse(total + floor * total.mean()))
+    return torch.stack(shares).mean(dim=0)
+
+
+def _ridge_regression(found: Moments, ridge: float) -> Tensor:
+    """Returns the weights ``(C_s, C_t)``; in float64 where the device has it."""
+    spread_s, cross = found.spread_s, found.cross
+    dtype = torch.float32 if spread_s.device.type == "mps" else torch.float64
+    size = spread_s.diagonal().mean()
+    # A student that is constant throughout predicts nothing, whatever it is divided by.
+    size = torch.where(size <= 0, 1, size)
+    identity = torch.eye(len(spread_s), dtype=dtype, device=spread_s.device)
+    # Not cholesky, whose check waits for the device. The ridge keeps the matrix positive; where
+    # NaN stops the factorisation, what it leaves is no answer.
+    factor, stopped = torch.linalg.cholesky_ex((spread_s / size).to(dtype) + ridge * identity)
+    solved = torch.cholesky_solve((cross / size).to(dtype), factor)
+    return torch.where(stopped == 0, solved, torch.nan).to(spread_s.dtype)

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structkd._checks import labels, number, whole
+from structkd._checks import choice, labels, number, whole
 from structkd.criteria.base import Criterion, pair
-from structkd.criteria.numerics import labelled_mean, mean_of_rows
+from structkd.criteria.numerics import is_rounding, labelled_mean, mean_of_rows
 from structkd.distributed import Shards
 from structkd.features import Features
 
+FORMS = ("softmax", "sigmoid")
+# What is lower is a class that is masked out, whether with -inf or with the lowest number.
+_CLOSED = -1e30
 # Where the published code starts: sigmoid(1), which is a temperature of 15.6 in (1, 21).
 _START = 1.0
 
@@ -25,18 +28,27 @@ class KDLoss(Criterion):
         L = \frac{\tau^2}{B} \sum_b KL\left(
             \mathrm{softmax}(t_b / \tau) \,\|\, \mathrm{softmax}(s_b / \tau) \right)
 
-    Term: ``KD``.
+    Where a row has several labels, or one logit says yes or no, ``form="sigmoid"`` takes every
+    class as a question of its own, with :math:`p = \mathrm{sigmoid}(\cdot / \tau)`:
+
+    .. math::
+        L = \frac{\tau^2}{B} \sum_{b,k} KL\left( (p^t_{bk}, 1 - p^t_{bk}) \,\|\,
+            (p^s_{bk}, 1 - p^s_{bk}) \right)
+
+    A class that the teacher masks out, by a logit of -inf, adds nothing. Term: ``KD``.
 
     Args:
         temperature: tau > 0.
+        form: ``softmax``, or ``sigmoid`` for binary and multi-label teachers.
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
-        inputs).
+        logits ``(B, K)`` of both, any float dtype, K >= 2 for ``softmax``; output a scalar in
+        float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the class counts differ or ``temperature`` is not positive.
+        ValueError: If the class counts differ, there is one class only for ``softmax``, or an
+            argument is out of range.
 
     References:
         Hinton, Vinyals & Dean, *Distilling the Knowledge in a Neural Network*, 2015.
@@ -49,15 +61,24 @@ class KDLoss(Criterion):
 
     reads = ("logits",)
 
-    def __init__(self, temperature: float = 4.0, *, gather: bool = False) -> None:
+    def __init__(
+        self, temperature: float = 4.0, *, form: str = "softmax", gather: bool = False
+    ) -> None:
         super().__init__(gather=gather)
         self.temperature = number("temperature", temperature, above=0)
+        self.form = choice("form", form, FORMS)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
+        if self.form == "softmax":
+            logits_s, logits_t = _scores(student, teacher, type(self).__name__)
+            return {"KD": _softened_divergence(logits_s, logits_t, self.temperature)}
         logits_s, logits_t = pair(student, teacher, "logits")
-        return {"KD": softened_divergence(logits_s, logits_t, self.temperature)}
+        divergence = _divergence(
+            _yes_no(logits_s / self.temperature), _yes_no(logits_t / self.temperature)
+        )
+        return {"KD": self.temperature**2 * mean_of_rows(divergence)}
 
 
 class LogitMSELoss(Criterion):
@@ -67,7 +88,8 @@ class LogitMSELoss(Criterion):
         L = \frac{1}{B K} \sum_{b,k} (s_{bk} - t_{bk})^2
 
     the mean over samples and classes. The paper's Eq. 1 is :math:`K / 2` times this: it sums over
-    classes and halves. Term: ``Logits``.
+    classes and halves. Classes that either masks out, by a logit of -inf, do not count. Term:
+    ``Logits``.
 
     Args:
         gather: Accepted by every criterion; without effect here, where no sample meets another.
@@ -93,7 +115,10 @@ class LogitMSELoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        return {"Logits": F.mse_loss(*pair(student, teacher, "logits"))}
+        logits_s, logits_t = pair(student, teacher, "logits")
+        open_ = (logits_s > _CLOSED) & (logits_t > _CLOSED) | logits_s.isnan() | logits_t.isnan()
+        gaps = torch.where(open_, logits_s, 0) - torch.where(open_, logits_t, 0)
+        return {"Logits": gaps.square().sum() / open_.sum().clamp_min(1)}
 
 
 class DKDLoss(Criterion):
@@ -159,19 +184,20 @@ class DKDLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits_s, logits_t = pair(student, teacher, "logits")
-        batch, classes = logits_s.shape
-        if classes < 2:
-            raise ValueError(f"DKDLoss needs logits of at least 2 classes, got {classes}")
+        logits_s, logits_t = _scores(student, teacher, "DKDLoss")
         tau = self.temperature
-        index, labelled = labels(target, batch, classes, reader="DKDLoss")
+        index, labelled = labels(target, *logits_s.shape, reader="DKDLoss")
         others_s, others_t = _without(logits_s, index), _without(logits_t, index)
         binary = _divergence(
             _binary(logits_s, others_s, index, tau), _binary(logits_t, others_t, index, tau)
         )
+        # Where all other classes are masked out there is nothing to compare among them.
+        alone = (others_t <= _CLOSED).all(dim=1, keepdim=True)
         others = _divergence(
-            F.log_softmax(others_s / tau, dim=1), F.log_softmax(others_t / tau, dim=1)
+            _log_softmax(torch.where(alone, 0, others_s), tau),
+            _log_softmax(torch.where(alone, 0, others_t), tau),
         )
+        others = torch.where(alone[:, 0], 0, others)
         means = [labelled_mean(part, labelled, shards) for part in (binary, others)]
         return {
             "DKD-target": self.alpha * tau**2 * means[0],
@@ -223,9 +249,9 @@ class LogitStandardizationLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        logits_s, logits_t = pair(student, teacher, "logits")
+        logits_s, logits_t = _scores(student, teacher, type(self).__name__)
         rows = _standardized(logits_s), _standardized(logits_t)
-        return {"LSKD": softened_divergence(*rows, self.temperature)}
+        return {"LSKD": _softened_divergence(*rows, self.temperature)}
 
 
 class CurriculumTemperatureLoss(Criterion):
@@ -314,29 +340,55 @@ class CurriculumTemperatureLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        logits_s, logits_t = pair(student, teacher, "logits")
+        logits_s, logits_t = _scores(student, teacher, type(self).__name__)
         bounded = self._bounded()
         constant = bounded.detach()
         # The bracket is exactly 0: the value is T's, the gradient is -reversal times T's.
         reversed_ = constant - self.reversal * (bounded - constant)
-        return {"CTKD": softened_divergence(logits_s, logits_t, reversed_)}
-
+        return {"CTKD": _softened_divergence(logits_s, logits_t, reversed_)}
 
     def _bounded(self) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(self.raw_temperature)
 
 
-def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
+def _scores(student: Features, teacher: Features, reader: str) -> tuple[Tensor, Tensor]:
+    """Returns both networks' logits after checking that a softmax over them says something."""
+    logits_s, logits_t = pair(student, teacher, "logits")
+    if logits_s.shape[1] < 2:
+        raise ValueError(
+            f"{reader} needs logits of at least 2 classes, got {logits_s.shape[1]}: a softmax over "
+            "one logit is always 1; for a binary or multi-label teacher take "
+            "KDLoss(form='sigmoid')"
+        )
+    return logits_s, logits_t
+
+
+def _softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns tau^2 KL(softmax(t / tau) || softmax(s / tau)), averaged over the batch."""
     divergence = _divergence(
-        F.log_softmax(logits_s / temperature, dim=1), F.log_softmax(logits_t / temperature, dim=1)
+        _log_softmax(logits_s, temperature), _log_softmax(logits_t, temperature)
     )
     return temperature**2 * mean_of_rows(divergence)
 
 
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    # -inf divided by a temperature has a gradient of NaN in it.
+    closed = logits <= _CLOSED
+    softened = torch.where(closed, 0, logits) / temperature
+    return F.log_softmax(softened.masked_fill(closed, -torch.inf), dim=1)
+
+
+def _yes_no(logits: Tensor) -> Tensor:
+    """Returns the logarithms of ``(p, 1 - p)`` of every class, ``(B, 2 K)``."""
+    return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
+
+
 def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """Returns KL(t || s) of every row, ``(B,)``, from log-probabilities ``(B, K)``."""
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+    """Returns KL(t || s) of every row, ``(B,)``, from log-probabilities ``(B, K)``; 0 log 0 is 0."""
+    share = log_t.exp()
+    never = share == 0
+    gap = torch.where(never, 0, log_t) - torch.where(never, 0, log_s)
+    return (share * gap).sum(dim=1)
 
 
 def _without(logits: Tensor, target: Tensor) -> Tensor:
@@ -353,12 +405,16 @@ def _binary(logits: Tensor, others: Tensor, target: Tensor, temperature: float) 
 
 
 def _standardized(logits: Tensor) -> Tensor:
-    """Returns rows of mean 0 and standard deviation 1; constant rows become 0, not noise."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    deviation = norm / math.sqrt(logits.shape[1])
+    """Returns rows of mean 0 and standard deviation 1 over the classes that are not masked out.
+
+    Constant rows become 0, not noise.
+    """
+    closed = logits <= _CLOSED
+    count = (~closed).sum(dim=1, keepdim=True).clamp_min(1)
+    shown = torch.where(closed, 0, logits)
+    centred = torch.where(closed, 0, shown - shown.sum(dim=1, keepdim=True) / count)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
     # What is left of a constant row is the rounding of its mean, up to 6 eps at 20,000 classes.
-    largest = logits.detach().abs().amax(dim=1, keepdim=True)
-    # Written so that NaN stays NaN: a comparison with it is false.
-    flat = deviation <= 16 * torch.finfo(logits.dtype).eps * largest
-    return torch.where(flat, 0, centred / torch.where(flat, 1, deviation))
+    flat = is_rounding(deviation, shown.detach().abs().amax(dim=1, keepdim=True))
+    rows = torch.where(flat, 0, centred / torch.where(flat, 1, deviation))
+    return rows.masked_fill(closed, -torch.inf)

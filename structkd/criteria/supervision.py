@@ -71,6 +71,12 @@ class SupervisionLoss(Criterion):
         logits = student.logits
         if logits is None:
             raise ValueError(missing("SupervisionLoss", "student.logits", student, "logits"))
+        if logits.shape[1] < 2:
+            raise ValueError(
+                "SupervisionLoss needs logits of at least 2 classes, got 1, of which the "
+                "cross-entropy is always 0: for yes-or-no labels take "
+                "torch.nn.functional.binary_cross_entropy_with_logits in the loop"
+            )
         if target is not None and target.is_floating_point():
             if target.shape != logits.shape:
                 raise ValueError(
@@ -80,9 +86,11 @@ class SupervisionLoss(Criterion):
             wanted, labelled = target.to(logits.dtype), torch.ones_like(logits[:, 0]) > 0
         else:
             wanted, labelled = labels(target, *logits.shape, reader="SupervisionLoss")
-        return {"SRM": labelled_cross_entropy(
-            logits, wanted, labelled, shards, label_smoothing=self.label_smoothing
-        )}
+        return {
+            "SRM": labelled_cross_entropy(
+                logits, wanted, labelled, shards, label_smoothing=self.label_smoothing
+            )
+        }
 
 
 def labelled_cross_entropy(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from structkd._checks import choice, describe, number, whole
-from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair, pooled
-from structkd.criteria._rows import unit
-from structkd.criteria._terms import checked_terms
+from structkd._checks import choice, number, terms_of, whole
+from structkd.criteria._maps import adapted, checked_layer, common_positions, map_pair, pooled
 from structkd.criteria.base import Criterion
+from structkd.criteria.numerics import unit
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
 
@@ -48,9 +46,9 @@ class UniformityCalibrationLoss(Criterion):
     teacher rows as bandwidth: ``normalize=False, sigma="median"``.
 
     Args:
-        adapter: Module that brings the student's map to the teacher's channels, a
-            :class:`ConvAdapter` for example, which :meth:`from_features` builds where channels
-            differ; none means that they agree.
+        adapter: Module that brings the student's map ``(B, C, H, W)`` to the teacher's channels; by
+            default a :class:`ConvAdapter` where the channels of the first call differ, and nothing
+            where they agree.
         sigma: Bandwidth > 0, or ``"median"``.
         normalize: Scale rows to unit length. A row of zeros stays one, and sends no gradient.
         pool: ``avg`` averages a map over its positions; ``flatten`` keeps them, and average-pools
@@ -67,8 +65,7 @@ class UniformityCalibrationLoss(Criterion):
         output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If widths differ without an adapter, ``sigma`` is not positive, or an option is
-            unknown.
+        ValueError: If ``sigma`` is not positive, or an option is unknown.
 
     References:
         Si et al., Eq. 8-11; Wang & Isola, *Understanding Contrastive Representation Learning
@@ -82,7 +79,7 @@ class UniformityCalibrationLoss(Criterion):
     """
 
     reads = ("intermediate",)
-    couples = True
+    over_ranks = "gathered"
     min_batch = 2
 
     def __init__(
@@ -98,35 +95,23 @@ class UniformityCalibrationLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        if isinstance(sigma, str):
-            self.sigma: float | None = None
+        self.sigma: float | str = (
             choice("sigma", sigma, ("median",))
-        else:
-            self.sigma = number("sigma", sigma, above=0)
-        self.adapter = adapter
+            if isinstance(sigma, str)
+            else number("sigma", sigma, above=0)
+        )
+        self.adapter = adapter or ConvAdapter(skip_equal=True)
         self.normalize = normalize
         self.pool = choice("pool", pool, POOLS) if isinstance(pool, str) else whole("pool", pool)
         self.cross_sign = choice("cross_sign", cross_sign, CROSS_SIGNS)
         self.layer = checked_layer(layer)
-        self.enabled = checked_terms(terms, TERMS)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns an adapter where the channels of two example passes differ."""
-        if "adapter" in options:
-            return {}
-        width_s, width_t = map(channels, map_pair(feats_s, feats_t, options.get("layer", -1)))
-        return {} if width_s == width_t else {"adapter": ConvAdapter(width_s, width_t)}
+        self.enabled = terms_of(terms, TERMS)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         map_s, map_t = map_pair(student, teacher, self.layer)
-        if self.adapter is not None:
-            map_s = self.adapter(map_s)
-        rows_s, rows_t = self._rows(map_s, map_t)
+        rows_s, rows_t = self._rows(adapted(self.adapter, map_s, map_t), map_t)
         variance = self._variance(rows_t)
         terms = {}
         if "DCM-1" in self.enabled:
@@ -136,20 +121,7 @@ class UniformityCalibrationLoss(Criterion):
             terms["DCM-2"] = cross if self.cross_sign == "separate" else -cross
         return terms
 
-    def extra_repr(self) -> str:
-        sigma = "median" if self.sigma is None else f"{self.sigma:.4g}"
-        return (
-            f"sigma={sigma}, normalize={self.normalize}, pool={self.pool!r}, "
-            f"cross_sign={self.cross_sign!r}, terms={self.enabled}"
-        )
-
     def _rows(self, map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
-        if channels(map_s) != channels(map_t):
-            raise ValueError(
-                "student and teacher intermediate features must have the same channels, got "
-                f"{describe(map_s)} and {describe(map_t)}; pass adapter="
-                "structkd.ConvAdapter(student_channels, teacher_channels)"
-            )
         if self.pool == "avg":
             rows_s, rows_t = pooled(map_s), pooled(map_t)
         else:
@@ -158,7 +130,7 @@ class UniformityCalibrationLoss(Criterion):
         return (unit(rows_s), unit(rows_t)) if self.normalize else (rows_s, rows_t)
 
     def _variance(self, rows_t: Tensor) -> Tensor | float:
-        if self.sigma is not None:
+        if not isinstance(self.sigma, str):
             return self.sigma**2
         with torch.no_grad():
             count = rows_t.shape[0]
