@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -68,3 +68,17 @@ def normal(rng: torch.Generator, *shape: int) -> Tensor:
 def pick(rng: torch.Generator, low: int, high: int) -> int:
     """Returns a whole number in ``[low, high]``."""
     return int(torch.randint(low, high + 1, (), generator=rng))
+
+
+def shaped(criterion: Criterion, student: Features, teacher: Features) -> Criterion:
+    """Lets a criterion take its shape from features, in float64 as they are, and changes no more."""
+    labels = torch.full((len(next(_tensors(student))),), -100)
+    criterion.eval()
+    with torch.no_grad():
+        criterion.terms(student, teacher, labels)
+    return criterion.train()
+
+
+def _tensors(features: Features) -> Iterator[Tensor]:
+    yield from (v for v in (features.logits, features.embedding) if v is not None)
+    yield from features.intermediate

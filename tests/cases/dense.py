@@ -1,12 +1,12 @@
-"""Cases of dense dimensional structure: the trained adapter and the closed form."""
+"""Cases of dense structure: the trained convolutions and the closed form."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from structkd import DenseStructureLoss, DSLoss, Features
-from tests.cases.case import Case, Example, generator, normal, pick
+from structkd import DenseStructureLoss, Features
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import dense, maps
 
 READS = ("intermediate",)
@@ -39,28 +39,34 @@ def _rows(example: Example) -> list[tuple[dense.Rows, dense.Rows]]:
     return found
 
 
+def _weights(example: Example) -> list[Tensor]:
+    widths = [
+        tuple(value.shape[-1] if value.dim() == 3 else value.shape[1] for value in pair)
+        for pair in zip(example.student.intermediate, example.teacher.intermediate, strict=True)
+    ]
+    return [weight for weight, _ in example.criterion.convs(widths, torch.zeros(()))]
+
+
 def _conv(diagonal: str, *kinds: str, floor: float = 0.02):
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         student, teacher = _features(rng, batch, kinds)
         torch.manual_seed(seed)
-        criterion = DenseStructureLoss.from_features(
-            student, teacher, diagonal=diagonal, lambd=0.3, floor=floor
-        )
-        return Example(criterion, student, teacher)
+        criterion = DenseStructureLoss(diagonal=diagonal, lambd=0.3, floor=floor)
+        return Example(shaped(criterion, student, teacher), student, teacher)
 
     def oracle(example: Example) -> Tensor:
         return sum(
             sum(
                 dense.stage_terms(
-                    dense.mapped(rows_s, conv.weight[:, :, 0, 0]),
+                    dense.mapped(rows_s, weight),
                     rows_t,
                     form=diagonal,
                     lambd=0.3,
                     floor=floor,
                 )
             )
-            for (rows_s, rows_t), conv in zip(_rows(example), example.criterion.convs, strict=True)
+            for (rows_s, rows_t), weight in zip(_rows(example), _weights(example), strict=True)
         )
 
     return make, READS, oracle
@@ -89,37 +95,12 @@ def _zero_squared(seed: int) -> Example:
     rows = normal(rng, 24, 4)
     columns = torch.linalg.qr(rows - rows.mean(0))[0]
     teacher = columns.T.reshape(4, 2, 3, 4).transpose(0, 1)
-    criterion = DenseStructureLoss(4, 4, diagonal="squared", floor=0.0).double()
     order = [2, 0, 3, 1]
-    weight = 3 * torch.eye(4, dtype=torch.float64)[:, order]
-    criterion.convs[0].weight = nn.Parameter(weight[:, :, None, None])
-    student = teacher[:, order]
-    return Example(criterion, Features(intermediate=student), Features(intermediate=teacher))
-
-
-def _ds():
-    def make(seed: int, batch: int) -> Example:
-        student, teacher = _features(generator(seed), batch, ("maps", "maps"))
-        torch.manual_seed(seed)
-        criterion = DSLoss.from_features(student, teacher, aligned=True, gamma=0.7, floor=0.02)
-        return Example(criterion, student, teacher)
-
-    def oracle(example: Example) -> Tensor:
-        convs = example.criterion.dense.convs
-        return 0.7 * sum(
-            sum(
-                dense.stage_terms(
-                    dense.mapped(rows_s, conv.weight[:, :, 0, 0]),
-                    rows_t,
-                    form="information",
-                    lambd=0.05,
-                    floor=0.02,
-                )
-            )
-            for (rows_s, rows_t), conv in zip(_rows(example), convs, strict=True)
-        )
-
-    return make, READS, oracle
+    student, teacher = Features(intermediate=teacher[:, order]), Features(intermediate=teacher)
+    criterion = shaped(DenseStructureLoss(diagonal="squared", floor=0.0), student, teacher)
+    with torch.no_grad():
+        criterion.convs.weight.copy_(3 * torch.eye(4, dtype=torch.float64)[:, order])
+    return Example(criterion, student, teacher)
 
 
 CASES = [
@@ -133,5 +114,4 @@ CASES = [
     # The halves follow the order of the batch.
     Case("dense-closed-form-split", *_closed(True, "maps"), order_free=False),
     Case("dense-closed-form-rows", *_closed(False, "rows"), min_batch=2),
-    Case("ds-aligned", *_ds()),
 ]

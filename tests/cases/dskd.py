@@ -11,11 +11,10 @@ from structkd import (
     CrossCorrelationLoss,
     DSLoss,
     Features,
-    Projector,
     SupervisionLoss,
     UniformityCalibrationLoss,
 )
-from tests.cases.case import Case, Example, generator, normal, pick
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import dskd
 
 
@@ -32,7 +31,13 @@ def _sem(form: str, center: bool = False, projected: bool = False, floor: float 
         project_s = nn.Linear(width_s, 4) if projected else None
         project_t = nn.Linear(width_t, 4) if projected else None
         criterion = CrossCorrelationLoss(
-            project_s, project_t, lambd=0.05, center=center, form=form, floor=floor
+            projector=None if projected else "none",
+            student_projector=project_s,
+            teacher_projector=project_t,
+            lambd=0.05,
+            center=center,
+            form=form,
+            floor=floor,
         ).double()
         return Example(
             criterion,
@@ -56,7 +61,7 @@ def _zero_sem(form: str):
     def zero(seed: int) -> Example:
         columns = _orthonormal(seed)
         return Example(
-            CrossCorrelationLoss(form=form).double(),
+            CrossCorrelationLoss(projector="none", form=form),
             Features(embedding=columns * 3),
             Features(embedding=columns),
         )
@@ -70,12 +75,12 @@ def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str 
         width_s, width_t = pick(rng, 2, 4), pick(rng, 2, 4)
         torch.manual_seed(seed)
         criterion = UniformityCalibrationLoss(
-            ConvAdapter(width_s, width_t) if pool == "avg" else None,
+            ConvAdapter() if pool == "avg" else None,
             sigma="median" if raw else 0.8,
             normalize=not raw,
             pool=pool,
             cross_sign=cross_sign,
-        ).double()
+        )
         width_s = width_s if pool == "avg" else width_t
         if tokens:
             size_s, size_t = (pick(rng, 1, 3), width_s), (pick(rng, 1, 3), width_t)
@@ -85,11 +90,11 @@ def _dcm(cross_sign: str, *, tokens: bool = False, raw: bool = False, pool: str 
             size_s = size_t
         elif pool != "avg":  # twice the teacher's size, and four of its positions a cell
             size_s, size_t = (width_s, 8, 4), (width_t, 4, 2)
-        return Example(
-            criterion,
-            Features(intermediate=normal(rng, batch, *size_s)),
-            Features(intermediate=normal(rng, batch, *size_t)),
-        )
+        student = Features(intermediate=normal(rng, batch, *size_s))
+        teacher = Features(intermediate=normal(rng, batch, *size_t))
+        if pool == "avg":
+            shaped(criterion, student, teacher)
+        return Example(criterion, student, teacher)
 
     def oracle(example: Example) -> Tensor:
         maps_s, maps_t = example.student.intermediate[0], example.teacher.intermediate[0]
@@ -154,11 +159,11 @@ def _ds(variant: str):
             embedding=normal(rng, batch, width_t),
             intermediate=normal(rng, batch, 3, 3, 3),
         )
-        criterion = DSLoss.from_features(
-            student, teacher, variant=variant, gamma=(0.7, 0.3), projector="linear", srm=True
-        )
+        printed = variant == "printed"
+        sem = CrossCorrelationLoss(projector="linear") if printed else None
+        criterion = DSLoss(variant=variant, gamma=(0.7, 0.3), sem=sem, srm=True)
         target = torch.randint(0, 3, (batch,), generator=rng)
-        return Example(criterion, student, teacher, target)
+        return Example(shaped(criterion, student, teacher), student, teacher, target)
 
     def oracle(example: Example) -> Tensor:
         student, teacher, criterion = example.student, example.teacher, example.criterion
@@ -183,7 +188,7 @@ def _ds(variant: str):
 def _srm(smoothing: float):
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
-        classes = pick(rng, 1, 5)
+        classes = pick(rng, 2, 5)
         target = torch.randint(0, classes, (batch,), generator=rng)
         target[1::2] = -100
         student = Features(logits=2 * normal(rng, batch, classes))
@@ -201,12 +206,10 @@ def _mlp(seed: int, batch: int) -> Example:
     """MLP projectors: too deep for an oracle of their own, so it takes the modules' outputs."""
     rng = generator(seed)
     torch.manual_seed(seed)
-    criterion = CrossCorrelationLoss(Projector(3, 6), Projector(4, 6)).double()
-    return Example(
-        criterion,
-        Features(embedding=normal(rng, batch, 3)),
-        Features(embedding=normal(rng, batch, 4)),
-    )
+    criterion = CrossCorrelationLoss(projector="mlp", projector_dim=6)
+    student = Features(embedding=normal(rng, batch, 3))
+    teacher = Features(embedding=normal(rng, batch, 4))
+    return Example(shaped(criterion, student, teacher), student, teacher)
 
 
 def _mlp_oracle(example: Example) -> Tensor:

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from structkd import Criterion, Features, KDLoss
-from structkd.criteria.logits import DKDLoss, LogitMSELoss, LogitStandardizationLoss
-from structkd.criteria.temperature import CurriculumTemperatureLoss
+from structkd.criteria.logits import (
+    CurriculumTemperatureLoss,
+    DKDLoss,
+    LogitMSELoss,
+    LogitStandardizationLoss,
+)
 from tests.cases.case import Case, Example, generator, normal, pick
 from tests.reference import logits as reference
 
@@ -68,10 +72,17 @@ _READS = ("logits",)
 CASES = [
     Case(
         "kd",
-        _make(lambda: KDLoss(3.0)),
+        _make(lambda: KDLoss(3.0), min_classes=2),
         _READS,
         lambda e: reference.kd(*_pair(e), 3.0),
         zero=_same(KDLoss),
+    ),
+    Case(
+        "kd-sigmoid",
+        _make(lambda: KDLoss(3.0, form="sigmoid")),
+        _READS,
+        lambda e: reference.kd_sigmoid(*_pair(e), 3.0),
+        zero=_same(lambda: KDLoss(form="sigmoid")),
     ),
     Case(
         "logits",
@@ -91,13 +102,13 @@ CASES = [
         "lskd",
         _make(LogitStandardizationLoss, min_classes=2),
         _READS,
-        lambda e: reference.lskd(*_pair(e), temperature=2.0, weight=9.0),
+        lambda e: reference.lskd(*_pair(e), temperature=2.0),
         half_scales=_LSKD_HALF,
         zero=_same(LogitStandardizationLoss),
     ),
     Case(
         "ctkd",
-        _make(_ctkd),
+        _make(_ctkd, min_classes=2),
         _READS,
         lambda e: reference.kd(*_pair(e), reference.ctkd_temperature(-0.25, 0.5, 9.0)),
         zero=_same(_ctkd),

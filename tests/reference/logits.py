@@ -27,6 +27,16 @@ def kd(logits_s: Tensor, logits_t: Tensor, temperature: Tensor | float) -> Tenso
     return temperature**2 * total / len(logits_s)
 
 
+def kd_sigmoid(logits_s: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
+    """KD where every class is a question of its own."""
+    total = torch.zeros((), dtype=logits_s.dtype)
+    for row_s, row_t in zip(logits_s, logits_t, strict=True):
+        for s, t in zip(row_s, row_t, strict=True):
+            p, q = (1 / (1 + torch.exp(-value / temperature)) for value in (t, s))
+            total = total + kl([p, 1 - p], [q, 1 - q])
+    return temperature**2 * total / len(logits_s)
+
+
 def logit_mse(logits_s: Tensor, logits_t: Tensor) -> Tensor:
     """Ba & Caruana, 2014, without the half and averaged over classes."""
     total = torch.zeros((), dtype=logits_s.dtype)
@@ -67,11 +77,11 @@ def z_score(row: Tensor) -> Tensor:
     return torch.stack([(value - mean) / deviation for value in row])
 
 
-def lskd(logits_s: Tensor, logits_t: Tensor, *, temperature: float, weight: float) -> Tensor:
+def lskd(logits_s: Tensor, logits_t: Tensor, *, temperature: float) -> Tensor:
     """Sun et al., 2024, Alg. 2."""
     standard_s = torch.stack([z_score(row) for row in logits_s])
     standard_t = torch.stack([z_score(row) for row in logits_t])
-    return weight * kd(standard_s, standard_t, temperature)
+    return kd(standard_s, standard_t, temperature)
 
 
 def ctkd_temperature(raw: float, low: float, high: float) -> float:
