@@ -110,7 +110,16 @@ class Distiller(nn.Module):
         self._reads_teacher = any(leaf.reads_teacher for leaf in leaves_of(self.criterion))
         self._layers = _only(reads, options_s)
         self._capture: FeatureCapture | None = _captured("student", student, self._layers)
+        self._versions: tuple[list[int], list[int]] | None = None
         self._frozen = _Frozen(teacher, _only(reads if self._reads_teacher else (), options_t))
+        try:
+            self._make_ready(reads, example)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _make_ready(self, reads: tuple[str, ...], example: Any) -> None:
+        student, teacher = self.student, self.teacher
         self._check_layers(reads)
         if not any(_share_parameters(other.student, teacher) for other in _living):
             teacher.requires_grad_(False)
@@ -122,7 +131,6 @@ class Distiller(nn.Module):
                 "student.requires_grad_(True), after the Distiller is made in which it teaches, if "
                 "there is one"
             )
-        self._versions: tuple[list[int], list[int]] | None = None
         _living.add(self)
         if example is not None:
             self._build(example)
