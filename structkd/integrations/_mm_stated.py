@@ -115,3 +115,11 @@ def index_of(data_samples: Sequence[Any], device: torch.device) -> Tensor | None
     if any(not isinstance(index, int) for index in found):
         return None
     return sent(torch.tensor(found), device)
+
+
+def pairs_of(data_samples: Sequence[Any]) -> Tensor | None:
+    """Returns which samples have a pair, ``(B,)`` bool, where any of them says so."""
+    found = [sample.get("paired") for sample in data_samples]
+    if all(given is None for given in found):
+        return None
+    return torch.tensor([given is None or bool(given) for given in found])
