@@ -70,5 +70,5 @@ def test_bad_features_are_named() -> None:
         diagnostics.predictable_share(torch.zeros(3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="the same samples"):
         diagnostics.predictable_share(torch.zeros(2, 3), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="at least 2 positions, got 1"):
+    with pytest.raises(ValueError, match="at least 2, got 1"):
         diagnostics.predictable_share(torch.zeros(1, 3), torch.zeros(1, 3))
