@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from structkd import _backbone
 from structkd._checks import describe, near
 from structkd._frozen import Frozen, call
 from structkd._modes import evaluating
 from structkd.capture import FeatureCapture
+from structkd.capture import backbone as _backbone
 from structkd.criteria._weights import Share
 from structkd.criteria.base import Criterion, same_buffers
 from structkd.criteria.sums import fields_read, reads_teacher
