@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from structkd._checks import chosen_rows, describe, near, whole
 from structkd._devices import sent
 from structkd._modes import evaluating
-from structkd import _backbone as backbone
-from structkd.capture import FeatureCapture
+from structkd.capture import FeatureCapture, backbone
 from structkd.criteria import Spec, build_criterion
 from structkd.criteria.base import Criterion, criteria_in, fields_read, leaves_of, same_buffers
 from structkd.distributed import Shards, world_size
