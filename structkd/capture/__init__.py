@@ -119,6 +119,7 @@ class FeatureCapture:
         unnamed = ["embedding"] if self.embedding is None else []
         if intermediate is None and not self.intermediate and not self._absent:
             unnamed.append("intermediate")
+        self.unnamed = tuple(unnamed)  # fields that nobody named a layer for, the network neither
         for field in unnamed:
             self._absent[field] = (
                 "no layer was named, and the network does not tell one itself as timm's models "
