@@ -123,7 +123,8 @@ class Distiller(nn.Module):
         if any("logits" in leaf.reads and leaf.reads_teacher for leaf in leaves_of(self.criterion)):
             _check_classes(student, teacher)
         if not any(_share_parameters(other.student, teacher) for other in _living):
-            teacher.requires_grad_(False)
+            for parameter in teacher.parameters():  # TorchScript refuses the module's own call
+                parameter.requires_grad_(False)
             for part in teacher.modules():
                 part.training = False
         if not any(parameter.requires_grad for parameter in student.parameters()):
