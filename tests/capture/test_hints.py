@@ -170,6 +170,16 @@ def test_a_wrong_name_is_told_the_near_ones_or_the_likely(field, name, said, uns
     assert unsaid not in str(error.value)
 
 
+def test_all_wrong_names_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"intermediate='layer4'.*embedding='scores'.*logits='x'"):
+        FeatureCapture(Net(), intermediate=["stem", "layer4"], embedding="scores", logits="x")
+
+
+def test_a_map_in_the_place_of_an_embedding_is_told_the_likely_one() -> None:
+    with pytest.raises(ValueError, match=r"'stem' must give 2-D.*embedding='score:input'"):
+        FeatureCapture(Net(), embedding="stem")(image())
+
+
 class Wrapper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
