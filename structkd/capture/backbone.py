@@ -147,7 +147,7 @@ def likely_layers(module: nn.Module) -> dict[str, str | list[str]]:
     outside = [
         (name, layer)
         for name, layer in network.named_modules()
-        if not any(name == block or name.startswith(block + ".") for block in blocks)
+        if name and not any(name == block or name.startswith(block + ".") for block in blocks)
     ]
     linear = [name for name, layer in outside if isinstance(layer, nn.Linear)]
     usual = [name for name in linear if _is_usual_head(name)]
