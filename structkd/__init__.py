@@ -4,15 +4,20 @@ from structkd import diagnostics
 from structkd.capture import FeatureCapture
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from structkd.criteria.alignment import SemanticAlignmentLoss
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, CriterionSum
 from structkd.criteria.calibration import SemanticCalibrationLoss
-from structkd.criteria.classwise import ClassCORALLoss, ClassMeanKDLoss
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss
 from structkd.criteria.coral import CORALLoss
 from structkd.criteria.correlation import CrossCorrelationLoss
 from structkd.criteria.dense import DenseStructureLoss
 from structkd.criteria.flow import FlowMatrixLoss
-from structkd.criteria.logits import DKDLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
+from structkd.criteria.logits import (
+    CurriculumTemperatureLoss,
+    DKDLoss,
+    KDLoss,
+    LogitMSELoss,
+    LogitStandardizationLoss,
+)
 from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
 from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
 from structkd.criteria.relations import (
@@ -21,33 +26,25 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
-from structkd.criteria.sums import CriterionSum, falling
 from structkd.criteria.supervision import SupervisionLoss
-from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
-from structkd.distiller import Distiller
+from structkd.distiller import Distiller, falling
 from structkd.features import Features
 from structkd.matching import views
-from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
-from structkd.matching.neighbours import NeighbourMatcher
-from structkd.matching.reliable import reliable_teachers
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
 from structkd.transport import LagrangianPlanner, TransportPlan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdversarialFeatureLoss",
     "AdversarialLogitsLoss",
     "AttentionTransferLoss",
-    "BridgeLoss",
     "CORALLoss",
-    "ClassCORALLoss",
-    "ClassMeanKDLoss",
     "ContrastiveRepresentationLoss",
     "ConvAdapter",
     "ConvergenceWarning",
@@ -72,7 +69,6 @@ __all__ = [
     "Match",
     "MatchedDataset",
     "MatchedSample",
-    "NeighbourMatcher",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",
@@ -88,6 +84,5 @@ __all__ = [
     "VariationalInformationLoss",
     "diagnostics",
     "falling",
-    "reliable_teachers",
     "views",
 ]

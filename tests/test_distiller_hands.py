@@ -78,9 +78,7 @@ def test_a_layer_that_only_one_network_lacks_is_told_with_its_argument() -> None
     with pytest.raises(ValueError, match=r"of the teacher, teacher_layers: .*'zwei'"):
         Distiller(Odd(4), net(6), "FitNetLoss", layers=dict(intermediate="zwei"))
     with pytest.raises(ValueError, match=r"of the teacher no intermediate.*teacher_layers=dict"):
-        Distiller(
-            Odd(4), net(6), "FitNetLoss", layers=dict(intermediate="zwei"), teacher_layers={}
-        )
+        Distiller(Odd(4), net(6), "FitNetLoss", layers=dict(intermediate="zwei"), teacher_layers={})
 
 
 def test_networks_that_teach_each_other_both_train() -> None:
@@ -367,9 +365,7 @@ def _sharded(rank: int, out: str) -> None:
             said.append(str(error))
         assert Distiller(student, Odd(8), "KDLoss")  # trains nothing of its own
     torch.manual_seed(0)
-    distiller = Distiller(
-        Odd(4), Odd(8), "FitNetLoss", layers=dict(intermediate="zwei"), example=X
-    )
+    distiller = Distiller(Odd(4), Odd(8), "FitNetLoss", layers=dict(intermediate="zwei"), example=X)
     fully_shard(distiller.student.zwei, mesh=mesh)
     fully_shard(distiller, mesh=mesh)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)

@@ -85,9 +85,7 @@ def _worker(rank: int, world: int, out: str) -> None:
 def ranks(request, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("rows")
     start(_worker, folder, request.param, request.param, str(folder / "state"))
-    return [
-        torch.load(f"{folder / 'state'}.{r}", weights_only=True) for r in range(request.param)
-    ]
+    return [torch.load(f"{folder / 'state'}.{r}", weights_only=True) for r in range(request.param)]
 
 
 @pytest.mark.slow

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
@@ -17,10 +17,10 @@ from structkd.criteria._maps import (
     common_positions,
     picked_maps,
 )
-from structkd.criteria._rows import unit
 from structkd.criteria.base import Criterion
-from structkd.distributed import world_size
+from structkd.criteria.numerics import unit
 from structkd.features import Features
+from structkd.projectors import LazyHead, StackedLinear, linear_map, shaped
 
 
 class SemanticCalibrationLoss(Criterion):
@@ -47,9 +47,8 @@ class SemanticCalibrationLoss(Criterion):
     samples are told apart by their place in the batch. It is kept: use ``drop_last=True``.
 
     Args:
-        student_channels: Channels of every student map, in order.
-        teacher_channels: Channels of every teacher map, in order; the counts may differ.
-        batch_size: The batch size it is trained with, over all processes with ``gather``, >= 2.
+        batch_size: The batch size it is trained with, over all processes with ``gather``, >= 2; by
+            default that of the first call.
         layer: Position, or several, in ``Features.intermediate`` of the maps to read; all by
             default.
         gather: Compute similarities over the batch of all processes.
@@ -59,8 +58,8 @@ class SemanticCalibrationLoss(Criterion):
         dtype, B = batch_size; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the batch, the number of maps or their channels are not those it was built
-            for, or tokens that would need a grid have none.
+        ValueError: If the batch, the number of maps or their channels are not those of the first
+            call, or tokens that would need a grid have none.
 
     References:
         Chen et al., *Cross-Layer Distillation with Semantic Calibration*, AAAI 2021, with the
@@ -69,133 +68,139 @@ class SemanticCalibrationLoss(Criterion):
     Example:
         >>> student = [torch.randn(4, 8, 8, 8), torch.randn(4, 16, 4, 4)]
         >>> teacher = [torch.randn(4, 16, 8, 8), torch.randn(4, 32, 4, 4)]
-        >>> criterion = SemanticCalibrationLoss([8, 16], [16, 32], batch_size=4)
+        >>> criterion = SemanticCalibrationLoss()
         >>> criterion(student, teacher).shape
         torch.Size([])
     """
 
     reads = ("intermediate",)
-    couples = True
+    over_ranks = "gathered"
     min_batch = 2
 
     def __init__(
         self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         layer: Layers = None,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
         self.layer = checked_layers(layer)
-        self.student_channels = _widths("student_channels", student_channels)
-        self.teacher_channels = _widths("teacher_channels", teacher_channels)
-        self.batch_size = whole("batch_size", batch_size, at_least=2)
-        self.queries = nn.ModuleList(_embedding(batch_size) for _ in self.student_channels)
-        self.keys = nn.ModuleList(_embedding(batch_size) for _ in self.teacher_channels)
-        # One row of projections a student layer.
-        self.projections = nn.ModuleList(
-            nn.ModuleList(_projection(width_s, width_t) for width_t in self.teacher_channels)
-            for width_s in self.student_channels
+        self.batch_size = (
+            None if batch_size is None else whole("batch_size", batch_size, at_least=2)
         )
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the channels and the batch size of two example passes.
-
-        The batch must be of the size that training uses unless ``batch_size`` is given.
-        """
-        layer = options.get("layer")
-        maps_s = picked_maps(feats_s, layer, "student")
-        maps_t = picked_maps(feats_t, layer, "teacher")
-        ranks = world_size() if options.get("gather", False) else 1
-        return {
-            "student_channels": [channels(value) for value in maps_s],
-            "teacher_channels": [channels(value) for value in maps_t],
-            "batch_size": maps_s[0].shape[0] * ranks,
-        }
+        self.queries = _Embeddings()
+        self.keys = _Embeddings()
+        self.projections = _Projections()
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         maps_s = picked_maps(student, self.layer, "student")
         maps_t = picked_maps(teacher, self.layer, "teacher")
-        self._check(maps_s, self.student_channels, "student")
-        self._check(maps_t, self.teacher_channels, "teacher")
+        if self.batch_size is None:
+            self.batch_size = len(maps_s[0])
+        if len(maps_s[0]) != self.batch_size:
+            raise ValueError(
+                f"SemanticCalibrationLoss was made for a batch of {self.batch_size}, the first that"
+                f" it met or its batch_size, got {len(maps_s[0])}: its attention reads a similarity"
+                " to every sample; say batch_size=..., and drop_last=True in the DataLoader"
+            )
         attention = self.attention(maps_s, maps_t)
         gaps = [
-            _sample_gaps(projection, map_s, map_t)
-            for map_s, row in zip(maps_s, self.projections, strict=True)
-            for projection, map_t in zip(row, maps_t, strict=True)  # type: ignore[call-overload]
+            reduce((projected - map_t).square(), "b c h w -> b", "mean")
+            for projected, map_t in self.projections(maps_s, maps_t)
         ]
         weighted = attention.flatten(1) * torch.stack(gaps, dim=1)
-        return {"SemCKD": weighted.sum(dim=1).mean() / len(self.student_channels)}
+        return {"SemCKD": weighted.sum(dim=1).mean() / len(maps_s)}
 
     def attention(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> Tensor:
         """Returns alpha ``(B, student layers, teacher layers)``, which sums to 1 over the last."""
-        queries = [
-            unit(query(_similarities(value)))
-            for query, value in zip(self.queries, maps_s, strict=True)
-        ]
-        keys = [
-            unit(key(_similarities(value))) for key, value in zip(self.keys, maps_t, strict=True)
-        ]
+        queries = self.queries([_similarities(value) for value in maps_s])
+        keys = self.keys([_similarities(value) for value in maps_t])
         energy = torch.bmm(torch.stack(queries, dim=1), torch.stack(keys, dim=2))
         return energy.softmax(dim=2)
 
-    def _check(self, maps: Sequence[Tensor], widths: Sequence[int], name: str) -> None:
-        found = tuple(channels(value) for value in maps)
-        if found != tuple(widths):
-            raise ValueError(
-                f"{name}.intermediate holds maps of {found} channels, expected "
-                f"{name}_channels={tuple(widths)}; build the criterion for the layers it meets "
-                "with SemanticCalibrationLoss.from_features(feats_s, feats_t)"
-            )
-        if maps[0].shape[0] != self.batch_size:
-            raise ValueError(
-                f"SemanticCalibrationLoss was built for batch_size={self.batch_size}, got "
-                f"{maps[0].shape[0]}: its attention reads a similarity to every sample; use "
-                "drop_last=True in the DataLoader"
-            )
 
-    def extra_repr(self) -> str:
-        return f"batch_size={self.batch_size}, layer={self.layer}"
+class _Embeddings(nn.Module):
+    """An MLP a layer, from similarities ``(B, B)`` to unit rows ``(B, B // 4)``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = StackedLinear(bias=True), StackedLinear(bias=True)
 
-def _widths(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or not values:
-        raise TypeError(f"{name} must be a list with the channels of every map, got {values!r}")
-    return tuple(whole(f"{name}[{i}]", value) for i, value in enumerate(values))
+    def forward(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        batch = len(layers[0])
+        width = max(1, batch // 4)
+        hidden = self.hidden([(batch, 2 * width)] * len(layers), layers[0])
+        out = self.out([(2 * width, width)] * len(layers), layers[0])
+        return [
+            unit(F.linear(F.relu(F.linear(rows, *first)), *second))
+            for rows, first, second in zip(layers, hidden, out, strict=True)
+        ]
 
 
-def _embedding(batch_size: int) -> nn.Module:
-    width = max(1, batch_size // 4)
-    return nn.Sequential(nn.Linear(batch_size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+class _Projections(LazyHead):
+    """Of every student layer to every teacher layer: 1x1, 3x3 and 1x1, with batch norm and ReLU.
 
+    What the pairs have in common lies in one parameter, since their number is told late: weights
+    as :class:`StackedLinear` has them, the norms' one after another.
+    """
 
-def _projection(width_s: int, width_t: int) -> nn.Module:
-    middle = 2 * width_t
-    return nn.Sequential(
-        nn.Conv2d(width_s, middle, 1, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.ReLU(),
-        nn.Conv2d(middle, middle, 3, padding=1, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.ReLU(),
-        nn.Conv2d(middle, width_t, 1, bias=False),
-    )
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.mix, self.expand = (StackedLinear(bias=False) for _ in range(3))
+        self.norms = nn.ModuleList([nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d()])
+
+    def initialize_parameters(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> None:
+        total = 2 * len(maps_s) * sum(channels(value) for value in maps_t)
+        for norm in self.norms:
+            shaped(norm, maps_s[0].new_empty(1, total, 1, 1))
+
+    def forward(
+        self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns every student map at the teacher's channels, and the teacher's, of one size."""
+        pairs = [(map_s, map_t) for map_s in maps_s for map_t in maps_t]
+        widths = [(channels(map_s), channels(map_t)) for map_s, map_t in pairs]
+        example = maps_s[0]
+        heads = zip(
+            self.reduce([(width_s, 2 * width) for width_s, width in widths], example),
+            self.mix([(9 * 2 * width, 2 * width) for _, width in widths], example),
+            self.expand([(2 * width, width) for _, width in widths], example),
+            strict=True,
+        )
+        if self.training:
+            for norm in self.norms:
+                norm.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+        found, start = [], 0
+        for pair, ((first, _), (middle, _), (last, _)) in zip(pairs, heads, strict=True):
+            map_s, map_t = common_positions(*pair, "student and teacher intermediate")
+            place = slice(start, start + len(first))
+            start = place.stop
+            value = F.relu(self._normed(0, linear_map(map_s, first), place))
+            value = F.conv2d(value, middle.unflatten(1, (len(first), 3, 3)), padding=1)
+            value = F.relu(self._normed(1, value, place))
+            found.append((linear_map(value, last), map_t))
+        return found
+
+    def _normed(self, position: int, value: Tensor, place: slice) -> Tensor:
+        norm = self.norms[position]
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        return F.batch_norm(
+            value,
+            norm.running_mean[place],
+            norm.running_var[place],
+            norm.weight[place],
+            norm.bias[place],
+            self.training,
+            norm.momentum or 0.0,
+            norm.eps,
+        )
 
 
 def _similarities(features: Tensor) -> Tensor:
     rows = features.flatten(1)
     return rows @ rows.T
-
-
-def _sample_gaps(projection: nn.Module, map_s: Tensor, map_t: Tensor) -> Tensor:
-    """Returns every sample's mean squared error, ``(B,)``."""
-    map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
-    gap: Tensor = projection(map_s) - map_t
-    return reduce(gap.square(), "b c h w -> b", "mean")

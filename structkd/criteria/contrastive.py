@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import describe, in_range, number, whole
-from structkd.criteria._fields import either
-from structkd.criteria._rows import unit
-from structkd.criteria._sampler import Sampler
-from structkd.criteria.base import Criterion
-from structkd.distributed import gather_batch, rank, shard_sizes, sum_over_ranks
+from structkd.criteria.base import Criterion, either
+from structkd.criteria.numerics import unit
+from structkd.distributed import Shards
 from structkd.features import Features
-from structkd.projectors import Projector
+from structkd.projectors import Projector, project
 
 # Scores of a slice of the batch with the whole bank: 2^26 of them are 256 MiB in float32.
 SCORES_AT_ONCE = 2**26
@@ -44,10 +41,10 @@ class ContrastiveRepresentationLoss(Criterion):
     move before ``backward()`` runs, the gradient is taken in the forward pass; a second derivative
     is an error.
 
-    Banks, Z and the sampler's state are in ``state_dict()``: a resumed run draws the same
-    negatives and gives the same values as an unbroken one on the same batches. Draws are
-    independent of torch's global seed and, like all of torch's, differ between CPU and GPU: a run
-    that is resumed on the other kind of device draws others. A negative may be the sample itself,
+    Banks, Z and the number of draws are in ``state_dict()``: a resumed run draws the same negatives
+    and gives the same values as an unbroken one on the same batches. Draws come from a counter, so
+    they are independent of torch's global seed and the same on every device. A negative may be the
+    sample itself,
     with chance 1/N, as in the published memory; the published CIFAR-100 script draws from other
     classes instead, which needs the labels of the whole set.
 
@@ -67,14 +64,9 @@ class ContrastiveRepresentationLoss(Criterion):
     Under several processes a training call is a collective one. All ranks move all rows of the
     whole batch, so that their banks stay equal and nothing need be broadcast; Z is that of the
     whole first batch; and a rank takes its own rows of the negatives that are drawn for the whole
-    batch. They must be built with one seed.
-
-    Under ``torch.compile`` the graph breaks where negatives are drawn, so ``fullgraph=True`` is
-    refused.
+    batch. They must be made with one seed.
 
     Args:
-        student_dim: Width of the student's embedding.
-        teacher_dim: Width of the teacher's.
         dataset_size: N, the number of training samples.
         embedding_dim: Width of the common space.
         negatives: K >= 1.
@@ -89,34 +81,31 @@ class ContrastiveRepresentationLoss(Criterion):
         ``[0, N)``; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If :meth:`from_features` is not given ``dataset_size``, the index is missing, of
-            another length or device, or outside the bank (on a CPU; elsewhere the device's own
-            assertion speaks), a width is not the one that the criterion was built for, or an
-            argument is out of range.
+        ValueError: If the index is missing, of another length or device, or outside the bank (on a
+            CPU; elsewhere the device's own assertion speaks), a width is not that of the first
+            call, or an argument is out of range.
         TypeError: If the index holds no whole numbers.
 
     References:
         Tian, Krishnan & Isola, *Contrastive Representation Distillation*, 2020, Eq. 18.
 
     Example:
-        >>> criterion = ContrastiveRepresentationLoss(16, 32, 1000, negatives=64)
+        >>> criterion = ContrastiveRepresentationLoss(dataset_size=1000, negatives=64)
         >>> feats_s = Features(embedding=torch.randn(8, 16), index=torch.arange(8))
         >>> list(criterion.terms(feats_s, Features(embedding=torch.randn(8, 32))))
         ['CRD-student', 'CRD-teacher']
     """
 
     reads = ("embedding",)
-    collective = True
-    same_on_all_ranks = ("bank_s", "bank_t", "log_normalizer", "normalized")
+    over_ranks = "always"
     bank_s: Tensor
     bank_t: Tensor
     log_normalizer: Tensor
     normalized: Tensor
+    draws: Tensor
 
     def __init__(
         self,
-        student_dim: int,
-        teacher_dim: int,
         dataset_size: int,
         *,
         embedding_dim: int = 128,
@@ -127,36 +116,24 @@ class ContrastiveRepresentationLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        width = whole("embedding_dim", embedding_dim)
+        self.embedding_dim = whole("embedding_dim", embedding_dim)
         self.dataset_size = whole("dataset_size", dataset_size)
         self.negatives = whole("negatives", negatives)
         self.temperature = number("temperature", temperature, above=0)
         self.momentum = number("momentum", momentum, at_least=0, at_most=1)
-        self.sampler = Sampler(whole("seed", seed, at_least=0))
-        self.head_s = Projector(student_dim, width, layers=1)
-        self.head_t = Projector(teacher_dim, width, layers=1)
-        random = self.sampler.generator(torch.device("cpu"))
+        self.seed = whole("seed", seed, at_least=0)
+        self.head_s = Projector(self.embedding_dim, layers=1)
+        self.head_t = Projector(self.embedding_dim, layers=1)
+        random = torch.Generator().manual_seed(self.seed)
         for name in ("bank_s", "bank_t"):
             # Rows of unit length on average, as the published code starts.
-            bound = math.sqrt(3 / width)
-            rows = torch.empty(self.dataset_size, width)
+            bound = math.sqrt(3 / self.embedding_dim)
+            rows = torch.empty(self.dataset_size, self.embedding_dim)
             self.register_buffer(name, rows.uniform_(-bound, bound, generator=random))
         self.register_buffer("log_normalizer", torch.zeros(2))
         # Numbers, not truths: torch's average of weights with its buffers subtracts them.
         self.register_buffer("normalized", torch.zeros(2))
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the widths of two example passes; ``dataset_size`` they cannot tell."""
-        if "dataset_size" not in options:
-            raise ValueError(
-                "ContrastiveRepresentationLoss.from_features needs dataset_size=..., the number of "
-                "training samples, len(dataset): it keeps a row of each"
-            )
-        embedding_s, embedding_t = either(feats_s, feats_t, "embedding")
-        return {"student_dim": embedding_s.shape[1], "teacher_dim": embedding_t.shape[1]}
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def sample_negatives(self, batch: int) -> Tensor:
         """Returns the negatives of the next call, ``(batch, K)`` int64; it moves nothing.
@@ -164,65 +141,53 @@ class ContrastiveRepresentationLoss(Criterion):
         Args:
             batch: The samples of that call, of all processes together where it trains.
         """
-        return self._draw(batch, moves=False)
+        drawn = counted(self.seed, self.draws, (batch, self.negatives))
+        return drawn % self.dataset_size
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         embedding_s, embedding_t = either(student, teacher, "embedding")
         index = self._index(student, teacher, embedding_s)
-        unit_s, unit_t = unit(self.head_s(embedding_s)), unit(self.head_t(embedding_t))
+        unit_s, unit_t = (
+            unit(project(head, rows, self.embedding_dim))
+            for head, rows in ((self.head_s, embedding_s), (self.head_t, embedding_t))
+        )
         learns = self.training and torch.is_grad_enabled()
-        # Outside of training nothing moves, and no rank waits for another.
-        together = learns or self.gather
-        sizes = shard_sizes(len(index), index.device) if together else [len(index)]
-        counted = sum(sizes) if self.gather else len(index)
+        counts = shards if self.gather else Shards.alone(len(index))
         with torch.no_grad():
-            rows = torch.cat([index[:, None], self._own_negatives(sizes, learns)], dim=1)
+            drawn = self.sample_negatives(shards.total)
+            drawn = drawn[shards.before : shards.before + shards.own]
+            rows = torch.cat([index[:, None], drawn], dim=1)
             sides = ((unit_s, self.bank_t), (unit_t, self.bank_s))
             scores = [
                 _gathered_products(values.detach(), bank, rows) / self.temperature
                 for values, bank in sides
             ]
-            log_normalizer = self._log_normalizer(scores, sizes, learns)
+            log_normalizer = self._log_normalizer(scores, shards, learns)
             found = [
-                self._contrast(table, bank, rows, log_z, counted)
+                self._contrast(table, bank, rows, log_z, counts.total)
                 for table, (_, bank), log_z in zip(scores, sides, log_normalizer, strict=True)
             ]
             if learns:
-                self._remember(index, unit_s, unit_t, sizes)
+                self._remember(index, unit_s, unit_t, shards)
+                self.draws += 1
         values = torch.stack(
             [
                 _known_gradient(values, *value_and_gradient)
                 for (values, _), value_and_gradient in zip(sides, found, strict=True)
             ]
         )
-        loss_s, loss_t = (sum_over_ranks(values) if self.gather else values).unbind()
+        loss_s, loss_t = counts.sum(values).unbind()
         return {"CRD-student": loss_s, "CRD-teacher": loss_t}
-
-    def get_extra_state(self) -> Tensor:
-        """The sampler's state. On the host, where reading it waits for no device."""
-        return self.sampler.packed()
-
-    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
-        if isinstance(state, Tensor):
-            self.sampler.unpack(state)
-        else:  # as older checkpoints have it
-            self.sampler.load(state["seed"], state["states"])
-
-    def extra_repr(self) -> str:
-        return (
-            f"dataset_size={self.dataset_size}, negatives={self.negatives}, "
-            f"temperature={self.temperature}, momentum={self.momentum}, "
-            f"seed={self.sampler.seed}"
-        )
 
     def _index(self, student: Features, teacher: Features, embedding: Tensor) -> Tensor:
         index = teacher.index if student.index is None else student.index
         if index is None:
             raise ValueError(
-                "ContrastiveRepresentationLoss needs student.index, every sample's position in "
-                "the data set (B,): let the data set return it and pass feats.replace(index=index)"
+                "ContrastiveRepresentationLoss needs index, every sample's position in the data "
+                "set (B,): let the data set return it, and pass distiller(..., index=index) or "
+                "feats.replace(index=index)"
             )
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must be an int64 tensor of positions, got {describe(index)}")
@@ -238,37 +203,28 @@ class ContrastiveRepresentationLoss(Criterion):
         in_range(index, "index", self.dataset_size, "dataset_size")
         return index.long()
 
-    def _draw(self, batch: int, *, moves: bool) -> Tensor:
-        shape = (batch, self.negatives)
-        drawn: Tensor = self.sampler.draw(self.dataset_size, shape, self.bank_s.device, moves=moves)
-        return drawn
-
-    def _own_negatives(self, sizes: list[int], learns: bool) -> Tensor:
-        """Returns this rank's rows of the negatives of the whole batch."""
-        drawn = self._draw(sum(sizes), moves=learns)
-        return drawn if len(sizes) == 1 else torch.split(drawn, sizes)[rank()]
-
     def _contrast(
-        self, scores: Tensor, bank: Tensor, rows: Tensor, log_normalizer: Tensor, counted: int
+        self, scores: Tensor, bank: Tensor, rows: Tensor, log_normalizer: Tensor, rows_counted: int
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss of scores ``(B, K + 1)``, and its gradient in their unit rows."""
         # P = sigmoid(margin)
         log_noise = math.log(self.negatives / self.dataset_size)
         margin = scores - log_normalizer - log_noise
         positive, negative = margin[:, 0], margin[:, 1:]
-        value = (F.softplus(-positive).sum() + F.softplus(negative).sum()) / counted
+        value = (F.softplus(-positive).sum() + F.softplus(negative).sum()) / rows_counted
         slope = torch.sigmoid(margin)
         slope[:, 0] -= 1
-        slope /= counted * self.temperature
+        slope /= rows_counted * self.temperature
         # The sum over i of slope_i bank[rows_i], without the gathered rows.
         return value, F.embedding_bag(rows, bank, per_sample_weights=slope, mode="sum")
 
-    def _log_normalizer(self, scores: list[Tensor], sizes: list[int], learns: bool) -> Tensor:
+    def _log_normalizer(self, scores: list[Tensor], shards: Shards, learns: bool) -> Tensor:
         """Returns log Z ``(2,)``: what is set, or this batch's, which a training call sets."""
         summed = torch.stack([torch.logsumexp(table.flatten(), dim=0) for table in scores])
-        if len(sizes) > 1:
-            summed = torch.logsumexp(gather_batch(summed[None], [1] * len(sizes)), dim=0)
-        count = sum(sizes) * scores[0].shape[1]
+        if len(shards.sizes) > 1:
+            each = Shards((1,) * len(shards.sizes), shards.rank)
+            summed = torch.logsumexp(each.gather(summed[None]), dim=0)
+        count = shards.total * scores[0].shape[1]
         estimate = summed + math.log(self.dataset_size / count)
         known = self.normalized > 0
         # Both are averaged alike, so that this is the normaliser in an average of weights, too.
@@ -281,10 +237,9 @@ class ContrastiveRepresentationLoss(Criterion):
             self.normalized.copy_(sets)
         return chosen
 
-    def _remember(self, index: Tensor, unit_s: Tensor, unit_t: Tensor, sizes: list[int]) -> None:
+    def _remember(self, index: Tensor, unit_s: Tensor, unit_t: Tensor, shards: Shards) -> None:
         """Moves the rows of the whole batch in both banks, on every rank alike."""
-        if len(sizes) > 1:
-            index, unit_s, unit_t = (gather_batch(v, sizes) for v in (index, unit_s, unit_t))
+        index, unit_s, unit_t = (shards.gather(value) for value in (index, unit_s, unit_t))
         # Writes to one row race on a GPU, so all of them write what the last one says.
         ordered, order = index.sort(stable=True)
         last = order[torch.searchsorted(ordered, index, right=True) - 1]
@@ -293,6 +248,25 @@ class ContrastiveRepresentationLoss(Criterion):
             moved = unit(self.momentum * old + (1 - self.momentum) * values[last])
             usable = moved.isfinite().all(dim=1, keepdim=True)
             bank.index_copy_(0, index, torch.where(usable, moved, old).to(bank.dtype))
+
+
+def counted(seed: int, draws: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns random whole numbers >= 0 that a seed, a draw and a place determine.
+
+    The mixing function of SplitMix64 (Steele, Lea & Flood, 2014) of a counter, in tensors alone: it
+    has no state of its own, is the same on every device and can be part of a compiled graph.
+    """
+    place = torch.arange(shape[0] * shape[1], device=draws.device)
+    mixed = _mix(_mix(draws + _mix(draws.new_full((), seed))) + place)
+    return (mixed & (2**63 - 1)).view(shape)
+
+
+def _mix(value: Tensor) -> Tensor:
+    # Products wrap around; a shift has to bring zeros in, which that of signed numbers does not.
+    value = value * -7046029254386353131 + -7046029254386353131
+    value = (value ^ ((value >> 30) & (2**34 - 1))) * -4658895280553007687
+    value = (value ^ ((value >> 27) & (2**37 - 1))) * -7723592293110705685
+    return value ^ ((value >> 31) & (2**33 - 1))
 
 
 def _gathered_products(unit: Tensor, bank: Tensor, rows: Tensor) -> Tensor:

@@ -93,9 +93,7 @@ class FlowMatrixLoss(Criterion):
         matrices_s = self._matrices(self._adapted(pairs), "student")
         gaps = [
             (flow_s - flow_t).square().mean()
-            for flow_s, flow_t in zip(
-                matrices_s, self._matrices(maps_t, "teacher"), strict=True
-            )
+            for flow_s, flow_t in zip(matrices_s, self._matrices(maps_t, "teacher"), strict=True)
         ]
         return {"FSP": torch.stack(gaps).sum()}
 

@@ -384,7 +384,7 @@ def _yes_no(logits: Tensor) -> Tensor:
 
 
 def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """Returns KL(t || s) of every row, ``(B,)``, from log-probabilities ``(B, K)``; 0 log 0 is 0."""
+    """Returns KL(t || s) of every row ``(B,)`` from log-probabilities ``(B, K)``; 0 log 0 is 0."""
     share = log_t.exp()
     never = share == 0
     gap = torch.where(never, 0, log_t) - torch.where(never, 0, log_s)

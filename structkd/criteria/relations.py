@@ -310,7 +310,7 @@ class _AngleGap(torch.autograd.Function):
         total = student.new_zeros(())
         slope = torch.zeros_like(student)
         for part in _chunks(student if student.shape[1] >= teacher.shape[1] else teacher):
-            arms, inverse = _unit_arms(student, part)
+            arms, shrink = _unit_arms(student, part)
             arms_t, _ = _unit_arms(teacher, part)
             gap = torch.bmm(arms, arms.transpose(1, 2))
             gap -= torch.bmm(arms_t, arms_t.transpose(1, 2))
@@ -320,7 +320,7 @@ class _AngleGap(torch.autograd.Function):
             if wants_grad:
                 pull = torch.bmm(huber, arms)
                 pull -= (pull * arms).sum(dim=2, keepdim=True) * arms
-                pull *= inverse
+                pull *= shrink
                 slope += pull.sum(dim=0)
                 slope[part] -= pull.sum(dim=1)
         # Each angle has two arms.

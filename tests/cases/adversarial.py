@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structkd import Features
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
-from tests.cases.case import Case, Example, generator, normal, pick
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import adversarial as reference
 
 
@@ -20,14 +20,11 @@ def alkd(seed: int, batch: int) -> Example:
     classes = pick(rng, 1, 5)
     torch.manual_seed(seed)
     criterion = AdversarialLogitsLoss(
-        classes, hidden_dim=6, blocks=pick(rng, 0, 2), l1_weight=0.4, adversarial_weight=0.6
+        hidden_dim=6, blocks=pick(rng, 0, 2), l1_weight=0.4, adversarial_weight=0.6
     )
-    return Example(
-        criterion.double(),
-        Features(logits=normal(rng, batch, classes)),
-        Features(logits=normal(rng, batch, classes)),
-        torch.randint(0, classes, (batch,), generator=rng),
-    )
+    student, teacher = (Features(logits=normal(rng, batch, classes)) for _ in range(2))
+    target = torch.randint(0, classes, (batch,), generator=rng)
+    return Example(shaped(criterion, student, teacher), student, teacher, target)
 
 
 def alkd_terms(example: Example) -> dict[str, Tensor]:
@@ -46,9 +43,7 @@ def afkd(source: str = "embedding", tokens: bool = False):
         rng = generator(seed)
         width_s, width_t = pick(rng, 1, 5), pick(rng, 1, 5)
         torch.manual_seed(seed)
-        criterion = AdversarialFeatureLoss(
-            width_s, width_t, source=source, hidden_dim=6, adversarial_weight=0.6
-        )
+        criterion = AdversarialFeatureLoss(source=source, hidden_dim=6, adversarial_weight=0.6)
         if source == "embedding":
             student = Features(embedding=normal(rng, batch, width_s))
             teacher = Features(embedding=normal(rng, batch, width_t))
@@ -58,7 +53,7 @@ def afkd(source: str = "embedding", tokens: bool = False):
         else:
             student = Features(intermediate=normal(rng, batch, width_s, 2, 3))
             teacher = Features(intermediate=normal(rng, batch, width_t, 3, 1))
-        return Example(criterion.double(), student, teacher)
+        return Example(shaped(criterion, student, teacher), student, teacher)
 
     return make
 
@@ -74,7 +69,7 @@ def _rows(features: Features) -> Tensor:
 
 def afkd_terms(example: Example) -> dict[str, Tensor]:
     return reference.afkd(
-        example.criterion.adapter,
+        example.criterion.adapter.net,
         example.criterion.discriminator,
         _rows(example.student),
         _rows(example.teacher),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from structkd import Features
 from structkd.criteria.alignment import SemanticAlignmentLoss
-from tests.cases.case import Case, Example, generator, normal
+from tests.cases.case import Case, Example, generator, normal, shaped
 from tests.reference import alignment
 
 HEADS = 2
@@ -21,24 +21,19 @@ _SIZES = {
 
 def _ska(kind: str, form: str, scale: str):
     size_s, size_t = _SIZES[kind]
-    last = 0 if len(size_s) == 3 else -1
 
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         torch.manual_seed(seed)
-        criterion = SemanticAlignmentLoss(
-            size_s[last], size_t[last], heads=HEADS, form=form, scale=scale
-        )
-        return Example(
-            criterion.double(),
-            Features(intermediate=normal(rng, batch, *size_s)),
-            Features(intermediate=normal(rng, batch, *size_t)),
-        )
+        criterion = SemanticAlignmentLoss(heads=HEADS, form=form, scale=scale)
+        student = Features(intermediate=normal(rng, batch, *size_s))
+        teacher = Features(intermediate=normal(rng, batch, *size_t))
+        return Example(shaped(criterion, student, teacher), student, teacher)
 
     def oracle(example: Example) -> Tensor:
         criterion = example.criterion
         map_s, map_t = example.student.intermediate[0], example.teacher.intermediate[0]
-        if criterion.adapter is not None:
+        if criterion.adapter.conv is not None:
             weight, bias = criterion.adapter.conv.weight[:, :, 0, 0], criterion.adapter.conv.bias
             rows = [[weight @ pixel + bias for pixel in item.flatten(1).T] for item in map_s]
             adapted = torch.stack([torch.stack(row, dim=1) for row in rows])
@@ -47,8 +42,8 @@ def _ska(kind: str, form: str, scale: str):
             alignment.alignment(
                 map_s,
                 map_t,
-                criterion.scores_s.weight,
-                criterion.scores_t.weight,
+                criterion.scores_s.net[0].weight,
+                criterion.scores_t.net[0].weight,
                 heads=HEADS,
                 published=scale == "published",
             )
@@ -58,10 +53,10 @@ def _ska(kind: str, form: str, scale: str):
 
 
 def _zero(seed: int) -> Example:
-    criterion = SemanticAlignmentLoss(4, 4, heads=HEADS).double().requires_grad_(False)
+    feats = Features(intermediate=normal(generator(seed), 6, 4, 2, 2))
+    criterion = shaped(SemanticAlignmentLoss(heads=HEADS), feats, feats).requires_grad_(False)
     criterion.scores_t.load_state_dict(criterion.scores_s.state_dict())
-    maps = normal(generator(seed), 6, 4, 2, 2)
-    return Example(criterion, Features(intermediate=maps), Features(intermediate=maps))
+    return Example(criterion, feats, feats)
 
 
 # CORAL's true gradient grows with the cube of its inputs, the plan's with another square.

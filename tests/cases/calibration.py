@@ -7,7 +7,7 @@ from torch import Tensor
 
 from structkd import Features
 from structkd.criteria.calibration import SemanticCalibrationLoss
-from tests.cases.case import Case, Example, generator, normal, pick
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import calibration
 
 
@@ -26,8 +26,8 @@ def _semckd(layers_s: int, layers_t: int):
             )
 
         student, teacher = network(layers_s), network(layers_t)
-        criterion = SemanticCalibrationLoss.from_features(student, teacher)
-        return Example(criterion.double(), student, teacher)
+        criterion = shaped(SemanticCalibrationLoss(), student, teacher)
+        return Example(criterion, student, teacher)
 
     def oracle(example: Example) -> Tensor:
         return calibration.semantic_calibration(

@@ -8,7 +8,7 @@ from torch import Tensor
 from structkd import Features
 from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
 from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
-from tests.cases.case import Case, Example, generator, normal, pick
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import maps
 
 
@@ -31,7 +31,7 @@ def _regression(build, oracle, kind: str):
         torch.manual_seed(seed)
         student = Features(intermediate=normal(rng, batch, *shape_s))
         teacher = Features(intermediate=normal(rng, batch, *shape_t))
-        return Example(build(student, teacher).double(), student, teacher)
+        return Example(build(student, teacher), student, teacher)
 
     def definition(example: Example) -> Tensor:
         maps_s = maps.tokens_to_map(example.student.intermediate[0])
@@ -47,23 +47,23 @@ def _fitnet(kind: str, distance=maps.mean_square, **options: object):
         return distance(maps.convolve(map_s, conv.weight, conv.bias), map_t)
 
     def build(student: Features, teacher: Features) -> FitNetLoss:
-        return FitNetLoss.from_features(student, teacher, **options)
+        return shaped(FitNetLoss(**options), student, teacher)
 
     return _regression(build, oracle, kind)
 
 
 def _vid(kind: str):
     def oracle(criterion: VariationalInformationLoss, map_s: Tensor, map_t: Tensor) -> Tensor:
-        hidden = map_s
+        hidden, gaussian = map_s, criterion.gaussian
         for layer in (0, 2):
-            hidden = maps.convolve(hidden, criterion.mean[layer].weight).clamp(min=0)
-        mean = maps.convolve(hidden, criterion.mean[4].weight)
-        return maps.gaussian_code_length(mean, criterion.rho, map_t)
+            hidden = maps.convolve(hidden, gaussian.mean[layer].weight).clamp(min=0)
+        mean = maps.convolve(hidden, gaussian.mean[4].weight)
+        return maps.gaussian_code_length(mean, gaussian.rho, map_t)
 
     def build(student: Features, teacher: Features) -> VariationalInformationLoss:
-        criterion = VariationalInformationLoss.from_features(student, teacher, init_variance=0.7)
+        criterion = shaped(VariationalInformationLoss(init_variance=0.7), student, teacher)
         with torch.no_grad():
-            criterion.rho += torch.linspace(-1, 1, len(criterion.rho))
+            criterion.gaussian.rho += torch.linspace(-1, 1, len(criterion.gaussian.rho))
         return criterion
 
     return _regression(build, oracle, kind)
@@ -92,10 +92,10 @@ def _pairs(criterion, oracle, *kinds: str, widen: int = 0):
 
 
 def _zero_fitnet(seed: int) -> Example:
-    criterion = FitNetLoss(3, 3).double()
+    feats = Features(intermediate=normal(generator(seed), 4, 3, 2, 2))
+    criterion = shaped(FitNetLoss(), feats, feats)
     torch.nn.init.dirac_(criterion.regressor.conv.weight)
     torch.nn.init.zeros_(criterion.regressor.conv.bias)
-    feats = Features(intermediate=normal(generator(seed), 4, 3, 2, 2))
     return Example(criterion, feats, feats)
 
 

@@ -11,7 +11,7 @@ from structkd.criteria.relations import (
     DistilVPRLoss,
     RelationalLoss,
 )
-from tests.cases.case import Case, Example, generator, normal, pick
+from tests.cases.case import Case, Example, generator, normal, pick, shaped
 from tests.reference import relations
 
 
@@ -50,8 +50,8 @@ def _congruence(seed: int, batch: int) -> Example:
     torch.manual_seed(seed)
     student = Features(embedding=normal(rng, batch, pick(rng, 1, 5)))
     teacher = Features(embedding=normal(rng, batch, pick(rng, 1, 5)))
-    criterion = CorrelationCongruenceLoss.from_features(student, teacher, embedding_dim=6)
-    return Example(criterion.double(), student, teacher)
+    criterion = CorrelationCongruenceLoss(embedding_dim=6)
+    return Example(shaped(criterion, student, teacher), student, teacher)
 
 
 def _congruence_oracle(example: Example) -> Tensor:
@@ -79,9 +79,9 @@ def _turned(criterion, factor: float):
 
 
 def _zero_congruence(seed: int) -> Example:
-    criterion = CorrelationCongruenceLoss(4, 4, embedding_dim=8).double()
-    criterion.teacher_embedding.load_state_dict(criterion.student_embedding.state_dict())
     feats = Features(embedding=normal(generator(seed), 6, 4))
+    criterion = shaped(CorrelationCongruenceLoss(embedding_dim=8), feats, feats)
+    criterion.teacher_embedding.load_state_dict(criterion.student_embedding.state_dict())
     return Example(criterion, feats, feats)
 
 

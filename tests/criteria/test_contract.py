@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
 import pkgutil
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,8 @@ from torch import Tensor
 
 import structkd
 import tests.cases
-from structkd import Criterion, CriterionSum, Features
+from structkd import Criterion, Features
+from structkd.criteria import CRITERIA
 from tests.cases.case import Case, Example
 
 CASES: list[Case] = [
@@ -23,12 +27,7 @@ CASES: list[Case] = [
     for module in pkgutil.iter_modules(tests.cases.__path__)
     for case in getattr(importlib.import_module(f"tests.cases.{module.name}"), "CASES", [])
 ]
-PUBLIC: list[type[Criterion]] = [
-    kind
-    for kind in (getattr(structkd, name) for name in structkd.__all__)
-    if inspect.isclass(kind) and issubclass(kind, Criterion)
-    if kind not in (Criterion, CriterionSum)
-]
+PUBLIC: list[type[Criterion]] = list(CRITERIA.values())
 IDS = [case.name for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -292,7 +291,7 @@ def test_wrong_rank_is_named(case: Case) -> None:
 @every_case
 def test_missing_features_are_named(case: Case) -> None:
     example = _make(case)
-    with pytest.raises(ValueError, match=r"(?s)student\.(\w+).*Capture"):
+    with pytest.raises(ValueError, match=r"(?s)student\.(\w+).*(Capture|Distiller)"):
         _run(replace(example, student=Features()))
     with pytest.raises(TypeError, match="student must be Features"):
         _run(replace(example, student="logits"))
@@ -344,28 +343,47 @@ def test_division_is_multiplication_by_the_inverse(case: Case) -> None:
 
 
 @every_case
-def test_gather_is_accepted_and_changes_nothing_in_one_process(case: Case) -> None:
-    assert "gather" in inspect.signature(type(_make(case).criterion)).parameters
-    wanted, example = _run(_make(case)), _make(case)
-    for module in example.criterion.modules():
-        if isinstance(module, Criterion):
-            module.gather = True
-    torch.testing.assert_close(_run(example), wanted, rtol=1e-12, atol=1e-14)
+def test_its_dict_its_constructor_and_its_repr_have_the_same_words(case: Case) -> None:
+    criterion = _make(case).criterion
+    parameters = inspect.signature(type(criterion)).parameters
+    assert "gather" in parameters
+    assert not {"weight", "name", "type"} & parameters.keys()  # a sum's words
+    said = repr(criterion)
+    shown = re.findall(r"(\w+)=", criterion.extra_repr())
+    assert set(shown) <= parameters.keys()
+    assert type(criterion).__name__ in said
+    for name in parameters:
+        value = getattr(criterion, "enabled" if name == "terms" else name, None)
+        assert isinstance(value, torch.nn.Module) or value is None or f"{name}={value!r}" in said
 
 
 @every_case
-def test_weights_change_without_a_recompile(case: Case) -> None:
-    if not case.compiles:
-        pytest.skip("does not compile; its case says why")
-    torch._dynamo.reset()
-    example = _make(case)
-    both = CriterionSum({"it": example.criterion})
-    compiled = torch.compile(both, backend="eager", fullgraph=True)
-    value = compiled(*_given(example))
-    both.set_weight("it", 0.25)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        quarter = compiled(*_given(example))
-    torch.testing.assert_close(quarter, value / 4)
+def test_dicts_of_the_same_names_are_taken(case: Case) -> None:
+    wanted, example = _run(_make(case)), _make(case)
+
+    def said(features: Features) -> dict[str, object]:
+        names = ("logits", "embedding", "intermediate", "index")
+        return {name: getattr(features, name) for name in names}
+
+    value = example.criterion(said(example.student), said(example.teacher), example.target)
+    torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"student has no field 'embeding'.*embedding"):
+        example.criterion({"embeding": torch.zeros(2, 2)}, {}, example.target)
+
+
+@every_case
+def test_copies_and_pickles(case: Case) -> None:
+    wanted = _run(_make(case))
+    for copied in (copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))):
+        example = _make(case)
+        value = _run(replace(example, criterion=copied(example.criterion)))
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+
+
+@every_case
+def test_a_negative_weight_is_named(case: Case) -> None:
+    with pytest.raises(ValueError, match="weight must be finite >= 0, got -1"):
+        -1 * _make(case).criterion
 
 
 @every_case

@@ -67,7 +67,7 @@ def alkd(
 
 
 def afkd(
-    adapter: nn.Module,
+    adapter: nn.Sequential | None,
     discriminator: nn.Module,
     rows_s: Tensor,
     rows_t: Tensor,
@@ -77,8 +77,8 @@ def afkd(
     """Wang et al., 2018, the student's loss in its non-saturating form."""
     fool = tell = torch.zeros((), dtype=rows_s.dtype)
     for row_s, row_t in zip(rows_s, rows_t, strict=True):
-        if isinstance(adapter, nn.Linear):
-            row_s = _linear(adapter, row_s, False)
+        if adapter is not None:
+            row_s = _linear(adapter[0], row_s, False)
         fool = fool - _log_probability(scores(discriminator, row_s, frozen=True)[0])
         tell = tell - _log_probability(scores(discriminator, row_t, frozen=False)[0])
         tell = tell - _log_probability(-scores(discriminator, row_s.detach(), frozen=False)[0])
