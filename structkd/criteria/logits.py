@@ -410,7 +410,7 @@ def _standardized(logits: Tensor) -> Tensor:
     Constant rows become 0, not noise.
     """
     closed = logits <= _CLOSED
-    count = (~closed).sum(dim=1, keepdim=True).clamp_min(1)
+    count = (~closed).sum(dim=1, keepdim=True).clamp_min(1).to(logits.dtype)
     shown = torch.where(closed, 0, logits)
     centred = torch.where(closed, 0, shown - shown.sum(dim=1, keepdim=True) / count)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
