@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from structkd._checks import chosen_rows, describe, near, whole
 from structkd._devices import sent
 from structkd._modes import evaluating
-from structkd import _backbone as backbone
-from structkd.capture import FeatureCapture
+from structkd.capture import FeatureCapture, backbone
 from structkd.criteria import Spec, build_criterion
 from structkd.criteria.base import Criterion, criteria_in, fields_read, leaves_of, same_buffers
 from structkd.distributed import Shards, world_size
@@ -121,6 +120,8 @@ class Distiller(nn.Module):
     def _make_ready(self, reads: tuple[str, ...], example: Any) -> None:
         student, teacher = self.student, self.teacher
         self._check_layers(reads)
+        if any("logits" in leaf.reads and leaf.reads_teacher for leaf in leaves_of(self.criterion)):
+            _check_classes(student, teacher)
         if not any(_share_parameters(other.student, teacher) for other in _living):
             teacher.requires_grad_(False)
             for part in teacher.modules():
@@ -280,6 +281,8 @@ class Distiller(nn.Module):
             if self._reads_teacher:
                 feats_t = self._frozen.features(x_t, of_example=is_pair)
             self._check_features(feats_s, feats_t)
+            if not is_unshaped(self.criterion):
+                return
             count = _batch_of(feats_s)
             enough = max(count, 2, *(leaf.min_batch for leaf in leaves_of(self.criterion)))
             rows = torch.arange(enough) % count
@@ -478,9 +481,7 @@ class _Frozen:
         """
         if self.capture.removed:  # by the one that this is a copy of
             self.attach()
-        empty = isinstance(x, Tensor) and x.dim() > 0 and len(x) == 0
-        if empty:
-            x = x.new_zeros(1, *x.shape[1:])
+        x, empty = _at_least_one(x)
         with torch.no_grad():
             if not torch.compiler.is_compiling():
                 with evaluating(self.module):
@@ -518,6 +519,21 @@ class _Frozen:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, borrows_hooks=False)  # a loaded capture has hooks of its own
+
+
+def _at_least_one(x: Any) -> tuple[Any, bool]:
+    """Returns one sample of zeros in the place of none, and whether there was none."""
+    if isinstance(x, Tensor):
+        empty = x.dim() > 0 and len(x) == 0
+        return (x.new_zeros(1, *x.shape[1:]) if empty else x), empty
+    if isinstance(x, Mapping):
+        found = {name: _at_least_one(value) for name, value in x.items()}
+        filled: Any = {name: value for name, (value, _) in found.items()}
+        return filled, any(empty for _, empty in found.values())
+    if isinstance(x, tuple | list):
+        pairs = [_at_least_one(value) for value in x]
+        return tuple(value for value, _ in pairs), any(empty for _, empty in pairs)
+    return x, False
 
 
 def _alike(tensor: Tensor, other: Tensor) -> bool:
@@ -606,6 +622,16 @@ def _check_networks(student: object, teacher: object) -> None:
         raise ValueError(
             "student and teacher share parameters, which freezing the teacher would freeze: give "
             "the teacher as a copy, copy.deepcopy(student)"
+        )
+
+
+def _check_classes(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises where both networks say how many classes they score, as timm's do, and differ."""
+    counts = [getattr(backbone.unwrapped(net), "num_classes", None) for net in (student, teacher)]
+    if all(isinstance(count, int) for count in counts) and counts[0] != counts[1]:
+        raise ValueError(
+            f"student and teacher must score the same classes, got num_classes={counts[0]} and "
+            f"{counts[1]}"
         )
 
 

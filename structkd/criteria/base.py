@@ -123,12 +123,8 @@ class Criterion(nn.Module):
             ValueError: If a field is missing, of the wrong rank or of another batch size.
             TypeError: If a tensor is not of floating point.
         """
-        features_s = self._read(student, "student")
-        features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
-        self._has_met = True
-        tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
-        device, batch = self._check_together(tensors)
-        dtype = self._compute_dtype(tensors, device)
+        features_s, features_t, device = self._prepared(student, teacher)
+        batch = len(_named(features_s, "student")[0][1])
         counted = shards
         if not self.exchanges:
             shards = Shards.alone(batch)
@@ -138,8 +134,6 @@ class Criterion(nn.Module):
         if self.over_ranks == "gathered":
             features_s, features_t = _gathered(features_s, shards), _gathered(features_t, shards)
             target = None if target is None else shards.gather(target)
-        features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
-        features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
         more = (shards,) if self.over_ranks in ("sums", "always") else ()
         with torch.autocast(device.type, enabled=False):
             return self.compute(features_s, features_t, target, *more)
@@ -188,6 +182,18 @@ class Criterion(nn.Module):
         super()._apply(kept_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _prepared(self, student: Input, teacher: Input) -> tuple[Features, Features, torch.device]:
+        """Returns what is read of both, checked and in one dtype, and the device they are on."""
+        features_s = self._read(student, "student")
+        features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
+        self._has_met = True
+        tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
+        device = self._check_together(tensors)
+        dtype = self._compute_dtype(tensors, device)
+        features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
+        features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
+        return features_s, features_t, device
+
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""
         if not self.reads:
@@ -208,8 +214,8 @@ class Criterion(nn.Module):
             found[field] = value
         return Features(**found, index=features.index)  # type: ignore[arg-type]
 
-    def _check_together(self, tensors: Sequence[tuple[str, Tensor]]) -> tuple[torch.device, int]:
-        """Checks that all tensors share a batch size and a device; returns both."""
+    def _check_together(self, tensors: Sequence[tuple[str, Tensor]]) -> torch.device:
+        """Checks that all tensors share a batch size and a device; returns the device."""
         _, first = tensors[0]
         for name, tensor in tensors:
             if tensor.shape[0] != first.shape[0]:
@@ -222,7 +228,7 @@ class Criterion(nn.Module):
                     f"{name} is on {tensor.device}, expected {first.device}: "
                     "move both models to one device"
                 )
-        return first.device, first.shape[0]
+        return first.device
 
     def _check_batch(self, batch: int) -> None:
         if batch < self.min_batch:

@@ -15,7 +15,7 @@ from structkd.criteria._maps import (
     common_positions,
     map_pairs,
 )
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, Input
 from structkd.criteria.correlation import off_diagonal_energy
 from structkd.criteria.moments import UNKNOWABLE, Columns, Moments, by_channel, moments
 from structkd.criteria.numerics import inverse, inverse_scale, off_diagonal
@@ -151,13 +151,7 @@ class DenseStructureLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        name = type(self).__name__
-        maps = [
-            common_positions(map_s, map_t, "student and teacher intermediate")
-            for map_s, map_t in map_pairs(student, teacher, name, self.layer)
-        ]
-        for map_s, _ in maps:
-            check_several(map_s, name, shards)
+        maps = self._maps(student, teacher, shards)
         if self.convs is None:
             shares = self._shares(maps, shards)
             costs = [torch.log(1 - share + UNKNOWABLE).mean() for share in shares]
@@ -168,6 +162,35 @@ class DenseStructureLoss(Criterion):
             "Dense-2": [self.lambd * off / len(diagonal) for diagonal, off in stages],
         }
         return {name: torch.stack(terms[name]).sum() for name in self.enabled}
+
+    @torch.no_grad()
+    def shares(self, student: Input, teacher: Input) -> list[Tensor]:
+        """Returns of every stage the share ``(C_t,)`` of each teacher channel that is predicted.
+
+        By the regression of the closed form, on this process's batch, without a gradient: 1 minus
+        the shares :math:`u_i` that it leaves unexplained.
+
+        Args:
+            student: The student's features, or its maps.
+            teacher: The teacher's, of the same batch in the same order.
+        """
+        student, teacher, device = self._prepared(student, teacher)
+        shards = Shards.alone(len(student.intermediate[0]))
+        with torch.autocast(device.type, enabled=False):
+            return self._shares(self._maps(student, teacher, shards), shards)
+
+    def _maps(
+        self, student: Features, teacher: Features, shards: Shards
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns the maps in pairs, as ``(B, C, H, W)`` of one height and width."""
+        name = type(self).__name__
+        maps = [
+            common_positions(map_s, map_t, "student and teacher intermediate")
+            for map_s, map_t in map_pairs(student, teacher, name, self.layer)
+        ]
+        for map_s, _ in maps:
+            check_several(map_s, name, shards)
+        return maps
 
     def _diagonal(self, correlation: Tensor) -> Tensor:
         if self.diagonal == "squared":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from structkd._checks import describe, number
-from structkd.criteria._closed_form import cut_at, predicted_share
-from structkd.criteria._maps import common_positions
-from structkd.criteria._moments import Columns, by_channel, moments
+from structkd.criteria.dense import DenseStructureLoss
 
 
 def predictable_share(
-    features_s: Tensor, features_t: Tensor, *, ridge: float = 1e-3, split: bool | None = None
+    student: Tensor, teacher: Tensor, *, ridge: float = 1e-3, split: bool | None = None
 ) -> Tensor:
     """Share of every teacher channel's variance that a linear map of the student's predicts.
 
@@ -26,8 +22,8 @@ def predictable_share(
     measured on the other, both ways.
 
     Args:
-        features_s: Maps ``(B, C_s, H, W)``, tokens ``(B, N, C_s)`` or rows ``(B, C_s)``.
-        features_t: The teacher's for the same samples, ``C_t`` channels, of any of these kinds;
+        student: Maps ``(B, C_s, H, W)``, tokens ``(B, N, C_s)`` or rows ``(B, C_s)``.
+        teacher: The teacher's for the same samples, ``C_t`` channels, of any of these kinds;
             maps of other sizes are average-pooled to a common size.
         ridge: > 0, times the mean variance of the student's channels.
         split: Fit and measure on halves or not; none follows the rule.
@@ -41,31 +37,13 @@ def predictable_share(
             different samples, or there are fewer than 2 positions.
 
     Example:
+        >>> import torch
         >>> maps = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         >>> shown = predictable_share(maps, torch.cat([maps[:, :1] - maps[:, 1:2], noise], dim=1))
         >>> [round(float(share), 1) for share in shown]
         [1.0, 0.0]
     """
-    for name, features in (("features_s", features_s), ("features_t", features_t)):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(features)}")
-        if features.dim() not in (2, 3, 4):
-            raise ValueError(
-                f"{name} must be (B, C, H, W), (B, N, C) or (B, C), got {describe(features)}"
-            )
-    if len(features_s) != len(features_t):
-        raise ValueError(
-            "features_s and features_t must hold the same samples, got "
-            f"{describe(features_s)} and {describe(features_t)}"
-        )
-    dtype = torch.promote_types(
-        torch.promote_types(features_s.dtype, features_t.dtype), torch.float32
-    )
-    wide = (features_s.detach().to(dtype), features_t.detach().to(dtype))
-    x, y = map(by_channel, common_positions(*wide, "features_s and features_t"))
-    if (positions := x[0].numel()) < 2:
-        raise ValueError(f"the features must have at least 2 positions, got {positions}")
-    pair = Columns(x, y, whole=True, cut=cut_at(positions, len(x), split))
-    with torch.autocast(x.device.type, enabled=False):
-        return predicted_share(*moments([pair]), ridge=number("ridge", ridge, above=0), floor=0.0)
+    closed = DenseStructureLoss(adapter="closed_form", ridge=ridge, split=split, floor=0.0, layer=0)
+    (share,) = closed.shares(student, teacher)
+    return share

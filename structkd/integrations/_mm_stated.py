@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structkd import _backbone
 from structkd._devices import sent
+from structkd.capture.backbone import INPUT, default_embedding, default_intermediate
 
 
 def default_layers(classifier: nn.Module) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def default_layers(classifier: nn.Module) -> dict[str, Any]:
         linear = [name for name, part in head.named_modules() if isinstance(part, nn.Linear)]
         found["logits"] = "head"
         if linear:
-            found["embedding"] = f"head.{linear[-1]}{_backbone.INPUT}"
+            found["embedding"] = f"head.{linear[-1]}{INPUT}"
     timm_model = getattr(backbone, "timm_model", None)
     if timm_model is not None:
         return {**_timm_layers("backbone.timm_model", timm_model), **found}
@@ -42,8 +42,8 @@ def default_layers(classifier: nn.Module) -> dict[str, Any]:
 def _timm_layers(prefix: str, model: object) -> dict[str, Any]:
     if not isinstance(model, nn.Module) or not hasattr(model, "get_classifier"):
         return {}
-    embedding = _backbone.default_embedding(model)
-    names = [f"{prefix}.{name}" for name in _backbone.default_intermediate(model)]
+    embedding = default_embedding(model)
+    names = [f"{prefix}.{name}" for name in default_intermediate(model)]
     found: dict[str, Any] = {"logits": prefix}
     if embedding:
         found["embedding"] = f"{prefix}.{embedding}"
@@ -115,3 +115,11 @@ def index_of(data_samples: Sequence[Any], device: torch.device) -> Tensor | None
     if any(not isinstance(index, int) for index in found):
         return None
     return sent(torch.tensor(found), device)
+
+
+def pairs_of(data_samples: Sequence[Any]) -> Tensor | None:
+    """Returns which samples have a pair, ``(B,)`` bool, where any of them says so."""
+    found = [sample.get("paired") for sample in data_samples]
+    if all(given is None for given in found):
+        return None
+    return torch.tensor([given is None or bool(given) for given in found])

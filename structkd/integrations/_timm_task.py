@@ -9,21 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from structkd._checks import describe
-from structkd.distiller import Distiller
+from structkd._checks import describe, whole
+from structkd.criteria import Spec
+from structkd.distiller import Distiller, falling
 from structkd.integrations._extra import missing_extra
 from structkd.integrations._images import images_of_both
-from structkd.specs import Spec
 
 try:
     from timm.task import FeatureDistillationTask
-    from timm.task.distillation import FeatureDistillationTrainableModule
     from timm.utils import unwrap_model
-
-    # What the optimizer's groups are made of; timm has had these two since 1.0.27.
-    _no_weight_decay: Callable[..., set[str]] = FeatureDistillationTrainableModule.no_weight_decay
-    _group_matcher: Callable[..., Any] = FeatureDistillationTrainableModule.group_matcher
-except (ImportError, AttributeError) as error:
+except ImportError as error:
     raise missing_extra("timm", ImportError(f"timm>=1.0.27: {error}")) from error
 
 TrainableT = TypeVar("TrainableT", bound="TrainableDistiller")
@@ -32,20 +27,20 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainableDistiller(Distiller):
-    """A Distiller as timm's optimizers, EMA and DDP want it.
+    """A Distiller that counts epochs where nobody tells it of one.
 
-    timm's script tells nobody that an epoch is over. It calls ``train()`` once at the beginning of
-    each, so a call of ``train()`` after a training step ends the criterion's epoch.
+    timm's script calls ``train()`` once at the beginning of each epoch, so a call of ``train()``
+    after a training step ends the criterion's epoch.
     """
 
-    no_weight_decay = _no_weight_decay
-    group_matcher = _group_matcher
+    epoch = 0  # epochs that are over
     epoch_open = False  # whether a step was made since the criterion was told of an epoch's end
 
     def train(self: TrainableT, mode: bool = True) -> TrainableT:
         """Sets the mode, and ends the criterion's epoch where one is open and another begins."""
         if mode and self.epoch_open:
             self.step_epoch()
+            self.epoch += 1
             self.epoch_open = False
         super().train(mode)
         return self
@@ -61,7 +56,9 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
     parameters and memories under ``task_state``, and nothing of the teacher.
 
     The loss is ``task_loss_weight * task loss + distill_loss_weight * sum of the terms``, both 1 by
-    default; with ``task_loss_weight`` alone the other is its complement, as in timm.
+    default; with ``task_loss_weight`` alone the other is its complement, as in timm. With
+    ``falling_epochs`` the terms have a weight beside it that falls from 1 to 0 over so many epochs,
+    :func:`structkd.falling`, so that the labels have the last word.
 
     Args:
         student_model: The network to train, with timm's ``pretrained_cfg``.
@@ -73,13 +70,17 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
         example: Input of the student, or a pair (the student's, the teacher's), from which a
             criterion reads widths. By default two blank images of the sizes in each network's
             ``pretrained_cfg``.
+        falling_epochs: Epochs of the training, over which the terms' weight falls to 0; none keeps
+            it.
         **options: Further options of timm's ``FeatureDistillationTask``: ``distill_loss_weight``,
             ``task_loss_weight``, ``teacher_pretrained_path``, ``device``, ``dtype`` and others.
 
     Shape:
         ``task(input, target)``: input one image batch ``(B, C, H, W)`` normalised for the student,
         which is normalised anew for the teacher as timm does; or a pair (the student's, the
-        teacher's) of the same samples, each normalised for its own network. Target as the task
+        teacher's) of the same samples, each normalised for its own network; or a triple with a mask
+        ``(B,)`` bool of the rows that have a pair, beside which the teacher's images do not count.
+        Target as the task
         loss takes it. Output a dict: ``loss``, ``output`` (the student's logits), ``task_loss``,
         ``kd_loss`` (the sum of the terms, without ``distill_loss_weight``), and every term by its
         name.
@@ -109,8 +110,12 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
         layers: Mapping[str, Any] | None = None,
         teacher_layers: Mapping[str, Any] | None = None,
         example: Any = None,
+        falling_epochs: int | None = None,
         **options: Any,
     ) -> None:
+        self.falling_epochs = (
+            None if falling_epochs is None else whole("falling_epochs", falling_epochs)
+        )
         _check_student(student_model, teacher_model)
         options["dtype"] = options.get("dtype") or next(student_model.parameters()).dtype
         # Equal widths, so that timm adds no projection: the criterion has its own.
@@ -182,7 +187,11 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
         if module is None:
             return {}
         inner: TrainableDistiller = unwrap_model(module)
-        return {"criterion": inner.criterion.state_dict(), "epoch_open": inner.epoch_open}
+        return {
+            "criterion": inner.criterion.state_dict(),
+            "epoch": inner.epoch,
+            "epoch_open": inner.epoch_open,
+        }
 
     def load_task_state(
         self,
@@ -210,27 +219,34 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
                 )
             return
         inner.criterion.load_state_dict(held, strict=strict)
+        inner.epoch = int((state or {}).get("epoch", 0))
         inner.epoch_open = bool((state or {}).get("epoch_open", False))
 
     def forward(self, input: Any, target: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """Runs both networks; returns the loss and its parts.
 
         Args:
-            input: A batch, or a pair (the student's, the teacher's).
+            input: A batch, a pair (the student's, the teacher's), or a triple with a mask.
             target: What the task loss takes; a criterion that reads labels gets it too.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
         """
-        x, x_teacher = images_of_both(
+        x, x_teacher, paired = images_of_both(
             input,
             self._renormalised,
-            "the loader must yield (image, target) or ((student's image, teacher's image), target)",
+            "the loader must yield (image, target), ((student's image, teacher's image), target) "
+            "or ((student's, teacher's, whether they are a pair), target)",
         )
-        output, terms = self.trainable_module(x, target, x_teacher, index=index)
+        output, terms = self.trainable_module(
+            x, target, x_teacher=x_teacher, paired=paired, index=index
+        )
         if torch.is_grad_enabled():
             self.distiller.epoch_open = True
         task_loss = self.criterion(output, target)
         kd_loss = sum(terms.values())
-        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        weight = self.distill_loss_weight
+        if self.falling_epochs is not None:
+            weight *= falling(self.distiller.epoch, self.falling_epochs)
+        loss = self.task_loss_weight * task_loss + weight * kd_loss
         parts = {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
         return {**parts, **terms}
 

@@ -17,23 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from structkd._checks import describe
+from structkd.criteria import CRITERIA, Spec
 from structkd.criteria.base import Criterion, same_buffers
-from structkd.distiller import Distiller
+from structkd.distiller import Distiller, falling
 from structkd.integrations._extra import missing_extra
-from structkd.integrations._images import images_of_both
+from structkd.integrations._images import images_of_both, rows_of
 from structkd.integrations._mm_stated import (
     Renormalise,
     default_layers,
     index_of,
     labels_of,
     names_weights,
+    pairs_of,
     stated_size,
 )
-from structkd.specs import Spec, criterion_classes
 
 try:
     import mmpretrain.models  # noqa: F401  (fills mmpretrain's registries)
+    from mmengine.hooks import Hook
     from mmengine.logging import HistoryBuffer, MessageHub
+    from mmengine.model import is_model_wrapper
+    from mmengine.registry import HOOKS as ROOT_HOOKS
     from mmengine.registry import MODELS as ROOT
     from mmengine.registry import Registry
     from mmengine.runner.checkpoint import CheckpointLoader
@@ -42,10 +46,11 @@ try:
 except ImportError as error:
     raise missing_extra("mmpretrain", error) from error
 
-__all__ = ["MODELS", "DistilledClassifier", "default_layers"]
+__all__ = ["HOOKS", "MODELS", "DistilledClassifier", "FallingWeightHook", "default_layers"]
 
 MODELS = Registry("model", parent=ROOT, scope="structkd", locations=[__name__])
-for _name, _criterion in criterion_classes().items():
+HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="structkd", locations=[__name__])
+for _name, _criterion in CRITERIA.items():
     MODELS.register_module(name=_name, module=_criterion)
 
 
@@ -86,6 +91,10 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
 
     A criterion of one's own takes part once it is registered,
     ``@structkd.integrations.mmpretrain.MODELS.register_module()``.
+
+    Where only some samples of a batch have a pair, say so in a data sample's ``paired``, True or
+    False; the teacher's images of the others do not count. :class:`FallingWeightHook` lets the
+    criteria's weight fall over the training.
 
     Criteria with a memory get mmpretrain's ``sample_idx``. A criterion's epoch ends when mmengine's
     epoch does; loops that count iterations have none.
@@ -152,6 +161,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
         # The epoch that is being trained, so that its end is seen once, after a resume too.
         self.register_buffer("epoch", torch.tensor(-1))
         self._epoch: int | None = None
+        self.distill_weight = 1.0  # beside the criteria's own; FallingWeightHook sets it
 
     @property
     def student(self) -> Any:
@@ -201,19 +211,24 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
                 "dict(type='PackInputs')"
             )
         self._follow_epochs()
-        x, x_teacher = images_of_both(
+        x, x_teacher, paired = images_of_both(
             inputs,
             self._renormalise,
             "inputs must be one batch of images or a pair (the student's, the teacher's)",
         )
+        mask = pairs_of(data_samples)
+        if mask is not None:
+            x_teacher, paired = rows_of(x_teacher, mask)
         losses, terms = self.distiller(
             {"inputs": x, "data_samples": data_samples, "mode": "loss"},
             labels_of(data_samples),
-            {"inputs": x_teacher, "mode": "tensor"},
+            x_teacher={"inputs": x_teacher, "mode": "tensor"},
+            paired=paired,
             index=index_of(data_samples, x.device),
         )
         named = {"loss_student" if key == "loss" else key: value for key, value in losses.items()}
-        return named | {f"loss_{name}": value for name, value in terms.items()}
+        weight = self.distill_weight
+        return named | {f"loss_{name}": weight * value for name, value in terms.items()}
 
     def get_layer_depth(self, param_name: str) -> tuple[int, int]:
         """Returns a parameter's depth for mmpretrain's layer-wise decay; a criterion's is last."""
@@ -241,6 +256,19 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._epoch = None
+
+
+@HOOKS.register_module()
+class FallingWeightHook(Hook):  # type: ignore[misc]
+    """Lets the weight of what is distilled fall from 1 to 0 over the training.
+
+    ``custom_hooks=[dict(type="structkd.FallingWeightHook")]`` in a config. The weight is
+    :func:`structkd.falling` of the iteration, and the student's own losses keep theirs.
+    """
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.distill_weight = falling(runner.iter, runner.max_iters)
 
 
 def _registered(spec: Any) -> Any:

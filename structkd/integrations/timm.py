@@ -100,11 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--kd-model-name TEACHER --kd-distill-type feature among its own arguments.",
     )
     parser.add_argument("--distill", metavar="SPEC.yaml", help="criteria; DSLoss by default")
+    parser.add_argument(
+        "--falling",
+        action="store_true",
+        help="let the weight of what is distilled fall to 0 over the script's --epochs",
+    )
     parser.add_argument("script", help="the path of timm's train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     given = parser.parse_args(arguments)
     try:
         options = {} if given.distill is None else read_spec(given.distill)
+        if given.falling:
+            options["falling_epochs"] = _epochs(given.arguments)
         if not Path(given.script).is_file():
             raise ValueError(
                 f"{given.script!r} is no file: timm's wheel has no train.py, take it from "
@@ -119,6 +126,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runpy.run_path(given.script, run_name="__main__")
     finally:
         sys.argv = kept
+
+
+def _epochs(arguments: Sequence[str]) -> int:
+    """Returns what timm's script is told of ``--epochs``.
+
+    Raises:
+        ValueError: If it is not told of any.
+    """
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--epochs", type=int)
+    found, _ = reader.parse_known_args(list(arguments))
+    if found.epochs is None:
+        raise ValueError(
+            "--falling needs to know the length of the training: say --epochs N among the script's "
+            "own arguments"
+        )
+    return int(found.epochs)
 
 
 def _refused(task: type) -> type:

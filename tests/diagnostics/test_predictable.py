@@ -64,11 +64,11 @@ def test_autocast_around_it_changes_nothing() -> None:
 
 
 def test_bad_features_are_named() -> None:
-    with pytest.raises(TypeError, match="features_t must be a floating-point tensor, got int64"):
+    with pytest.raises(TypeError, match=r"teacher\S* must be a floating-point tensor, got int64"):
         diagnostics.predictable_share(torch.zeros(2, 3), torch.zeros(2, 3).long())
-    with pytest.raises(ValueError, match=r"features_s must be \(B, C, H, W\), .* got float32 \(3"):
+    with pytest.raises(ValueError, match=r"student\S* must be .*got float32 \(3"):
         diagnostics.predictable_share(torch.zeros(3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="the same samples"):
         diagnostics.predictable_share(torch.zeros(2, 3), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="at least 2 positions, got 1"):
+    with pytest.raises(ValueError, match="at least 2, got 1"):
         diagnostics.predictable_share(torch.zeros(1, 3), torch.zeros(1, 3))

@@ -169,7 +169,7 @@ def test_loss_is_the_plain_loops_to_the_bit() -> None:
 
     layers = {key: f"net.{name}" for key, name in default_layers(_net(_resnet())).items()}
     plain = structkd.Distiller(Plain(0), Plain(1), spec, example=x, layers=layers).train()
-    output, terms = plain(x)
+    output, terms = plain(x, x_teacher=x)
     target = torch.arange(8) % 4
     # mmpretrain sums and divides where PyTorch takes the mean: the same but for the last bit.
     task_loss = plain.student.net.head.loss_module(output, target, avg_factor=8)
@@ -236,6 +236,33 @@ def test_the_teachers_input_is_normalised_anew() -> None:
     torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=1e-5)
     model([own["inputs"], own["inputs"] + 1], own["data_samples"], mode="loss")
     assert torch.equal(seen[1], own["inputs"] + 1)
+
+
+def test_samples_without_a_pair_are_left_out() -> None:
+    model = _model("KDLoss").eval()
+    x, x_teacher = torch.randn(2, 4, 3, 32, 32)
+    samples = _samples(4)
+    for sample, paired in zip(samples, [True, False, False, True], strict=True):
+        sample.set_metainfo({"paired": paired})
+    found = model([x, x_teacher], samples, mode="loss")["loss_KD"]
+    wanted = model([x[::3], x_teacher[::3]], _samples(4)[::3], mode="loss")["loss_KD"]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_hook_lets_the_criterias_weight_fall(data: Path, tmp_path: Path) -> None:
+    cfg = mm_flow.config("distilled_cifar10", data, tmp_path)
+    cfg.custom_hooks = [{"type": "structkd.FallingWeightHook"}]
+    runner, _ = mm_flow.train(cfg)
+    assert runner.model.distill_weight == pytest.approx(
+        structkd.falling(runner.max_iters - 1, runner.max_iters)
+    )
+    x, samples = torch.randn(4, 3, 32, 32), _samples(4)
+    model = _model("KDLoss").eval()
+    whole = model(x, samples, mode="loss")
+    model.distill_weight = 0.25
+    part = model(x, samples, mode="loss")
+    torch.testing.assert_close(part["loss_KD"], 0.25 * whole["loss_KD"])
+    torch.testing.assert_close(part["loss_student"], whole["loss_student"])
 
 
 def test_layer_depths_go_to_the_student() -> None:
@@ -373,7 +400,7 @@ def _wrong(kind: str) -> Any:
         ("no config", TypeError, "student must be a classifier's config"),
         ("no classifier", TypeError, "must be an mmpretrain classifier, got a ResNet_CIFAR"),
         ("no samples", ValueError, "data_samples are missing.*PackInputs"),
-        ("triple", ValueError, "one batch of images or a pair.*came 3 of"),
+        ("triple", ValueError, "the mask of rows that have a pair must be bool"),
     ],
 )
 def test_bad_input_says_what_to_do(kind: str, error: Any, message: str) -> None:

@@ -72,7 +72,7 @@ def test_two_epochs_train_validate_and_save_no_teacher(flow: Flow) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in before)
     saved = torch.load(flow.output / "last.pth.tar", weights_only=True)
     assert set(saved["state_dict"]) == names == set(saved["state_dict_ema"])
-    assert set(saved["task_state"]) == {"criterion", "epoch_open"}
+    assert set(saved["task_state"]) == {"criterion", "epoch", "epoch_open"}
     assert set(saved["task_state"]["criterion"]) == set(_criterion_of(outcome))
     teacher = outcome.task.teacher
     for own, kept in zip(teacher.parameters(), _net(seed=1).parameters(), strict=True):
@@ -116,7 +116,7 @@ def test_loss_is_the_plain_loops_to_the_bit() -> None:
     task.train()
     plain.train()
     result = task(x, target)
-    output, terms = plain(x, target)
+    output, terms = plain(x, target, x_teacher=x)
     loss = F.cross_entropy(output, target) + sum(terms.values())
     assert torch.equal(result["loss"], loss)
     assert list(terms) == list(result)[4:]
@@ -168,6 +168,35 @@ def test_a_pair_goes_to_two_networks() -> None:
     )
     found = task([torch.randn(2, 1, 32, 32), torch.randn(2, 3, 48, 48)], torch.arange(2))
     assert torch.isfinite(found["loss"])
+
+
+def test_rows_without_a_pair_are_left_out() -> None:
+    task = _task(_net(), nn.CrossEntropyLoss(), distill={"type": "KDLoss"}).eval()
+    x, x_teacher = torch.randn(2, 4, 3, 32, 32)
+    mask, target = torch.tensor([True, False, True, False]), torch.arange(4)
+    found = task((x, x_teacher, mask), target)
+    assert found["output"].shape == (4, 4)
+    torch.testing.assert_close(found["KD"], task((x[::2], x_teacher[::2]), target[::2])["KD"])
+    nobody = task((x, x_teacher, ~(mask | True)), target)
+    assert nobody["kd_loss"] == 0
+
+
+def test_the_terms_weight_falls_over_the_epochs_and_goes_on_after_a_resume() -> None:
+    def make() -> DistillationTask:
+        spec = {"type": "KDLoss"}
+        return _task(_net(), nn.CrossEntropyLoss(), distill=spec, falling_epochs=2)
+
+    task = make()
+    x, target, weights = torch.randn(4, 3, 32, 32), torch.arange(4), []
+    for _ in range(3):
+        task.train()
+        found = task(x, target)
+        weights.append(float(((found["loss"] - found["task_loss"]) / found["kd_loss"]).detach()))
+        state = task.get_task_state()
+    assert weights == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+    resumed = make()
+    resumed.load_task_state(state)
+    assert resumed.distiller.epoch == 2
 
 
 def test_optimizer_groups_reach_student_and_criterion() -> None:
@@ -344,6 +373,8 @@ def _wrong(kind: str) -> Any:
     task = DistillationTask(student, teacher, distill=kd, verbose=False)
     if kind == "triple":
         return task((x, x, x), target)
+    if kind == "four":
+        return task((x, x, x, x), target)
     if kind == "mapping":
         return task({"image": x}, target)
     return task.load_checkpoint_state(student.state_dict(), None, ema=True)
@@ -352,13 +383,14 @@ def _wrong(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("classes", ValueError, "logits must have one width, got 4 and 7.*same classes"),
+        ("classes", ValueError, "same classes, got num_classes=4 and 7"),
         ("layer", ValueError, "'layer33' is no layer.*layer3"),
         ("pretrained_cfg", ValueError, "Linear, has no pretrained_cfg.*set student_model"),
         ("criterion", ValueError, "'KDLos' is no criterion.*KDLoss"),
         ("option", TypeError, "no option 'temprature'.*temperature"),
         ("soft labels", (TypeError, ValueError), "target must be.*class indices"),
-        ("triple", ValueError, "the loader must yield.*came 3 of"),
+        ("triple", ValueError, "the mask of rows that have a pair must be bool, got float32"),
+        ("four", ValueError, "the loader must yield.*came 4 of"),
         ("mapping", ValueError, "the loader must yield.*came"),
         ("ema", RuntimeError, "setup_ema"),
     ],

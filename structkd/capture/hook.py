@@ -14,13 +14,18 @@ from torch.utils.hooks import RemovableHandle
 # What a hook becomes in a copy or a file: a function of the standard library that takes anything
 # and returns None, so that a saved network needs no structkd to be loaded.
 _NOTHING = contextlib.nullcontext().__exit__
+_BEFORE = ("start", "enter", "input")  # reported before the layer runs; the others after it
 
 
 class Reporter(Protocol):
     """What a hook reports to."""
 
-    def reported(self, kind: str, name: str, value: Any) -> None:
-        """Takes what a layer got (``input``, ``start``) or gave (``output``, ``finish``)."""
+    def reported(self, kind: str, name: str, value: Any, depth: int) -> None:
+        """Takes what a layer got (``input``) or gave (``output``), or that one begins or ends.
+
+        The whole network reports ``start`` and ``finish``, a layer around a shared one ``enter``
+        and ``leave``. ``depth`` is 0 for the named layer itself, more for a part at its end.
+        """
 
 
 class Hook:
@@ -32,11 +37,14 @@ class Hook:
     capture is read, so that the network stays usable.
     """
 
-    def __init__(self, capture: Reporter, layer: nn.Module, kind: str, name: str = "") -> None:
+    def __init__(
+        self, capture: Reporter, layer: nn.Module, kind: str, name: str = "", depth: int = 0
+    ) -> None:
         self.capture = weakref.ref(capture)
         self.layer = weakref.ref(layer)
         self.kind = kind
         self.name = name
+        self.depth = depth
 
     def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
         # rest: (kwargs) before the forward pass, (kwargs, output) after it.
@@ -46,9 +54,9 @@ class Hook:
         if _is_exported():
             return
         value = rest[-1]
-        if self.kind in ("input", "start"):
+        if self.kind in _BEFORE:
             value = args[0] if args else next(iter(rest[0].values()), None)
-        capture.reported(self.kind, self.name, value)
+        capture.reported(self.kind, self.name, value, self.depth)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -58,7 +66,7 @@ class Hook:
         layer = self.layer()
         if layer is None:
             raise RuntimeError("the layer is gone")
-        if self.kind in ("input", "start"):
+        if self.kind in _BEFORE:
             # First of all, so that a stale map never pairs with a new batch.
             return layer.register_forward_pre_hook(
                 self, with_kwargs=True, prepend=self.kind == "start"
@@ -97,6 +105,9 @@ def ends_of(layer: nn.Module, kind: str) -> Iterator[nn.Module]:
     """
     yield layer
     while type(layer).forward is nn.Sequential.forward and len(layer):  # type: ignore[arg-type]
-        children = list(layer.children())
-        layer = children[0 if kind == "input" else -1]
+        # Not children(), which gives an object that comes twice only once.
+        parts = list(layer._modules.values())
+        part = parts[0 if kind == "input" else -1]
+        assert part is not None
+        layer = part
         yield layer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor, nn
 
-from structkd import _backbone
 from structkd._checks import choice, describe
+from structkd.capture import backbone
 
 # N is the batch, L a sequence without height and width.
 LAYOUTS = ("NCHW", "NHWC", "NCL", "NLC", "NC")
@@ -69,7 +69,7 @@ class MapReader:
             )
         first, last = ("NCHW", "NHWC") if value.dim() == 4 else ("NCL", "NLC")
         stage = self._stage()
-        width, kinds = _evidence(self.layer, at_input=self.name.endswith(_backbone.INPUT))
+        width, kinds = _evidence(self.layer, at_input=self.name.endswith(backbone.INPUT))
         if stage is not None and stage.channels is not None:
             width = stage.channels
             if width not in (value.shape[1], value.shape[-1]):
@@ -77,13 +77,14 @@ class MapReader:
                     f"layer {self.name!r} gives {describe(value)}, but the model's feature_info "
                     f"says {width} channels: state layout="
                 )
-        # Branches, not comparisons: where sizes are dynamic, a graph settles no other truth.
+        # Under torch.compile with dynamic sizes a comparison is no bool yet; an `if` makes it one,
+        # so this is a list of what passed an `if` and not a pair of comparisons.
         fits = [place for place in (1, -1) if value.shape[place] == width]
         fits_first, fits_last = 1 in fits, -1 in fits
         if fits_first != fits_last:
             return first if fits_first else last
         if fits_first:  # as many channels as positions: only the layers themselves can tell
-            if value.dim() == 4 and _backbone.says_channels_last(self.network):
+            if value.dim() == 4 and backbone.says_channels_last(self.network):
                 return last
             if kinds == {"first"}:
                 return first
@@ -98,8 +99,8 @@ class MapReader:
             f"are: state layout={first!r} if they come first, {last!r} if they come last"
         )
 
-    def _stage(self) -> _backbone.Stage | None:
-        return next((s for s in _backbone.stages(self.network) if s.name == self.name), None)
+    def _stage(self) -> backbone.Stage | None:
+        return next((s for s in backbone.stages(self.network) if s.name == self.name), None)
 
     def _patches(self, tokens: Tensor, image: tuple[int, int] | None) -> Tensor:
         """Drops prefix tokens and lays patches out on their grid, where there is one.
@@ -112,8 +113,8 @@ class MapReader:
                 f"layer {self.name!r} gives tokens in an order that is not the image's; name a "
                 "layer that gives a map, or distil this network's embedding or logits"
             )
-        prefix = _backbone.prefix_tokens(self.network)
-        grids = list(_backbone.patch_grids(self.network, image))
+        prefix = backbone.prefix_tokens(self.network)
+        grids = list(backbone.patch_grids(self.network, image))
         for skipped in dict.fromkeys((prefix, 0)):  # some layers come before the class token
             for height, width in grids:
                 if height * width == tokens.shape[1] - skipped:
