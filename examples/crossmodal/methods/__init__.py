@@ -77,7 +77,9 @@ class Method:
         ready = {k: setup.fill(v) for k, v in self.options.items()} | dict(options)
         ready.setdefault("gather", True)
         if self.stagewise:
-            return reduce(add, (self._made(setup, ready | {"layer": k}) for k in range(setup.stages)))
+            return reduce(
+                add, (self._made(setup, ready | {"layer": k}) for k in range(setup.stages))
+            )
         if self.layers == "one" and setup.stages > 1 and "layer" in self.known:
             ready.setdefault("layer", -2)
         return self._made(setup, ready)
@@ -128,9 +130,7 @@ def structure(
         if given and wanted:
             preset = STRUCTURES.get(variant, {}).get(part, {})
             parts[part] = kind(**preset | given, terms=wanted, gather=gather)
-    return structkd.DSLoss(
-        variant=variant, terms=terms or _TERMS, gather=gather, **whole, **parts
-    )
+    return structkd.DSLoss(variant=variant, terms=terms or _TERMS, gather=gather, **whole, **parts)
 
 
 METHODS: dict[str, Method] = {

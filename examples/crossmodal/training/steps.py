@@ -85,13 +85,17 @@ class Distilled(Step):
         return self.distiller.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        images, target, index, rich, paired = batch.poor, batch.target, batch.index, batch.rich, None
+        images, target, index, rich, paired = (
+            batch.poor,
+            batch.target,
+            batch.index,
+            batch.rich,
+            None,
+        )
         if batch.pairs is not None:
             images, target, index = mixed(batch)
             rich, paired = batch.pairs.rich, torch.arange(len(batch.target), len(target))
-        logits, terms = self.distiller(
-            images, target, x_teacher=rich, paired=paired, index=index
-        )
+        logits, terms = self.distiller(images, target, x_teacher=rich, paired=paired, index=index)
         supervised = {LABELS: self.supervision * cross_entropy(logits, target)}
         return logits[: len(batch.target)], supervised | terms
 
