@@ -193,7 +193,7 @@ def test_one_weight_of_the_logarithm_fits_a_teacher_of_any_scale() -> None:
     criterion = plan.build(ALL)
     criterion(student, teacher)
     for part in criterion.modules():
-        if isinstance(part, ConvAdapter):  # batch norm and ReLU follow, so the regressor says 0
+        if isinstance(part, ConvAdapter):  # so that the regressor says 0
             torch.nn.init.zeros_(part.conv.weight)
             torch.nn.init.zeros_(part.conv.bias)
     louder = teacher.replace(intermediate=tuple(100 * value for value in teacher.intermediate))

@@ -85,7 +85,7 @@ class Method:
         return self._made(setup, ready)
 
     def _made(self, setup: Setup, options: dict[str, Any]) -> Criterion:
-        if self.criterion == "FitNetLoss":
+        if self.criterion == "FitNetLoss" and not self.stagewise:
             options["adapter"] = Normalised(kernel_size=options.pop("kernel_size", 1))
         if self.criterion == "FlowMatrixLoss":
             layers = options.get("layer") or range(setup.stages)
