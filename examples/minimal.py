@@ -64,6 +64,7 @@ distiller = structkd.Distiller(
     student,
     teacher,
     [{"type": "KDLoss", "weight": 0.9, "temperature": 4.0}, {"type": "DSLoss"}],
+    example=(x_poor[:2], x_rich[:2]),
     layers={"intermediate": "0.5", "embedding": "3:input"},  # the second block, what Linear reads
 )
 
