@@ -19,7 +19,7 @@ from structkd._devices import sent
 from structkd._modes import evaluating
 from structkd.capture import FeatureCapture, backbone
 from structkd.criteria import Spec, build_criterion
-from structkd.criteria.base import Criterion, criteria_in, fields_read, leaves_of, same_buffers
+from structkd.criteria.base import Criterion, fields_read, leaves_of, same_buffers
 from structkd.distributed import Shards, world_size
 from structkd.features import Features
 from structkd.projectors import is_unshaped
@@ -123,7 +123,8 @@ class Distiller(nn.Module):
         if any("logits" in leaf.reads and leaf.reads_teacher for leaf in leaves_of(self.criterion)):
             _check_classes(student, teacher)
         if not any(_share_parameters(other.student, teacher) for other in _living):
-            teacher.requires_grad_(False)
+            for parameter in teacher.parameters():  # TorchScript refuses the module's own call
+                parameter.requires_grad_(False)
             for part in teacher.modules():
                 part.training = False
         if not any(parameter.requires_grad for parameter in student.parameters()):
@@ -296,10 +297,10 @@ class Distiller(nn.Module):
     def _paired_terms(
         self, student: Features, teacher: Features | None, target: Tensor | None, paired: Tensor
     ) -> dict[str, Tensor]:
-        """Returns the terms of the rows that have a pair, on this process and on all.
+        r"""Returns the terms of the rows that have a pair, on this process and on all.
 
         Of a criterion that looks at every sample by itself, a term is the mean over rows, and so
-        that of all processes is :math:`\\sum_r n_r L_r / \\sum_r n_r` with :math:`n_r` rows on
+        that of all processes is :math:`\sum_r n_r L_r / \sum_r n_r` with :math:`n_r` rows on
         rank r. What is of all rows already, the same on each rank, this leaves as it is.
         """
         rows = chosen_rows(paired, "paired", _batch_of(student))
@@ -374,12 +375,8 @@ class Distiller(nn.Module):
         asked += [("teacher", self._frozen.capture)] if self._reads_teacher else []
         lacking: dict[str, list[str]] = {}
         for name, capture in asked:
-            held = {
-                "embedding": bool(capture.embedding),
-                "intermediate": bool(capture.intermediate),
-            }
-            fields = [field for field in reads if not held.get(field, True)]
-            if fields and not getattr(capture, "_absent", None):
+            fields = [field for field in reads if field in capture.unnamed]
+            if fields:
                 lacking[name] = fields
         if not lacking:
             return
@@ -413,7 +410,7 @@ class Distiller(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return
         for leaf in leaves:
-            read = [value for value in _tensors(student, leaf.reads)]
+            read = _tensors(student, leaf.reads)
             if read and not any(value.requires_grad for value in read):
                 raise ValueError(
                     f"nothing of {type(leaf).__name__} reaches a parameter of the student that "
@@ -471,6 +468,14 @@ class _Frozen:
         self.module = module
         self.layers = layers
         self.owned = True
+        if isinstance(module, torch.jit.ScriptModule) and (
+            layers.get("intermediate") != () or layers.get("embedding") != ""
+        ):
+            raise ValueError(
+                "teacher is a TorchScript network, whose layers cannot be captured, only its "
+                "output: take a criterion on logits such as KDLoss, or build the network in Python "
+                "and load its state dict"
+            )
         self.attach()
 
     def features(self, x: Any, *, of_example: bool = False) -> Features:
@@ -485,16 +490,19 @@ class _Frozen:
         with torch.no_grad():
             if not torch.compiler.is_compiling():
                 with evaluating(self.module):
-                    _called("teacher", self.module, x, of_example=of_example)
+                    _called("teacher", self.network, x, of_example=of_example)
             elif self.module.training:
                 raise RuntimeError("the teacher is in training mode: call distiller.teacher.eval()")
             else:
-                _called("teacher", self.module, x)
+                _called("teacher", self.network, x)
             found = self.capture.read()
         return found.rows(torch.empty(0, dtype=torch.int64)) if empty else found
 
     def attach(self) -> None:
-        self.capture = _captured("teacher", self.module, self.layers)
+        # TorchScript takes no hooks before its forward pass; a module around it does.
+        scripted = isinstance(self.module, torch.jit.ScriptModule)
+        self.network = _Around(self.module) if scripted else self.module
+        self.capture = _captured("teacher", self.network, self.layers)
         self.borrows_hooks = False
 
     def detach(self) -> None:
@@ -519,6 +527,15 @@ class _Frozen:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, borrows_hooks=False)  # a loaded capture has hooks of its own
+
+
+class _Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.inner(*arguments, **keywords)
 
 
 def _at_least_one(x: Any) -> tuple[Any, bool]:

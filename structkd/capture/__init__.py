@@ -61,8 +61,8 @@ class FeatureCapture:
             one each: ``NCHW``, ``NHWC``, ``NCL`` (audio), ``NLC`` (tokens) or ``NC``.
 
     Raises:
-        ValueError: If a name is no layer of the module (the near names are listed), or a layout is
-            unknown.
+        ValueError: If a name is no layer of the module (the near names are listed, or the likely
+            ones), or a layout is unknown.
         TypeError: If ``module`` is no ``nn.Module`` or a name no string.
 
     Example:
@@ -114,17 +114,22 @@ class FeatureCapture:
         self._fields = [*(("intermediate", name) for name in self.intermediate)]
         self._fields += [("embedding", self.embedding)] if self.embedding else []
         self._fields += [("logits", logits)] if logits else []
-        for field, name in self._fields:
-            _check_layer(field, name, layers, likely)
+        wrong = [_wrong_name(field, name, layers, likely) for field, name in self._fields]
+        if any(wrong):
+            raise ValueError("; ".join(filter(None, wrong)))
         unnamed = ["embedding"] if self.embedding is None else []
         if intermediate is None and not self.intermediate and not self._absent:
             unnamed.append("intermediate")
+        self.unnamed = tuple(unnamed)  # fields that nobody named a layer for, the network neither
         for field in unnamed:
             self._absent[field] = (
                 "no layer was named, and the network does not tell one itself as timm's models "
                 f"do; name one: {_suggestion(likely, unnamed)}"
             )
         self._logits_cure = f"name the layer that gives them: {_suggestion(likely, ['logits'])}"
+        self._embedding_cure = "name a layer after the pooling"
+        if likely.get("embedding", self.embedding) != self.embedding:
+            self._embedding_cure += f": {_suggestion(likely, ['embedding'])}"
         self._readers = [
             MapReader(name, layers[_layer_of(name)], inner, stated)
             for name, stated in zip(
@@ -164,9 +169,10 @@ class FeatureCapture:
         """Returns the last forward pass's features and lets go of them.
 
         Raises:
-            RuntimeError: If no forward pass ran since the last read, a named layer never fired, a
-                later layer overwrote a captured tensor in place, or a captured tensor has lost the
-                gradient that the forward pass has.
+            RuntimeError: If no forward pass ran since the last read, a named layer never fired or
+                was replaced since the capture was made, nothing tells which run of a shared layer
+                object was meant, a later layer overwrote a captured tensor in place, or a captured
+                tensor has lost the gradient that the forward pass has.
             ValueError: If a captured tensor has a shape that its field cannot take.
             TypeError: If a named layer gave no tensor.
         """
@@ -206,7 +212,7 @@ class FeatureCapture:
         embedding = logits = None
         if self.embedding:
             name = self.embedding
-            embedding = fetched("embedding", name, lambda value: _as_embedding(value, name))
+            embedding = fetched("embedding", name, lambda value: self._as_embedding(value, name))
         maps = [
             fetched("intermediate", reader.name, lambda value, r=reader: r.read(value, image))  # type: ignore[misc]
             for reader in self._readers
@@ -225,6 +231,15 @@ class FeatureCapture:
             intermediate=tuple(value for value in maps if value is not None),
             absent=absent,
         )
+
+    def _as_embedding(self, value: Tensor, name: str) -> Tensor:
+        value = _flat(value)
+        if value.dim() != 2:
+            raise ValueError(
+                f"layer {name!r} must give 2-D (B, D), got {describe(value)}; "
+                f"{self._embedding_cure}"
+            )
+        return value
 
     def _as_logits(self, value: Tensor, name: str) -> Tensor:
         value = _flat(value)
@@ -500,21 +515,21 @@ def _layer_names(
     return ((intermediate,) if isinstance(intermediate, str) else tuple(intermediate)), {}
 
 
-def _check_layer(
+def _wrong_name(
     argument: str,
     name: object,
     layers: Mapping[str, nn.Module],
     likely: Mapping[str, str | list[str]],
-) -> None:
-    """Raises where a name is no string, or no layer of the network."""
+) -> str | None:
+    """Says that a name is no layer of the network and which ones are, None where it is one."""
     if not isinstance(name, str):
         raise TypeError(f"{argument} must name layers by strings, got {describe(name)}")
     layer = _layer_of(name)
     if layer and layer in layers:
-        return
+        return None
     names = _near(layer, [known for known in layers if known])
     hint = f"near names: {', '.join(names)}" if names else f"name {_suggestion(likely, [argument])}"
-    raise ValueError(f"{argument}={name!r} is no layer of the module; {hint}")
+    return f"{argument}={name!r} is no layer of the module; {hint}"
 
 
 def _near(name: str, known: Iterable[str]) -> list[str]:
@@ -553,16 +568,6 @@ def _flat(value: Any) -> Any:
     """Returns ``(B, D)`` of ``(B, D, 1, 1)``, anything else as it is."""
     if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)
-    return value
-
-
-def _as_embedding(value: Tensor, name: str) -> Tensor:
-    value = _flat(value)
-    if value.dim() != 2:
-        raise ValueError(
-            f"layer {name!r} must give 2-D (B, D), got {describe(value)}; name a pooled layer, the "
-            "classifier's input for example ('fc:input')"
-        )
     return value
 
 

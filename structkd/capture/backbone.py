@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +67,12 @@ def layers_at(network: nn.Module, name: str) -> list[nn.Module]:
 
 def runs(layer: nn.Module) -> bool:
     """Tells whether a layer has a forward pass; a list or dict of modules has none."""
-    return type(layer).forward is not nn.Module.forward
+    return forward_of(layer) is not nn.Module.forward
+
+
+def forward_of(layer: nn.Module) -> Any:
+    """Returns the function in a layer's class, which a scripted layer does not let be read."""
+    return inspect.getattr_static(type(layer), "forward", None)
 
 
 def _nested(module: nn.Module, wrappers: dict[str, str] = _WRAPPERS) -> list[nn.Module]:
@@ -140,7 +147,7 @@ def likely_layers(module: nn.Module) -> dict[str, str | list[str]]:
     outside = [
         (name, layer)
         for name, layer in network.named_modules()
-        if not any(name == block or name.startswith(block + ".") for block in blocks)
+        if name and not any(name == block or name.startswith(block + ".") for block in blocks)
     ]
     linear = [name for name, layer in outside if isinstance(layer, nn.Linear)]
     usual = [name for name in linear if _is_usual_head(name)]

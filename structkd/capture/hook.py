@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from structkd.capture.backbone import forward_of
+
 # What a hook becomes in a copy or a file: a function of the standard library that takes anything
 # and returns None, so that a saved network needs no structkd to be loaded.
 _NOTHING = contextlib.nullcontext().__exit__
@@ -104,7 +106,7 @@ def ends_of(layer: nn.Module, kind: str) -> Iterator[nn.Module]:
     Activation checkpointing of a chain (timm's ``checkpoint_seq``) calls its parts without it.
     """
     yield layer
-    while type(layer).forward is nn.Sequential.forward and len(layer):  # type: ignore[arg-type]
+    while forward_of(layer) is nn.Sequential.forward and len(layer):  # type: ignore[arg-type]
         # Not children(), which gives an object that comes twice only once.
         parts = list(layer._modules.values())
         part = parts[0 if kind == "input" else -1]

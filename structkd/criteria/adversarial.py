@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from structkd._checks import choice, labels, number, whole
-from structkd.criteria._fields import either, pair
 from structkd.criteria._maps import checked_layer, map_pair, pooled
-from structkd.criteria._rows import labelled_mean
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, either, pair
+from structkd.criteria.supervision import labelled_cross_entropy
+from structkd.distributed import Shards
 from structkd.features import Features
+from structkd.projectors import LazyHead, Projector, project, shaped
 
 SOURCES = ("embedding", "intermediate")
 
@@ -50,7 +48,6 @@ class AdversarialLogitsLoss(Criterion):
     batch norm and no dropout: a batch's samples do not mix, and equal inputs give equal values.
 
     Args:
-        num_classes: K.
         hidden_dim: Width of the discriminator.
         blocks: Residual blocks of the discriminator, each x + Linear(ReLU(Linear(x))).
         l1_weight: w_1 >= 0.
@@ -62,8 +59,8 @@ class AdversarialLogitsLoss(Criterion):
         -100; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the target is missing or out of range, the class counts differ from
-            ``num_classes``, or an argument is out of range.
+        ValueError: If the target is missing or out of range, the class counts differ, from those of
+            the first call too, or an argument is out of range.
         TypeError: If the target holds no whole numbers.
 
     References:
@@ -73,7 +70,7 @@ class AdversarialLogitsLoss(Criterion):
 
     Example:
         >>> import torch
-        >>> criterion = AdversarialLogitsLoss(10)
+        >>> criterion = AdversarialLogitsLoss()
         >>> target = torch.zeros(4, dtype=torch.int64)
         >>> terms = criterion.terms(torch.randn(4, 10), torch.randn(4, 10), target)
         >>> list(terms)
@@ -81,10 +78,10 @@ class AdversarialLogitsLoss(Criterion):
     """
 
     reads = ("logits",)
+    over_ranks = "sums"
 
     def __init__(
         self,
-        num_classes: int,
         *,
         hidden_dim: int = 128,
         blocks: int = 2,
@@ -93,39 +90,25 @@ class AdversarialLogitsLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        self.num_classes = whole("num_classes", num_classes)
+        self.hidden_dim = whole("hidden_dim", hidden_dim)
+        self.blocks = whole("blocks", blocks, at_least=0)
         self.l1_weight = number("l1_weight", l1_weight, at_least=0)
         self.adversarial_weight = number("adversarial_weight", adversarial_weight, at_least=0)
-        self.discriminator = _ResidualMLP(
-            self.num_classes, hidden_dim, 1 + self.num_classes, blocks=blocks
-        )
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the classes of two example passes."""
-        logits, _ = pair(feats_s, feats_t, "logits")
-        return {"num_classes": logits.shape[1]}
+        self.discriminator = _ResidualMLP(self.hidden_dim, blocks=self.blocks)
 
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        batch, classes = logits_s.shape
-        if classes != self.num_classes:
-            raise ValueError(
-                f"logits must have num_classes={self.num_classes} columns, got {classes}; build "
-                "the criterion with AdversarialLogitsLoss.from_features"
-            )
-        index, labelled = labels(target, batch, classes, reader="AdversarialLogitsLoss")
+        index, labelled = labels(target, *logits_s.shape, reader="AdversarialLogitsLoss")
+        outputs = 1 + logits_s.shape[1]
 
         def naming(scores: Tensor) -> Tensor:
-            costs = F.cross_entropy(scores[:, 1:], index, reduction="none")
-            return labelled_mean(costs, labelled, gather=self.gather)
+            return labelled_cross_entropy(scores[:, 1:], index, labelled, shards)
 
-        judged = _as_constant(self.discriminator, logits_s)
-        seen_s, seen_t = self.discriminator(logits_s.detach()), self.discriminator(logits_t)
+        seen_s = project(self.discriminator, logits_s.detach(), outputs)
+        seen_t = project(self.discriminator, logits_t, outputs)
+        judged = _as_constant(self.discriminator, logits_s, outputs)
         return {
             "ALKD-l1": self.l1_weight * (logits_s - logits_t).abs().sum(dim=1).mean(),
             "ALKD-adversarial": self.adversarial_weight * _fool(judged[:, 0]),
@@ -134,9 +117,6 @@ class AdversarialLogitsLoss(Criterion):
             + naming(seen_t)
             + naming(seen_s),
         }
-
-    def extra_repr(self) -> str:
-        return f"l1_weight={self.l1_weight}, adversarial_weight={self.adversarial_weight}"
 
 
 class AdversarialFeatureLoss(Criterion):
@@ -157,12 +137,11 @@ class AdversarialFeatureLoss(Criterion):
     cross-entropy, which belongs to the training loop.
 
     Args:
-        student_dim: Width of the student's features.
-        teacher_dim: Width of the teacher's.
         source: ``embedding``, or ``intermediate`` for a map averaged over its positions.
         layer: Position in ``Features.intermediate`` of the map to read.
         hidden_dim: Width of the discriminator.
         blocks: Residual blocks of the discriminator.
+        adapter: Module ``(B, D_s) -> (B, D_t)`` in place of the linear one.
         adversarial_weight: w >= 0; it leaves the discriminator's own loss as it is.
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
@@ -172,8 +151,8 @@ class AdversarialFeatureLoss(Criterion):
         (float64 for float64 inputs).
 
     Raises:
-        ValueError: If a width is not the one that the criterion was built for, ``source`` is
-            unknown, or an argument is out of range.
+        ValueError: If a width is not that of the first call, ``source`` is unknown, or an argument
+            is out of range.
 
     References:
         Wang et al., *Adversarial Learning of Portable Student Networks*, 2018. The sizes of the
@@ -181,7 +160,7 @@ class AdversarialFeatureLoss(Criterion):
 
     Example:
         >>> import torch
-        >>> criterion = AdversarialFeatureLoss(16, 32)
+        >>> criterion = AdversarialFeatureLoss()
         >>> list(criterion.terms(torch.randn(4, 16), torch.randn(4, 32)))
         ['AFKD-adversarial', 'AFKD-discriminator']
     """
@@ -190,73 +169,71 @@ class AdversarialFeatureLoss(Criterion):
 
     def __init__(
         self,
-        student_dim: int,
-        teacher_dim: int,
         *,
         source: str = "embedding",
         layer: int = -1,
         hidden_dim: int = 128,
         blocks: int = 2,
+        adapter: nn.Module | None = None,
         adversarial_weight: float = 1.0,
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        self.student_dim = whole("student_dim", student_dim)
-        self.teacher_dim = whole("teacher_dim", teacher_dim)
-        self.reads = (choice("source", source, SOURCES),)  # type: ignore[misc]
+        self.source = choice("source", source, SOURCES)
+        self.reads = (self.source,)
         self.layer = checked_layer(layer)
+        self.hidden_dim = whole("hidden_dim", hidden_dim)
+        self.blocks = whole("blocks", blocks, at_least=0)
         self.adversarial_weight = number("adversarial_weight", adversarial_weight, at_least=0)
-        self.adapter: nn.Module = nn.Identity()
-        if self.student_dim != self.teacher_dim:
-            self.adapter = nn.Linear(self.student_dim, self.teacher_dim)
-        self.discriminator = _ResidualMLP(self.teacher_dim, hidden_dim, 1, blocks=blocks)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the widths of two example passes, of the field that ``source`` names."""
-        source = choice("source", options.get("source", "embedding"), SOURCES)
-        rows_s, rows_t = _rows(feats_s, feats_t, source, options.get("layer", -1))
-        return {"student_dim": rows_s.shape[1], "teacher_dim": rows_t.shape[1]}
+        self.adapter = adapter or Projector(layers=1, skip_equal=True)
+        self.discriminator = _ResidualMLP(self.hidden_dim, blocks=self.blocks)
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        rows_s, rows_t = _rows(student, teacher, self.reads[0], self.layer)
-        widths = rows_s.shape[1], rows_t.shape[1]
-        if widths != (self.student_dim, self.teacher_dim):
-            raise ValueError(
-                f"student and teacher {self.reads[0]} must have student_dim={self.student_dim} and "
-                f"teacher_dim={self.teacher_dim} channels, got {widths[0]} and {widths[1]}; build "
-                "the criterion with AdversarialFeatureLoss.from_features"
-            )
-        rows_s = self.adapter(rows_s)
-        judged = _as_constant(self.discriminator, rows_s)
-        seen_s, seen_t = self.discriminator(rows_s.detach()), self.discriminator(rows_t)
+        if self.source == "embedding":
+            rows_s, rows_t = either(student, teacher, "embedding")
+        else:
+            map_s, map_t = map_pair(student, teacher, self.layer)
+            rows_s, rows_t = pooled(map_s), pooled(map_t)
+        rows_s = project(self.adapter, rows_s, rows_t.shape[1])
+        seen_s = project(self.discriminator, rows_s.detach(), 1)
+        seen_t = project(self.discriminator, rows_t, 1)
+        judged = _as_constant(self.discriminator, rows_s, 1)
         return {
             "AFKD-adversarial": self.adversarial_weight * _fool(judged),
             "AFKD-discriminator": _tell_apart(seen_s, seen_t),
         }
 
-    def extra_repr(self) -> str:
-        return f"source={self.reads[0]!r}, adversarial_weight={self.adversarial_weight}"
 
+class _ResidualMLP(LazyHead):
+    """Linear stem, residual blocks, linear head, on rows ``(B, D)``."""
 
-class _ResidualMLP(nn.Module):
-    """Linear stem, residual blocks, linear head, on rows ``(B, in_dim)``."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, blocks: int) -> None:
+    def __init__(self, width: int, *, blocks: int) -> None:
         super().__init__()
-        width = whole("hidden_dim", hidden_dim)
-        self.stem = nn.Linear(in_dim, width)
+        self.stem = nn.LazyLinear(width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-            for _ in range(whole("blocks", blocks, at_least=0))
+            nn.Sequential(nn.LazyLinear(width), nn.ReLU(), nn.LazyLinear(width))
+            for _ in range(blocks)
         )
-        self.head = nn.Linear(width, out_dim)
+        self.head = nn.LazyLinear(0)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def initialize_parameters(self, rows: Tensor, out_dim: int) -> None:
+        shaped(self.stem, rows)
+        hidden = rows.new_empty(1, len(self.stem.weight))
+        for block in self.blocks:
+            for layer in block.children():
+                shaped(layer, hidden)
+        shaped(self.head, hidden, out_dim)
+
+    def forward(self, rows: Tensor, out_dim: int) -> Tensor:
+        widths = rows.shape[1], out_dim
+        shape = self.stem.weight.shape[1], len(self.head.weight)
+        if widths != shape:
+            raise ValueError(
+                f"the discriminator takes rows of {shape[0]} numbers, the width of the first call, "
+                f"got {widths[0]}: make a new criterion"
+            )
         hidden = F.relu(self.stem(rows))
         for block in self.blocks:
             hidden = hidden + block(hidden)
@@ -264,10 +241,10 @@ class _ResidualMLP(nn.Module):
         return scores
 
 
-def _as_constant(discriminator: nn.Module, rows: Tensor) -> Tensor:
+def _as_constant(discriminator: nn.Module, rows: Tensor, out_dim: int) -> Tensor:
     """Runs the discriminator with detached parameters: gradients reach the rows only."""
     constants = {name: value.detach() for name, value in discriminator.named_parameters()}
-    scores: Tensor = functional_call(discriminator, constants, (rows,))
+    scores: Tensor = functional_call(discriminator, constants, (rows, out_dim))
     return scores
 
 
@@ -277,11 +254,3 @@ def _fool(score_s: Tensor) -> Tensor:
 
 def _tell_apart(score_s: Tensor, score_t: Tensor) -> Tensor:
     return F.softplus(-score_t).mean() + F.softplus(score_s).mean()
-
-
-def _rows(student: Features, teacher: Features, source: str, layer: int) -> tuple[Tensor, Tensor]:
-    """Returns embeddings, or maps averaged over their positions, as ``(B, C)``."""
-    if source == "embedding":
-        return either(student, teacher, "embedding")
-    map_s, map_t = map_pair(student, teacher, layer)
-    return pooled(map_s), pooled(map_t)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from structkd._checks import choice, describe, whole
-from structkd.criteria._gram import FORMS
-from structkd.criteria._maps import channels, checked_layer, common_positions, map_pair, pooled
+from structkd.criteria._maps import adapted, checked_layer, common_positions, map_pair, pooled
 from structkd.criteria.base import Criterion
 from structkd.criteria.coral import coral_distance
+from structkd.criteria.numerics import FORMS
 from structkd.features import Features
-from structkd.projectors import ConvAdapter
+from structkd.projectors import ConvAdapter, Projector, project
 from structkd.transport import LagrangianPlanner
 
 SCALES = ("standard", "published")
@@ -51,12 +49,11 @@ class SemanticAlignmentLoss(Criterion):
     SemanticAlignmentLoss(...)``.
 
     Args:
-        student_channels: Channels of the student's map. Where they differ from the teacher's, a
-            :class:`ConvAdapter` brings the student's map to the teacher's channels first.
-        teacher_channels: Channels of the teacher's map.
-        heads: Plans per modality, a divisor of ``teacher_channels``; ``from_features`` takes the
-            largest up to 8.
-        planner: Intra-modal planner of the constraint ``rows`` with ``gradient="unrolled"``, the
+        heads: Plans per modality, a divisor of the teacher's channels; by default the largest up to
+            8.
+        adapter: Module that brings the student's map ``(B, C, H, W)`` to the teacher's channels; by
+            default a :class:`ConvAdapter` where the channels of the first call differ.
+        planner: Intra-modal planner of the constraint ``rows`` with ``gradient="unrolled"``; the
             closed form above by default. Under ``both`` every token would have the same mass,
             whatever its cost, and queries and keys would never learn.
         scale: ``standard`` is :class:`CORALLoss`. ``published`` multiplies each term by
@@ -72,7 +69,7 @@ class SemanticAlignmentLoss(Criterion):
         of the rows and nothing is planned.
 
     Raises:
-        ValueError: If ``heads`` does not divide ``teacher_channels``, an option is unknown, the
+        ValueError: If ``heads`` does not divide the teacher's channels, an option is unknown, the
             planner cannot train or plan tokens, maps do not fit, or tokens that would need a grid
             have none.
         TypeError: If ``planner`` is no :class:`LagrangianPlanner`.
@@ -82,22 +79,21 @@ class SemanticAlignmentLoss(Criterion):
         Semantic Consistency*, AAAI 2026, the Planner.
 
     Example:
-        >>> criterion = SemanticAlignmentLoss(16, 32, heads=4)
+        >>> criterion = SemanticAlignmentLoss(heads=4)
         >>> terms = criterion.terms(torch.randn(8, 16, 7, 7), torch.randn(8, 32, 4, 4))
         >>> sorted(terms)
         ['SKA-embeddings', 'SKA-tokens']
     """
 
     reads = ("intermediate",)
-    couples = True
+    over_ranks = "gathered"
     min_batch = 2
 
     def __init__(
         self,
-        student_channels: int,
-        teacher_channels: int,
         *,
-        heads: int = 8,
+        heads: int | None = None,
+        adapter: nn.Module | None = None,
         planner: LagrangianPlanner | None = None,
         scale: str = "standard",
         layer: int = -1,
@@ -105,47 +101,23 @@ class SemanticAlignmentLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        student_channels = whole("student_channels", student_channels)
-        teacher_channels = whole("teacher_channels", teacher_channels)
-        self.heads = whole("heads", heads)
-        if teacher_channels % self.heads:
-            raise ValueError(f"heads={heads} must divide teacher_channels={teacher_channels}")
-        self.adapter = (
-            None
-            if student_channels == teacher_channels
-            else ConvAdapter(student_channels, teacher_channels)
-        )
-        self.scores_s = nn.Linear(teacher_channels, 2 * teacher_channels, bias=False)
-        self.scores_t = nn.Linear(teacher_channels, 2 * teacher_channels, bias=False)
-        if planner is None:
-            epsilon = math.sqrt(teacher_channels / self.heads)
-            planner = LagrangianPlanner(epsilon, gradient="unrolled")
-        self.planner = _check_planner(planner)
+        self.heads = None if heads is None else whole("heads", heads)
+        self.adapter = adapter or ConvAdapter(skip_equal=True)
+        self.scores_s = Projector(layers=1, bias=False)
+        self.scores_t = Projector(layers=1, bias=False)
+        self.planner = None if planner is None else _check_planner(planner)
         self.scale = choice("scale", scale, SCALES)
         self.layer = checked_layer(layer)
         self.form = choice("form", form, FORMS)
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the channels of two example passes, and the most heads up to 8 that they take."""
-        map_s, map_t = map_pair(feats_s, feats_t, options.get("layer", -1))
-        width = channels(map_t)
-        return {
-            "student_channels": channels(map_s),
-            "teacher_channels": width,
-            "heads": next(heads for heads in range(8, 0, -1) if width % heads == 0),
-        }
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         map_s, map_t = map_pair(student, teacher, self.layer)
-        if self.adapter is not None:
-            map_s = self.adapter(map_s)
+        map_s = adapted(self.adapter, map_s, map_t)
         embedding_s, embedding_t = pooled(map_s), pooled(map_t)
-        tokens_s, tokens_t = self._tokens(map_s, map_t)
+        maps = common_positions(map_s, map_t, "student and teacher intermediate")
+        tokens_s, tokens_t = (rearrange(value, "b c h w -> b (h w) c") for value in maps)
         refined_s = _refined(tokens_s, self._mass(tokens_s, self.scores_s).mean(dim=1))
         refined_t = _refined(tokens_t, self._mass(tokens_t, self.scores_t).mean(dim=1))
         return {
@@ -153,27 +125,18 @@ class SemanticAlignmentLoss(Criterion):
             "SKA-embeddings": self._coral(embedding_s, embedding_t),
         }
 
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, scale={self.scale!r}, form={self.form!r}"
-
-    def _tokens(self, map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both as ``(B, N, C)`` of one N, after checking that they fit."""
-        width = self.scores_s.in_features
-        if channels(map_s) != width or channels(map_t) != width:
-            raise ValueError(
-                f"the criterion was built for a teacher of {width} channels, got a student's map "
-                f"{describe(map_s)} (adapted, if channels differ) and a teacher's "
-                f"{describe(map_t)}; build it with from_features"
-            )
-        map_s, map_t = common_positions(map_s, map_t, "student and teacher intermediate")
-        return rearrange(map_s, "b c h w -> b (h w) c"), rearrange(map_t, "b c h w -> b (h w) c")
-
-    def _mass(self, tokens: Tensor, scores: nn.Linear) -> Tensor:
+    def _mass(self, tokens: Tensor, scores: Projector) -> Tensor:
         """Returns what every token receives under its modality's plans, ``(B, heads, N)``."""
+        width = tokens.shape[2]
+        heads = self.heads or next(count for count in range(8, 0, -1) if width % count == 0)
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide the teacher's {width} channels")
+        planner = self.planner or LagrangianPlanner(math.sqrt(width / heads), gradient="unrolled")
+        scored = project(scores, tokens.flatten(0, 1), 2 * width).unflatten(0, tokens.shape[:2])
         pattern = "b n (two heads d) -> two b heads n d"
-        query, key = rearrange(scores(tokens), pattern, two=2, heads=self.heads)
+        query, key = rearrange(scored, pattern, two=2, heads=heads)
         # Row masses are 1 / N: what a column receives is the softmax's mean over the rows.
-        return self.planner.received(-query @ key.transpose(-2, -1))
+        return planner.received(-query @ key.transpose(-2, -1))
 
     def _coral(self, rows_s: Tensor, rows_t: Tensor) -> Tensor:
         distance = coral_distance(rows_s, rows_t, self.form)

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from structkd._checks import describe, near, number
 from structkd.distributed import Shards
 from structkd.features import FIELDS, Features
+from structkd.projectors import is_unshaped
 
 CriterionT = TypeVar("CriterionT", bound="Criterion")
 Input: TypeAlias = Features | Mapping[str, Any] | Tensor | Sequence[Tensor]
@@ -165,6 +166,12 @@ class Criterion(nn.Module):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel reads this name, and broadcasts all other buffers at every step.
+        if is_unshaped(self):
+            raise RuntimeError(
+                f"the parameters of {type(self).__name__} have no shape yet, which "
+                "DistributedDataParallel needs: call it once on features under torch.no_grad() "
+                "before wrapping it"
+            )
         return same_buffers(self)
 
     def _apply(
@@ -480,8 +487,8 @@ def _check_scores(logits: Tensor, name: str) -> None:
     adds_up = (values.sum(dim=1) - 1).abs() < 1e-2
     if bool(inside.all() & adds_up.all() & ~whole.all()):
         raise ValueError(
-            f"{name} look like probabilities, rows in 0..1 that add up to 1: give the scores before "
-            "the softmax"
+            f"{name} look like probabilities, rows in 0..1 that add up to 1: give the scores "
+            "before the softmax"
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -13,15 +12,15 @@ from structkd._checks import choice, describe
 from structkd.criteria._maps import (
     Layers,
     adapted,
+    as_map,
     channels,
     checked_layers,
     common_positions,
     map_pairs,
-    picked_maps,
 )
 from structkd.criteria.base import Criterion
 from structkd.features import Features
-from structkd.projectors import ConvAdapter
+from structkd.projectors import StackedLinear, linear_map
 
 FLOWS = ("pairs", "chain")
 
@@ -43,8 +42,8 @@ class FlowMatrixLoss(Criterion):
             are the first and the last of a stage, as in the paper. ``chain``: each map and the
             next, (0, 1), (1, 2), ..., as in the CRD benchmark.
         adapters: For every map of the student that is read, a module for maps ``(B, C, H, W)`` that
-            brings it to the teacher's channels, or None. FSP compares channel by channel:
-            :meth:`from_features` builds a 1x1 convolution wherever channels differ.
+            brings it to the teacher's channels, or None. FSP compares channel by channel, so by
+            default there is a 1x1 convolution wherever the channels of the first call differ.
         layer: Positions in ``Features.intermediate`` of the maps to read; all by default.
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
@@ -55,8 +54,7 @@ class FlowMatrixLoss(Criterion):
 
     Raises:
         ValueError: If the numbers of maps, or of adapters, differ or leave one without its partner,
-            the ends of a flow share no grid, or the matrices of student and teacher differ in
-            shape.
+            the ends of a flow share no grid, or channels are not those of the first call.
         TypeError: If an adapter is no module.
 
     References:
@@ -83,57 +81,43 @@ class FlowMatrixLoss(Criterion):
         super().__init__(gather=gather)
         self.flows = choice("flows", flows, FLOWS)
         self.layer = checked_layers(layer)
-        self.adapters = nn.ModuleList() if adapters is None else nn.ModuleList(_modules(adapters))
-
-    @classmethod
-    def arguments(
-        cls, feats_s: Features, feats_t: Features, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Returns an adapter for every map whose channels differ in two example passes."""
-        if "adapters" in options:
-            return {}
-        widths = [
-            (channels(map_s), channels(map_t))
-            for map_s, map_t in map_pairs(feats_s, feats_t, cls.__name__, options.get("layer"))
-        ]
-        if all(width_s == width_t for width_s, width_t in widths):
-            return {}
-        return {"adapters": [None if s == t else ConvAdapter(s, t) for s, t in widths]}
+        # One parameter for all 1x1 convolutions, or the modules that were given.
+        self.convs = StackedLinear(bias=True) if adapters is None else None
+        self.adapters = None if adapters is None else nn.ModuleList(_modules(adapters))
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
-        maps_s = picked_maps(student, self.layer, "student")
-        maps_t = picked_maps(teacher, self.layer, "teacher")
-        if len(self.adapters):
-            if len(self.adapters) != len(maps_s):
-                raise ValueError(
-                    f"FlowMatrixLoss has {len(self.adapters)} adapters, but reads {len(maps_s)} "
-                    "map(s) of the student: build it with from_features for the layers it meets"
-                )
-            maps_s = tuple(
-                value if isinstance(adapter, nn.Identity) else adapted(adapter, value)
-                for adapter, value in zip(self.adapters, maps_s, strict=True)
+        pairs = map_pairs(student, teacher, type(self).__name__, self.layer)
+        maps_t = [map_t for _, map_t in pairs]
+        matrices_s = self._matrices(self._adapted(pairs), "student")
+        gaps = [
+            (flow_s - flow_t).square().mean()
+            for flow_s, flow_t in zip(
+                matrices_s, self._matrices(maps_t, "teacher"), strict=True
             )
-        matrices_s = self._matrices(maps_s, "student")
-        matrices_t = self._matrices(maps_t, "teacher")
-        if len(matrices_s) != len(matrices_t):
-            raise ValueError(
-                f"student and teacher must have as many flows, got {len(matrices_s)} and "
-                f"{len(matrices_t)} from {len(maps_s)} and {len(maps_t)} maps; capture as many "
-                "layers of both"
-            )
-        gaps = []
-        for position, (flow_s, flow_t) in enumerate(zip(matrices_s, matrices_t, strict=True)):
-            if flow_s.shape != flow_t.shape:
-                raise ValueError(
-                    f"flow {position} goes from {flow_s.shape[1]} to {flow_s.shape[2]} channels in "
-                    f"the student and from {flow_t.shape[1]} to {flow_t.shape[2]} in the teacher; "
-                    "FSP compares channel by channel: build it with FlowMatrixLoss.from_features, "
-                    "which adapts the student's maps, or capture layers with equal channels"
-                )
-            gaps.append((flow_s - flow_t).square().mean())
+        ]
         return {"FSP": torch.stack(gaps).sum()}
+
+    def _adapted(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Returns the student's maps with the teacher's channels."""
+        if self.adapters is not None:
+            if len(self.adapters) != len(pairs):
+                raise ValueError(
+                    f"adapters has {len(self.adapters)} module(s), but {len(pairs)} map(s) of the "
+                    "student are read: give one or None for each"
+                )
+            return [
+                adapted(adapter, *pair) for adapter, pair in zip(self.adapters, pairs, strict=True)
+            ]
+        assert self.convs is not None
+        widths = [(channels(map_s), channels(map_t)) for map_s, map_t in pairs]
+        unequal = [width for width in widths if width[0] != width[1]]
+        heads = iter(self.convs(unequal, pairs[0][0]))
+        return [
+            map_s if width[0] == width[1] else linear_map(as_map(map_s), *next(heads))
+            for (map_s, _), width in zip(pairs, widths, strict=True)
+        ]
 
     def _matrices(self, maps: Sequence[Tensor], name: str) -> list[Tensor]:
         if len(maps) < 2 or (self.flows == "pairs" and len(maps) % 2):
@@ -147,9 +131,6 @@ class FlowMatrixLoss(Criterion):
         return [
             _flow(maps[k], maps[k + 1], f"{name}.intermediate[{k}] and [{k + 1}]") for k in starts
         ]
-
-    def extra_repr(self) -> str:
-        return f"flows={self.flows!r}, layer={self.layer}"
 
 
 def _modules(adapters: Sequence[nn.Module | None]) -> list[nn.Module]:

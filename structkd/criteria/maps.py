@@ -16,8 +16,8 @@ from structkd.criteria._maps import (
     on_one_grid,
     to_common_size,
 )
-from structkd.criteria._rows import unit
 from structkd.criteria.base import Criterion
+from structkd.criteria.numerics import unit
 from structkd.features import Features
 
 _NAMES = "student and teacher intermediate"
@@ -88,9 +88,6 @@ class AttentionTransferLoss(Criterion):
         features = features / torch.where(peak == 0, 1, peak)
         return reduce(features.abs().pow(self.p), "b c h w -> b 1 h w", "mean")
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, layer={self.layer}"
-
 
 class NeuronSelectivityLoss(Criterion):
     r"""Matches the distributions of the channels' responses over positions (NST).
@@ -159,9 +156,6 @@ class NeuronSelectivityLoss(Criterion):
             else:
                 gaps.append(_by_positions(unit_s, unit_t))
         return {"NST": torch.stack(gaps).sum()}
-
-    def extra_repr(self) -> str:
-        return f"layer={self.layer}"
 
 
 def _channels_pay(unit_s: Tensor, unit_t: Tensor) -> bool:
