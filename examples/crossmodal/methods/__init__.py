@@ -28,6 +28,10 @@ ALONE = "alone"
 # Options of a method rather than of its criterion.
 _WEIGHTS = ("weight", "supervision")
 _HERE = Path(__file__).parent
+# Options that no command line can say: modules, and the labels' part of DSLoss.
+_OBJECTS = (
+    "sem", "dcm", "srm", "adapter", "adapters", "planner", "student_projector", "teacher_projector"
+)  # fmt: skip
 _DS, _TERMS = "DSLoss", ("SEM-1", "SEM-2", "DCM-1", "DCM-2")
 
 
@@ -70,7 +74,11 @@ class Method:
         kinds = [getattr(structkd, self.criterion)]
         kinds += [CrossCorrelationLoss, UniformityCalibrationLoss] if self.criterion == _DS else []
         names = dict.fromkeys(name for kind in kinds for name in inspect.signature(kind).parameters)
-        return [name for name in names if name not in ("sem", "dcm", "srm", "adapters")]
+        return [
+            name
+            for name in names
+            if name not in _OBJECTS or (name, self.criterion) == ("adapter", "DenseStructureLoss")
+        ]
 
     def build(self, setup: Setup, options: Mapping[str, Any]) -> Criterion:
         """The criterion, unweighted."""
@@ -118,19 +126,23 @@ class Normalised(ConvAdapter):
 
 
 def structure(
-    *, variant: str = "measured", terms: Sequence[str] | None = None, gather: bool, **options: Any
+    *,
+    variant: str = "measured",
+    gamma: Any = None,
+    terms: Sequence[str] = _TERMS,
+    gather: bool,
+    **options: Any,
 ) -> structkd.DSLoss:
     """``DSLoss`` with the options of its parts by name, beside those of its variant."""
-    whole = {name: options.pop(name) for name in ("gamma",) if name in options}
     parts = {}
     for part, kind in (("sem", CrossCorrelationLoss), ("dcm", UniformityCalibrationLoss)):
         own = inspect.signature(kind).parameters
         given = {name: value for name, value in options.items() if name in own}
-        wanted = [term for term in terms or _TERMS if term.startswith(part.upper())]
+        wanted = [term for term in terms if term.startswith(part.upper())]
         if given and wanted:
             preset = STRUCTURES.get(variant, {}).get(part, {})
             parts[part] = kind(**preset | given, terms=wanted, gather=gather)
-    return structkd.DSLoss(variant=variant, terms=terms or _TERMS, gather=gather, **whole, **parts)
+    return structkd.DSLoss(variant=variant, gamma=gamma, terms=terms, gather=gather, **parts)
 
 
 METHODS: dict[str, Method] = {

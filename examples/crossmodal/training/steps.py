@@ -85,13 +85,8 @@ class Distilled(Step):
         return self.distiller.criterion
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
-        images, target, index, rich, paired = (
-            batch.poor,
-            batch.target,
-            batch.index,
-            batch.rich,
-            None,
-        )
+        images, target, index = batch.poor, batch.target, batch.index
+        rich, paired = batch.rich, None
         if batch.pairs is not None:
             images, target, index = mixed(batch)
             rich, paired = batch.pairs.rich, torch.arange(len(batch.target), len(target))
