@@ -5,7 +5,6 @@ python benchmarks/architectures.py            # prints the table
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 import timm
@@ -13,8 +12,8 @@ import torch
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-import structkd
-from structkd import Criterion, FeatureCapture, Features
+from structkd import FeatureCapture, Features
+from structkd.criteria import CRITERIA
 
 BATCH, CLASSES, SIDE = 4, 5, 32
 _SMALL = {"img_size": SIDE, "num_classes": CLASSES}
@@ -73,15 +72,7 @@ def features(seed: int) -> dict[str, Features]:
 
 def criteria() -> list[str]:
     """The names of all public criteria that compare two networks."""
-    return [
-        name
-        for name in structkd.__all__
-        if inspect.isclass(kind := getattr(structkd, name))
-        and issubclass(kind, Criterion)
-        and kind not in (Criterion, structkd.CriterionSum)
-        and kind.reads_teacher
-        and name != "BridgeLoss"  # compares by other criteria
-    ]
+    return [name for name, kind in CRITERIA.items() if kind.reads_teacher]
 
 
 def outcome(name: str, student: Features, teacher: Features) -> str:
@@ -106,8 +97,7 @@ def outcome(name: str, student: Features, teacher: Features) -> str:
     )
     torch.manual_seed(0)
     try:
-        criterion = getattr(structkd, name).from_features(student, teacher, **options)
-        value = criterion(student, teacher, torch.arange(BATCH) % CLASSES)
+        value = CRITERIA[name](**options)(student, teacher, torch.arange(BATCH) % CLASSES)
     except ValueError as error:
         return str(error)
     value.backward()

@@ -26,7 +26,7 @@ import torch
 from _report import best_time, machine, seconds, set_threads, table
 from torch import Tensor
 
-from structkd.matching.gallery import RetrievalGallery
+from structkd import RetrievalGallery
 
 PIECE = 65_536  # rows of one add()
 LATENT = 16  # intrinsic dimensions

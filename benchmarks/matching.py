@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from _report import best_time, machine, seconds, set_threads, table
 from torch import Tensor
 
-from structkd.matching.gallery import RetrievalGallery
-from structkd.matching.sembridge import SemBridgeMatcher
-from structkd.transport import LagrangianPlanner
+from structkd import LagrangianPlanner, RetrievalGallery, SemBridgeMatcher
 
 TEMPERATURE = 3.0
 LIMIT = 120.0  # seconds that a loop may take before it is extrapolated

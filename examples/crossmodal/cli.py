@@ -150,12 +150,11 @@ def _variants(given: argparse.Namespace, entry: DataSet) -> tuple[Asked, ...]:
     default = [ALONE, *BRIDGES]
     if given.labels is None:
         default += [name for name in known if name != ALONE]
-    match = {} if given.match_weight is None else {"match": given.match_weight}
     rows = []
     for name in names("--variant", given.variant or default, [*known, *BRIDGES]):
-        weights = Weights(*given.weights, **match)
+        weights = Weights(*given.weights)
         variant, made = row(name, given.criterion or "kd", weights)
-        if given.labels is not None and variant.gathered:
+        if given.labels is not None and variant.matched:
             raise ValueError(
                 f"--labels: {name} matches every image by its label, also those that have none; "
                 f"rows without matches are {ALONE}, {BRIDGE} and {BRIDGE}+METHOD"
@@ -223,13 +222,11 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--seeds", metavar="N|LIST", default=seeds, help=told)
     matched = parser.add_argument_group("without pairs")
     add = matched.add_argument
-    told = f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD, {BRIDGE}+METHOD+VARIANT"
+    told = f"{', '.join(VARIANTS)}, {BRIDGE}, {BRIDGE}+METHOD"
     add("--variant", "--variants", nargs="+", metavar="NAME", help=told)
     add("--criterion", metavar="NAME", help="any method (default: kd)")
     add("--weights", nargs=3, type=float, metavar=("TASK", "KD", "SKA"), default=[],
         help="of the student's loss (default: 0.3 0.4 0.003, as published)")  # fmt: skip
-    told = "of the criterion over matches beside free pairs (0.1)"
-    add("--match-weight", type=float, metavar="W", help=told)
     told = "whose predictions DynM matches by: training's (epoch), or a pass of their own (pass)"
     add("--rematch-by", choices=BYS, help=told)
     machine = parser.add_argument_group("machine and folder")

@@ -9,8 +9,8 @@ from dataclasses import fields
 from crossmodal.recipes import PREFIX, ROLES, DataSet, Recipe
 from crossmodal.runs.job import Asked
 
-# Of the matcher, of matches and of free pairs, beside --variant, --criterion and --weights.
-_MATCHED = ("matcher", "match_weight", "rematch_by")
+# Of the matcher and of matches, beside --variant, --criterion and --weights.
+_MATCHED = ("matcher", "rematch_by")
 
 
 def refuse_unread(

@@ -22,7 +22,7 @@ def main(folder, teacher_path, precision="no", epochs=10, batch_size=64, **optio
     teacher.load_state_dict(torch.load(teacher_path, weights_only=True))
     spec = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     example, _ = next(iter(loader))
-    distiller = structkd.Distiller(student, teacher, spec, example=example)
+    distiller = structkd.Distiller(student, teacher, spec, example=example)  # DDP needs its shapes
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     distiller, optimizer, loader = accelerator.prepare(distiller, optimizer, loader)
 
@@ -30,7 +30,7 @@ def main(folder, teacher_path, precision="no", epochs=10, batch_size=64, **optio
     for _ in range(epochs):
         distiller.train()
         for images, target in loader:
-            output, terms = distiller(images, target)
+            output, terms = distiller(images, target, x_teacher=images)
             loss = F.cross_entropy(output, target) + sum(terms.values())
             accelerator.backward(loss)
             optimizer.step()

@@ -21,7 +21,7 @@ class Distilled(lightning.LightningModule):
 
     def training_step(self, batch, _):
         images, target = batch
-        output, terms = self.distiller(images, target)
+        output, terms = self.distiller(images, target, x_teacher=images)
         loss = F.cross_entropy(output, target) + sum(terms.values())
         self.log_dict({"loss": loss, **terms})
         return loss

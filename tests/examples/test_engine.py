@@ -17,6 +17,7 @@ from crossmodal.recipes import Recipe
 from crossmodal.training.engine import Outcome, Training, accelerator_for, fit
 from crossmodal.training.evaluation import accuracy, features
 from crossmodal.training.steps import Distilled, Step, Supervised, cross_entropy, fresh
+from structkd import KDLoss
 from tests.examples.tiny import opened, recipe
 
 
@@ -348,13 +349,20 @@ def test_the_model_names_are_timms() -> None:
     ).shape == (2, 5)
 
 
-def test_soft_targets_move_with_the_step_and_are_no_part_of_what_is_kept(
+def test_of_a_mixed_batch_the_pairs_are_distilled_and_every_label_counts(
     teacher: nn.Module, views: Views
 ) -> None:
-    example = Batches(recipe(), poor=views.poor, rich=views.rich).take(torch.arange(2))
+    own = Batches(recipe(), poor=views.poor)
+    pairs = Batches(recipe(), poor=views.poor, rich=views.rich)
+    batch = replace(own.take(torch.arange(6)), pairs=pairs.take(torch.arange(40, 46)))
     student = fresh("resnet8x0_5", views.poor, 0)
-    step = Distilled(student, teacher, resolve("kd"), example, Setup(80, 16), 0)
-    step.soft = torch.zeros(80, 4)
-    assert step.to(torch.float64).soft.dtype == torch.float64
-    assert "soft" not in step.state_dict()
-    assert "soft" in step._ddp_params_and_buffers_to_ignore
+    step = Distilled(student, teacher, resolve("kd:weight=2"), batch, Setup(80, 16), 0).eval()
+    logits, terms = step(batch)
+    images = torch.cat([batch.poor, batch.pairs.poor])
+    labels = torch.cat([batch.target, batch.pairs.target])
+    expected = student(images)
+    torch.testing.assert_close(logits, expected[:6])
+    torch.testing.assert_close(terms["CE"], 0.1 * nn.functional.cross_entropy(expected, labels))
+    kd = KDLoss(temperature=4.0)(expected[6:], teacher(batch.pairs.rich))
+    torch.testing.assert_close(terms["KD"], 2 * kd)
+    step.distiller.detach()

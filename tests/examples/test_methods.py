@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from crossmodal.methods.variants import plan as plan_of
 from structkd import ConvAdapter, DSLoss, Features, KDLoss
 
 SETUP = Setup(samples=80, batch_size=6)
+ALL = Setup(samples=80, batch_size=6, stages=3)  # of `features()`
 
 
 def features(widths: tuple[int, ...] = (8, 16, 32)) -> Features:
@@ -32,14 +35,14 @@ def test_weights_of_the_single_methods() -> None:
 
 def test_kd_is_nine_tenths_of_kd_at_temperature_four() -> None:
     student, teacher = features(), features((16, 32, 64))
-    criterion = resolve("kd").build(student, teacher, SETUP)
+    criterion = resolve("kd").build(ALL)
     expected = 0.9 * KDLoss(temperature=4.0)(student, teacher)
     torch.testing.assert_close(criterion(student, teacher), expected)
 
 
 def test_ds_leaves_the_cross_entropy_to_the_engine() -> None:
     student, teacher = features((16,)), features((32,))
-    criterion = resolve("ds").build(student, teacher, SETUP)
+    criterion = resolve("ds").build(SETUP)
     names = set(criterion.terms(student, teacher, torch.arange(6) % 5))
     assert names == {"SEM-1", "SEM-2", "DCM-1", "DCM-2"}
 
@@ -49,11 +52,10 @@ def test_a_sum_takes_each_criterion_at_its_own_weight() -> None:
     assert (plan.name, plan.supervision) == ("kd+ds", 1.0)
     student, teacher = features((16,)), features((32,))
     torch.manual_seed(0)
-    criterion = plan.build(student, teacher, SETUP)
+    value = plan.build(SETUP)(student, teacher)
     torch.manual_seed(0)
-    ds = DSLoss.from_features(student, teacher)
-    expected = 0.9 * KDLoss(temperature=4.0)(student, teacher) + ds(student, teacher)
-    torch.testing.assert_close(criterion(student, teacher), expected)
+    expected = 0.9 * KDLoss(temperature=4.0)(student, teacher) + DSLoss()(student, teacher)
+    torch.testing.assert_close(value, expected)
 
 
 def test_names_are_read_kindly() -> None:
@@ -63,20 +65,17 @@ def test_names_are_read_kindly() -> None:
 def test_options_override_the_criterion_and_its_weight() -> None:
     student, teacher = features((16,)), features((32,))
     plan = resolve("kd", {"kd": {"temperature": 2.0, "weight": 0.5}})
-    criterion = plan.build(student, teacher, SETUP)
+    criterion = plan.build(SETUP)
     expected = 0.5 * KDLoss(temperature=2.0)(student, teacher)
     torch.testing.assert_close(criterion(student, teacher), expected)
-    ds = resolve("ds", {"ds": {"terms": ["SEM-1", "SEM-2"]}}).build(student, teacher, SETUP)
+    ds = resolve("ds", {"ds": {"terms": ["SEM-1", "SEM-2"]}}).build(SETUP)
     assert set(ds.terms(student, teacher)) == {"SEM-1", "SEM-2"}
 
 
 def test_the_labels_weight_of_a_method_that_stands_alone() -> None:
     plan = resolve("ds:supervision=0")
     assert (plan.name, plan.supervision) == ("ds:supervision=0", 0.0)
-    student, teacher = features((16,)), features((32,))
-    assert described(plan.build(student, teacher, SETUP)) == described(
-        resolve("ds").build(student, teacher, SETUP)
-    )
+    assert described(plan.build(SETUP)) == described(resolve("ds").build(SETUP))
     assert resolve("kd", {"kd": {"supervision": 0.5}}).supervision == 0.5
     with pytest.raises(ValueError, match="stands alone, got kd\\+ds; leave it out"):
         resolve("kd:supervision=0.5+ds")
@@ -91,7 +90,8 @@ def test_the_labels_weight_of_a_method_that_stands_alone() -> None:
 
 def test_a_sum_captures_all_stages_and_one_stage_methods_read_the_last_but_one() -> None:
     plan = resolve("ds+nst")
-    criterion = plan.build(features(), features((16, 64, 128)), SETUP)
+    criterion = plan.build(ALL)
+    criterion(features(), features((16, 64, 128)))
     shapes = {tuple(parameter.shape[:2]) for parameter in criterion.parameters()}
     assert (64, 16) in shapes  # the adapter, from the student's second stage to the teacher's
     assert plan.stages(["a", "b", "c"]) == ["a", "b", "c"]
@@ -150,7 +150,7 @@ def test_every_registered_method_reads_what_it_is_handed() -> None:
             )
             for f in (features(), features((16, 32, 64)))
         )
-        criterion = plan.build(student, teacher, SETUP)
+        criterion = plan.build(replace(SETUP, stages=3 if whole else 1))
         leaf = student.logits.clone().requires_grad_()
         maps = [value.clone().requires_grad_() for value in student.intermediate]
         rows = student.embedding.clone().requires_grad_()
@@ -165,7 +165,7 @@ def test_every_registered_method_reads_what_it_is_handed() -> None:
 
 def test_weights_are_those_of_the_registrys_sources() -> None:
     weights = {
-        "kd": (0.1, 0.9), "ctkd": (0.1, 0.9), "lskd": (0.1, 1), "fitnets": (1, 100),
+        "kd": (0.1, 0.9), "ctkd": (0.1, 0.9), "lskd": (0.1, 9), "fitnets": (1, 100),
         "at": (1, 1000), "nst": (1, 50), "vid": (1, 1), "crd": (1, 0.8), "semckd": (1, 40),
         "rkd": (1, 1), "fsp": (1, 50), "cc": (1, 100), "dkd": (1, 1), "logits": (1, 0.1),
     }  # fmt: skip
@@ -174,20 +174,26 @@ def test_weights_are_those_of_the_registrys_sources() -> None:
 
 
 def test_fitnets_has_the_benchmarks_regressor() -> None:
-    criterion = resolve("fitnets").build(features((8,)), features((16,)), SETUP)
-    kinds = [type(module).__name__ for module in criterion.modules()]
-    assert kinds[-4:] == ["Sequential", "ConvAdapter", "BatchNorm2d", "ReLU"] or (
-        "BatchNorm2d" in kinds
+    criterion = resolve("fitnets").build(SETUP)
+    student, teacher = features((8,)), features((16,))
+    found = criterion(student, teacher)
+    convolution, norm = (
+        next(module for module in criterion.modules() if isinstance(module, kind))
+        for kind in (torch.nn.Conv2d, torch.nn.BatchNorm2d)
     )
+    (map_s,), (map_t,) = student.intermediate, teacher.intermediate
+    expected = 100 * (norm(convolution(map_s)).relu() - map_t).square().mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_weight_of_the_logarithm_fits_a_teacher_of_any_scale() -> None:
     student, teacher = features(), features((16, 32, 64))
     plan = resolve("fitnets_all:form=log,weight=5")
     assert plan.name == "fitnets_all:form=log,weight=5"
-    criterion = plan.build(student, teacher, SETUP)
+    criterion = plan.build(ALL)
+    criterion(student, teacher)
     for part in criterion.modules():
-        if isinstance(part, ConvAdapter):  # batch norm and ReLU follow, so the regressor says 0
+        if isinstance(part, ConvAdapter):  # so that the regressor says 0
             torch.nn.init.zeros_(part.conv.weight)
             torch.nn.init.zeros_(part.conv.bias)
     louder = teacher.replace(intermediate=tuple(100 * value for value in teacher.intermediate))
@@ -198,10 +204,8 @@ def test_one_weight_of_the_logarithm_fits_a_teacher_of_any_scale() -> None:
 
 
 def test_a_description_changes_with_every_option() -> None:
-    student, teacher = features((16,)), features((32,))
-
     def description(name: str, **options: object) -> object:
-        return described(resolve(name, {name: options}).build(student, teacher, SETUP))
+        return described(resolve(name, {name: options}).build(SETUP))
 
     assert description("kd") == description("kd", temperature=4.0)
     variants = [
@@ -221,42 +225,25 @@ def test_a_description_changes_with_every_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "title"),
+    ("name", "title"),
     [
-        ("bridge", "none", "bridge"),
-        ("bridge+kd+ds", "none", "bridge + kd+ds"),
-        ("bridge+random", "each epoch", "bridge + crd random"),
-        (
-            "bridge+dense:weight=5+class",
-            "class",
-            "bridge + dense:weight=5 + crd of the class's mean",
-        ),
-        ("bridge+coral", "moments", "bridge + CORAL by class"),
-        (
-            "bridge+kd+ssm+dynm",
-            "semantic",
-            "bridge + kd + crd matching + DynM (full without SKA)",
-        ),
+        ("bridge", "bridge"),
+        ("bridge+kd+ds", "bridge + kd+ds"),
     ],
 )
-def test_rows_over_the_bridge_by_their_names(name: str, first: str, title: str) -> None:
-    variant, plan = row(name, "crd", Weights(match=0.5))
-    assert (variant.first, plan.name) == (first, title)
+def test_rows_over_the_bridge_by_their_names(name: str, title: str) -> None:
+    variant, plan = row(name, "crd", Weights())
+    assert (variant.first, plan.name) == ("none", title)
     assert plan.bridged
     assert plan.supervision == 1
-    assert (plan.match is None) == (first == "none")
-    if plan.match is not None:
-        assert [plan.match.weight(*part) for part in plan.match.parts] == [
-            0.5 * method.weight for _, method in plan.match.parts
-        ]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("coral", r"'coral' is for own images .*fix: bridge\+dense:weight=5\+coral"),
-        ("bridge+kd+corall", "unknown method or variant 'corall'; did you mean 'coral'"),
-        ("bridge+kdd+coral", "unknown method 'kdd'; did you mean 'kd'"),
+        ("coral", "unknown variant 'coral'"),
+        ("bridge+kdd", "unknown method 'kdd'; did you mean 'kd'"),
+        ("bridge+kd+ssm", "unknown method 'ssm'"),
         ("bridg", "unknown variant 'bridg'"),
         ("bridge+kd:supervision=1", "the labels weigh 1 over a bridge"),
     ],
@@ -264,3 +251,18 @@ def test_rows_over_the_bridge_by_their_names(name: str, first: str, title: str) 
 def test_a_row_that_is_none_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         row(name, "kd", Weights())
+
+
+def test_the_parts_of_ds_take_their_options_beside_the_variants() -> None:
+    for variant, cross_sign in (("measured", "align"), ("printed", "separate")):
+        ds = resolve(f"ds:variant={variant},projector=mlp,projector_dim=64,pool=4").build(SETUP)
+        (criterion,) = (part for part in ds.modules() if isinstance(part, DSLoss))
+        assert (criterion.sem.center, criterion.dcm.cross_sign) == (
+            variant == "measured",
+            cross_sign,
+        )
+        assert criterion.dcm.pool == 4
+        assert criterion.terms(features((16,)), features((32,))).keys() == {
+            "SEM-1", "SEM-2", "DCM-1", "DCM-2",
+        }  # fmt: skip
+        assert (64, 16) in {tuple(value.shape) for value in criterion.sem.parameters()}

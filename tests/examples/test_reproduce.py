@@ -92,7 +92,7 @@ def test_each_row_of_table_6_leaves_one_term_out() -> None:
     every = {"SRM", "SEM-1", "SEM-2", "DCM-1", "DCM-2"}
     for row, method in published.tables()["table6"].rows.items():
         plan = resolve(method)
-        left = set(plan.build(student, teacher, Setup(6, 6)).terms(student, teacher))
+        left = set(plan.build(Setup(6, 6)).terms(student, teacher))
         left |= {"SRM"} if plan.supervision == 1 else set()
         assert every - left == (set() if row == "all" else {row.removeprefix("without-")})
 

@@ -156,7 +156,7 @@ def test_every_published_pair_of_backbones_is_aligned(
     with torch.no_grad():
         feats_t = captures[teacher][0](torch.randn(2, 10, 64, 64))
     plan = variants.plan(variants.VARIANTS["full"], "kd", variants.Weights())
-    criterion = plan.build(feats_s, feats_t, Setup(100, 2))
+    criterion = plan.build(Setup(100, 2, len(feats_s.intermediate)))
     terms = criterion.terms(feats_s, feats_t, torch.tensor([0, 1]))
     assert set(terms) == {"KD", "SKA-tokens", "SKA-embeddings"}
     sum(terms.values()).backward()

@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass, field
+from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structkd
 from crossmodal.near import did_you_mean, looked_up
 from crossmodal.recipes import checked, tomllib
-from structkd import ConvAdapter, Criterion, Features
+from structkd import ConvAdapter, Criterion, CrossCorrelationLoss, UniformityCalibrationLoss
+from structkd.criteria.structure import VARIANTS as STRUCTURES
 
 Options = Mapping[str, Mapping[str, Any]]
 ALONE = "alone"
 # Options of a method rather than of its criterion.
 _WEIGHTS = ("weight", "supervision")
 _HERE = Path(__file__).parent
+# Options that no command line can say: modules, and the labels' part of DSLoss.
+_OBJECTS = (
+    "sem", "dcm", "srm", "adapter", "adapters", "planner", "student_projector", "teacher_projector"
+)  # fmt: skip
+_DS, _TERMS = "DSLoss", ("SEM-1", "SEM-2", "DCM-1", "DCM-2")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a criterion may need beyond features: training images, images a step."""
+    """What a criterion may need beyond features: training images, images a step, stages."""
 
     samples: int
     batch_size: int
-    read: Callable[[], tuple[Tensor, Tensor]] | None = None  # see `taught`
-
-    @cached_property
-    def taught(self) -> dict[str, Tensor]:
-        """The teacher's embedding of its own set and the labels there, read when first asked."""
-        if self.read is None:
-            raise ValueError("this criterion reads the teacher's own set, which is not at hand")
-        embedding, labels = self.read()
-        return {"$embedding": embedding, "$labels": labels}
+    stages: int = 1  # of a network that are captured
 
     def fill(self, option: object) -> object:
         """An option of the registry with what the data have in place of its name."""
-        if option in ("$embedding", "$labels"):
-            return self.taught[str(option)]
         names = {
             "$samples": self.samples,
             "$batch_size": min(self.batch_size, self.samples),
@@ -68,37 +66,83 @@ class Method:
     stagewise: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(
-        self, feats_s: Features, feats_t: Features, setup: Setup, options: Mapping[str, Any]
-    ) -> Criterion:
-        """The criterion, unweighted, for the widths of two example passes over its stages."""
-        kind = getattr(structkd, self.criterion)
-        known = kind.options()
+    @property
+    def known(self) -> list[str]:
+        """The options of its criterion; of ``DSLoss`` those of its parts as well."""
+        if not self.criterion:
+            return []
+        kinds = [getattr(structkd, self.criterion)]
+        kinds += [CrossCorrelationLoss, UniformityCalibrationLoss] if self.criterion == _DS else []
+        names = dict.fromkeys(name for kind in kinds for name in inspect.signature(kind).parameters)
+        return [
+            name
+            for name in names
+            if name not in _OBJECTS or (name, self.criterion) == ("adapter", "DenseStructureLoss")
+        ]
+
+    def build(self, setup: Setup, options: Mapping[str, Any]) -> Criterion:
+        """The criterion, unweighted."""
         ready = {k: setup.fill(v) for k, v in self.options.items()} | dict(options)
-        if "gather" in known:
-            ready.setdefault("gather", True)
-        stages = min(len(feats_s.intermediate), len(feats_t.intermediate))
+        ready.setdefault("gather", True)
         if self.stagewise:
-            parts = (kind.from_features(feats_s, feats_t, layer=k, **ready) for k in range(stages))
-            return reduce(add, parts)
-        if self.layers == "one" and stages > 1 and "layer" in known:
+            return reduce(
+                add, (self._made(setup, ready | {"layer": k}) for k in range(setup.stages))
+            )
+        if self.layers == "one" and setup.stages > 1 and "layer" in self.known:
             ready.setdefault("layer", -2)
-        criterion = kind.from_features(feats_s, feats_t, **ready)
-        if isinstance(criterion, structkd.FitNetLoss | structkd.FlowMatrixLoss):
-            for parent in list(criterion.modules()):
-                for name, child in list(parent.named_children()):
-                    if isinstance(child, ConvAdapter):
-                        setattr(parent, name, _normalised(child))
-        return criterion
+        return self._made(setup, ready)
+
+    def _made(self, setup: Setup, options: dict[str, Any]) -> Criterion:
+        if self.criterion == "FitNetLoss" and not self.stagewise:
+            options["adapter"] = Normalised(kernel_size=options.pop("kernel_size", 1))
+        if self.criterion == "FlowMatrixLoss":
+            layers = options.get("layer") or range(setup.stages)
+            options["adapters"] = [Normalised(skip_equal=True) for _ in layers]
+        if self.criterion == _DS:
+            return structure(**options)
+        made: Criterion = getattr(structkd, self.criterion)(**options)
+        return made
 
 
-def _normalised(convolution: ConvAdapter) -> nn.Module:
+class Normalised(ConvAdapter):
     """The CRD benchmark's map to the teacher's channels: a convolution, batch norm, ReLU.
 
     The benchmark's weights need the norm: with a bare convolution, FitNets at weight 100 and FSP at
     50 diverge within a few steps of learning rate 0.1.
     """
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
+
+    def __init__(self, *, kernel_size: int = 1, skip_equal: bool = False) -> None:
+        super().__init__(kernel_size=kernel_size, skip_equal=skip_equal)
+        self.norm: nn.Module | None = nn.LazyBatchNorm2d()
+
+    def initialize_parameters(self, features: Tensor, out_channels: int | None = None) -> None:
+        super().initialize_parameters(features, out_channels)
+        if self.conv is None:
+            self.norm = None
+
+    def forward(self, features: Tensor, out_channels: int | None = None) -> Tensor:
+        adapted = super().forward(features, out_channels)
+        return adapted if self.norm is None else F.relu(self.norm(adapted))
+
+
+def structure(
+    *,
+    variant: str = "measured",
+    gamma: Any = None,
+    terms: Sequence[str] = _TERMS,
+    gather: bool,
+    **options: Any,
+) -> structkd.DSLoss:
+    """``DSLoss`` with the options of its parts by name, beside those of its variant."""
+    parts = {}
+    for part, kind in (("sem", CrossCorrelationLoss), ("dcm", UniformityCalibrationLoss)):
+        own = inspect.signature(kind).parameters
+        given = {name: value for name, value in options.items() if name in own}
+        wanted = [term for term in terms if term.startswith(part.upper())]
+        if given and wanted:
+            preset = STRUCTURES.get(variant, {}).get(part, {})
+            parts[part] = kind(**preset | given, terms=wanted, gather=gather)
+    return structkd.DSLoss(variant=variant, gamma=gamma, terms=terms, gather=gather, **parts)
 
 
 METHODS: dict[str, Method] = {
@@ -119,17 +163,15 @@ class Plan:
     options: Options = field(default_factory=dict)  # overrides by part
     weights: Mapping[str, float] = field(default_factory=dict)  # where not the methods' own
     bridged: bool = False  # the parts are for the free pairs of a mixed batch
-    match: Plan | None = None  # there, what is minimised over matches of the other images
 
     @property
     def taught(self) -> bool:
         """Whether it needs a teacher."""
-        return bool(self.parts) or self.match is not None
+        return bool(self.parts)
 
     def stages(self, names: list[str]) -> list[str]:
         """Which of a network's to capture: all if any part wants them, else the last but one."""
-        parts = self.parts if self.match is None else self.parts + self.match.parts
-        if any(method.layers == "all" for _, method in parts):
+        if any(method.layers == "all" for _, method in self.parts):
             return names
         return [names[max(len(names) - 2, 0)]]
 
@@ -137,22 +179,12 @@ class Plan:
         own = self.weights.get(part, method.weight)
         return float(self.options.get(part, {}).get("weight", own))
 
-    def build(self, feats_s: Features, feats_t: Features, setup: Setup) -> Criterion:
-        """The weighted sum of the parts' criteria, from two example passes over the stages.
-
-        Over a mixed batch it is a ``BridgeLoss``, the cross-entropy included.
-        """
-        if self.bridged:
-            pair = replace(self, bridged=False, match=None) if self.parts else None
-            pair_loss, match_loss = (
-                None if plan is None else plan.build(feats_s, feats_t, setup)
-                for plan in (pair, self.match)
-            )
-            return structkd.BridgeLoss(pair_loss, match_loss, task_weight=self.supervision)
+    def build(self, setup: Setup) -> Criterion:
+        """The weighted sum of the parts' criteria."""
         criteria = []
         for name, method in self.parts:
             options = {k: v for k, v in self.options.get(name, {}).items() if k not in _WEIGHTS}
-            criterion = method.build(feats_s, feats_t, setup, options)
+            criterion = method.build(setup, options)
             criteria.append(self.weight(name, method) * criterion)
         return reduce(add, criteria)
 
@@ -212,7 +244,7 @@ def _options(method: str, listed: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     known = ["weight"]
     if METHODS[method].criterion:
-        known = [*_WEIGHTS, *getattr(structkd, METHODS[method].criterion).options()]
+        known = [*_WEIGHTS, *METHODS[method].known]
     for item in _split(listed):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from crossmodal.methods import ALONE, METHODS, Method, Options, Plan, resolve
+from crossmodal.methods import ALONE, METHODS, Options, Plan, resolve
 from crossmodal.near import looked_up
 
 
@@ -20,9 +20,6 @@ class Variant:
     ``first`` is the first matching: ``none`` trains without a teacher, ``each epoch`` draws in the
     class anew for every epoch, ``random`` once, ``semantic`` is the matcher's (SSM), and ``itself``
     the student's own image in the rich modality, which without pairs only a reference has.
-    ``neighbours`` and ``class`` are means of what the teacher says: of the images that the matcher
-    finds nearest in the class, and of the whole class. ``moments`` has no match either: the
-    teacher's embedding of its whole set, by class, is what the student's is to be spread like.
     """
 
     title: str  # its name in the table; {} is the criterion
@@ -30,33 +27,16 @@ class Variant:
     dynamic: bool = False  # the student chooses again while it learns (DynM)
     aligned: bool = False  # SKA is added
     planned: bool = False  # matches come from a plan that limits a teacher image's share
-    reliable: bool = False  # only teacher images that are right and sure are matched
-
-    @property
-    def gathered(self) -> bool:
-        """Whether it reads teacher images, one for each student image or a mean of several."""
-        return self.first not in ("none", "moments")
 
     @property
     def matched(self) -> bool:
         """Whether a teacher image stands beside every student image."""
-        return self.gathered and not self.soft
-
-    @property
-    def chosen(self) -> bool:
-        """Whether the matcher chooses."""
-        return self.first in ("semantic", "neighbours")
-
-    @property
-    def soft(self) -> bool:
-        """Whether a mean over teacher images, not one of them, is the target."""
-        return self.first in ("neighbours", "class")
+        return self.first != "none"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result depends on; a new field at its default leaves old results known."""
-        found = {k: v for k, v in asdict(self).items() if k != "title"}
-        return found if self.reliable else {k: v for k, v in found.items() if k != "reliable"}
+        """What a result depends on."""
+        return {k: v for k, v in asdict(self).items() if k != "title"}
 
 
 # "full without SKA" is the row ssm+dynm.
@@ -72,39 +52,23 @@ VARIANTS: Mapping[str, Variant] = {
     "paired": Variant("{} paired (reference)", "itself"),
 }
 FREE_PAIRS = "dense:weight=5"  # what won over them on validation images, see docs/unpaired.md
-BRIDGE = "bridge"  # labels only on the free pairs; bridge+METHOD distils over them, ...
-# ... and bridge+METHOD+VARIANT has matches of the own images besides. These are ours, for it alone:
-MATCHES: Mapping[str, Variant] = {
-    "sure": Variant("{} of sure teachers, planned", dynamic=True, planned=True, reliable=True),
-    "neighbours": Variant("{} of neighbours' mean", "neighbours"),
-    "class": Variant("{} of the class's mean", "class"),
-    "coral": Variant("CORAL by class", "moments"),
-}
-_CORAL = Method(
-    "CORAL by class", "structure", "ClassCORALLoss",
-    options={"embedding": "$embedding", "labels": "$labels"},
-)  # fmt: skip
+BRIDGE = "bridge"  # labels only on the free pairs; bridge+METHOD distils over them
 BRIDGES = (BRIDGE, f"{BRIDGE}+{FREE_PAIRS}")  # the rows over it that a table has by default
 PAIRS = Variant("{}", "itself")  # what every method of a paired job is
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of cross-entropy, criterion and alignment; the published ones by default.
-
-    ``match`` is the criterion's over matches where a bridge is there, with cross-entropy at 1.
-    """
+    """Of cross-entropy, criterion and alignment; the published ones by default."""
 
     task: float = 0.3
     kd: float = 0.4
     ska: float = 0.3 * 0.01
-    match: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value >= 0:
-                option = "--match-weight" if name == "match" else "--weights"
-                raise ValueError(f"weight {name} must be at least 0, got {value}; fix: {option}")
+                raise ValueError(f"weight {name} must be at least 0, got {value}; fix: --weights")
 
 
 def plan(
@@ -118,10 +82,6 @@ def plan(
     """
     if variant.first == "none":
         return replace(resolve(ALONE), name=variant.title)
-    if variant.first == "moments":
-        return Plan(
-            variant.title, (("coral", _CORAL),), weights.task, weights={"coral": weights.kd}
-        )
     chosen = resolve(criterion, options)
     if not chosen.parts:
         raise ValueError(f"--criterion must name a criterion, got {criterion!r}")
@@ -140,38 +100,19 @@ def plan(
 
 
 def row(name: str, criterion: str, weights: Weights) -> tuple[Variant, Plan]:
-    """A row of the table by its name: a variant, ``bridge``, or ``bridge+METHOD+VARIANT``.
+    """A row of the table by its name: a variant, ``bridge``, or ``bridge+METHOD``.
 
-    METHOD, which may be a sum, is for the free pairs and VARIANT for the own images; either can be
-    left out.
+    METHOD, which may be a sum, is for the free pairs.
 
     Raises:
         ValueError: a part of the name is not known.
     """
-    bridge, *rest = name.split("+")
+    bridge, plus, method = name.partition("+")
     if bridge.strip().lower() != BRIDGE:
-        if name in MATCHES:
-            raise ValueError(
-                f"variant {name!r} is for own images beside free pairs; "
-                f"fix: {BRIDGE}+{FREE_PAIRS}+{name}"
-            )
-        variant = looked_up("variant", name, VARIANTS, f", {BRIDGE} and {BRIDGE}+METHOD+VARIANT")
+        variant = looked_up("variant", name, VARIANTS, f", {BRIDGE} and {BRIDGE}+METHOD")
         return variant, plan(variant, criterion, weights)
-    matching = {k: v for k, v in VARIANTS.items() if v.first != "none"} | MATCHES
-    # The longest end that names a variant: ssm+dynm is one.
-    ends = ["+".join(rest[cut:]) for cut in range(len(rest))]
-    end = next((end for end in ends if end in matching), "")
-    if rest and not end:  # then the last part is a method, or a name of nothing
-        last = rest[-1].partition(":")[0].strip().lower()
-        looked_up("method or variant", last, {**METHODS, **matching})
-    method = "+".join(rest[: len(rest) - len(end.split("+"))] if end else rest)
-    variant = matching[end] if end else VARIANTS[ALONE]
-    made = resolve(method or ALONE)
+    made = resolve(method if plus else ALONE)
     if any("supervision" in own for own in made.options.values()):
         raise ValueError(f"row {name!r}: the labels weigh 1 over a bridge; leave supervision out")
-    match = None
-    if end:
-        match = plan(variant, criterion, replace(weights, task=1.0, kd=weights.match))
-    shown = [BRIDGE, *([made.name] if method else []), *([match.name] if match else [])]
-    bridged = replace(made, name=" + ".join(shown), supervision=1.0, bridged=True, match=match)
-    return variant, bridged
+    shown = " + ".join([BRIDGE, *([made.name] if plus else [])])
+    return VARIANTS[ALONE], replace(made, name=shown, supervision=1.0, bridged=True)

@@ -166,8 +166,8 @@ class Session:
 
     @property
     def _shared(self) -> tuple[str, ...]:
-        gathered = any(asked.variant.gathered for asked in self.job.asked)
-        return ("teacher", "matcher") if self.job.matched and gathered else ("teacher",)
+        matched = any(asked.variant.matched for asked in self.job.asked)
+        return ("teacher", "matcher") if self.job.matched and matched else ("teacher",)
 
     def _train_shared(self) -> None:
         """The teacher, and the matcher where one is needed: from their checkpoints, or trained."""
@@ -284,9 +284,7 @@ class Session:
         training.step.to(PartialState().device)
         if self.job.matched:
             run["trace"] = {}
-            if asked.variant.soft:
-                training.step.soft.copy_(self.galleries.soft(asked.variant.first))
-            elif asked.variant.matched:
+            if asked.variant.matched:
                 training.choose = self.trainings.chooser(asked, training, self.galleries)
         outcome = self._fit(training, where)
         let_go(training)

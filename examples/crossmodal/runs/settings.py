@@ -70,7 +70,7 @@ class Settings:
             found["variant"] = variant.settings
             found["planner"] = [EPSILON, CAPACITY] if variant.planned else None
             found["rematching"] = again if variant.dynamic else None
-            found["matcher"] = key(self.matcher) if variant.chosen else None
+            found["matcher"] = key(self.matcher) if variant.first == "semantic" else None
             if asked.plan.bridged:
                 pseudo = self.views.pseudo
                 found["bridge"] = None if pseudo is None else pseudo.fingerprint

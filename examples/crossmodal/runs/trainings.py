@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
 from crossmodal.data import Batches, Images, MixedBatches, Views
 from crossmodal.methods import Setup
@@ -18,7 +17,6 @@ from crossmodal.runs.job import Asked, Job
 from crossmodal.training.engine import Training
 from crossmodal.training.matching import Chooser, Galleries, new_matcher, outputs
 from crossmodal.training.steps import Distilled, Matching, Step, Supervised, fresh
-from structkd import FeatureCapture
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,8 @@ class Trainings:
             return Training(label, Supervised(network, "poor"), batches, recipe)
         example = batches.first(2).to(torch.device("cpu"), False)
         samples = len(poor) if self.views.paired else max(len(poor), len(self.views.rich))
-        setup = Setup(samples, recipe.batch_size, partial(self._taught, teacher))
+        setup = Setup(samples, recipe.batch_size)
         step = Distilled(network, teacher.cpu(), asked.plan, example, setup, seed)
-        if asked.variant.soft:  # to be filled when there is a teacher
-            step.soft = torch.zeros(len(poor), len(poor.classes))
         return Training(label, step, batches, recipe)
 
     def chooser(self, asked: Asked, training: Training, galleries: Galleries) -> Chooser:
@@ -75,13 +71,6 @@ class Trainings:
         variant, network, job = asked.variant, training.step.network, self.job
         matches = galleries, logits, job.rematching
         return Chooser(variant, network, self.views, *matches, training.recipe, device)
-
-    def _taught(self, teacher: nn.Module) -> tuple[Tensor, Tensor]:
-        """A teacher's embedding of the rich images, and their labels."""
-        device = PartialState().device
-        with FeatureCapture(teacher.to(device).eval(), intermediate=[]) as capture:
-            embedding = outputs(lambda images: capture(images).embedding, self.views.rich, device)
-        return embedding, self.views.rich.labels
 
     def _batches(self, recipe: Recipe, **images: Any) -> Batches:
         state = PartialState()

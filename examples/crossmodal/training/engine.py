@@ -20,7 +20,8 @@ from crossmodal.recipes import Recipe
 from crossmodal.runs.epochs import Epochs
 from crossmodal.runs.progress import Show, shown
 from crossmodal.training.matching import Chooser
-from crossmodal.training.steps import Step, wide
+from crossmodal.training.steps import LABELS, Step, wide
+from structkd import falling
 from structkd.diagnostics import FilterDirections, filter_collapse
 
 _SHOW_EVERY = 20  # steps between two looks at the running means: each look waits for the device
@@ -113,10 +114,11 @@ def fit(training: Training, accelerator: Accelerator, reporter: Show) -> Outcome
             with accelerator.accumulate(wrapped):
                 done = epoch * updates + number // recipe.accumulate
                 schedule.step_update(done)
-                if recipe.falling:
-                    step.fall(done, recipe.epochs * updates)
                 logits, terms = wrapped(batch)
-                parts = torch.stack([wide(term) for term in terms.values()])
+                weight = falling(done, recipe.epochs * updates) if recipe.falling else 1.0
+                parts = torch.stack(
+                    [wide(v) if k == LABELS else weight * wide(v) for k, v in terms.items()]
+                )
                 accelerator.backward(parts.sum())
                 if clip is not None and accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,22 +17,16 @@ from crossmodal.methods.variants import Variant
 from crossmodal.recipes import Recipe
 from crossmodal.training.evaluation import still
 from structkd import (
-    ClassMeanKDLoss,
-    Features,
     LagrangianPlanner,
-    NeighbourMatcher,
     RematchSchedule,
     RetrievalGallery,
+    SemanticMatcher,
     SemBridgeMatcher,
-    reliable_teachers,
 )
 from structkd.diagnostics import transport_cost
-from structkd.matching.semantic import SemanticMatcher
 
 # Of the planned matching, in units of the score: cosine, and KL at temperature 3.
 EPSILON, CAPACITY = 0.05, 2.0
-# Of means over teacher images: how many neighbours, and KD's temperature in methods.toml.
-NEIGHBOURS, _TEMPERATURE = 16, 4.0
 BYS = ("epoch", "pass")
 _MATCH_SEED = 3_000_000
 _SAMPLE, _SAMPLE_DRAW = 500, 5  # images whose transport cost is followed; exact solvers take N^3
@@ -75,12 +68,10 @@ class Galleries:
     """All that a choice of teacher images reads; ids are rows of the rich images."""
 
     semantic: RetrievalGallery  # the rich images by the matcher's embedding
-    embedded: Tensor  # the same embeddings, (M, D)
     queries: Tensor  # the student images' embeddings by the matcher, (N, D)
     logits: RetrievalGallery  # the rich images by the teacher's logits
     teacher_logits: Tensor  # the same logits, (M, K)
     labels: Tensor  # the student images' classes
-    teacher_labels: Tensor
     teacher: nn.Module
 
     @classmethod
@@ -95,29 +86,11 @@ class Galleries:
         # sensors need not agree on brightness.
         queries = outputs(matcher.embed_student, views.poor, device)
         logits = outputs(teacher, views.rich, device)
-        semantic, by_logits = _galleries(embedded, logits, views.rich.labels)
-        labels = views.poor.labels, views.rich.labels
-        return cls(semantic, embedded, queries, by_logits, logits, *labels, teacher)
-
-    @cached_property
-    def reliable(self) -> Galleries:
-        """The same, of the rich images alone that the teacher is right and sure about."""
-        kept = reliable_teachers(self.teacher_logits, self.teacher_labels)
-        known = self.embedded[kept], self.teacher_logits[kept], self.teacher_labels[kept]
-        semantic, by_logits = _galleries(*known, ids=kept)
-        return replace(self, semantic=semantic, logits=by_logits)
-
-    def soft(self, of: str) -> Tensor:
-        """Logits for every student image: the mean of its neighbours' predictions, or its class's.
-
-        The means are of probabilities at KD's temperature.
-        """
-        if of == "neighbours":
-            nearest = NeighbourMatcher(self.semantic, NEIGHBOURS, temperature=_TEMPERATURE)
-            return nearest(self.queries, self.labels).logits
-        known = self.teacher_logits, self.teacher_labels
-        means = ClassMeanKDLoss(*known, temperature=_TEMPERATURE).log_mean
-        return _TEMPERATURE * means[self.labels]
+        semantic = RetrievalGallery(embedded.shape[1])
+        semantic.add(embedded, views.rich.labels)
+        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
+        by_logits.add(logits, views.rich.labels)
+        return cls(semantic, queries, by_logits, logits, views.poor.labels, teacher)
 
     def first(self, *, planned: bool) -> Tensor:
         """The matcher's choice: nearest in class, or by a plan."""
@@ -126,17 +99,6 @@ class Galleries:
     def again(self, student_logits: Tensor, rows: Tensor, *, planned: bool) -> Tensor:
         """The choice of these student images, ``rows``, by what the student predicts for them."""
         return _matcher(self.logits, planned).match(student_logits, self.labels[rows]).ids
-
-
-def _galleries(
-    embedded: Tensor, logits: Tensor, labels: Tensor, ids: Tensor | None = None
-) -> tuple[RetrievalGallery, RetrievalGallery]:
-    """Rich images by the matcher's embedding, which also gives their logits, and by these."""
-    semantic = RetrievalGallery(embedded.shape[1])
-    semantic.add(embedded, labels, ids=ids, features=Features(logits=logits))
-    by_logits = RetrievalGallery(logits.shape[1], metric="kl")
-    by_logits.add(logits, labels, ids=ids)
-    return semantic, by_logits
 
 
 def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
@@ -198,8 +160,6 @@ class Chooser:
 
     def __post_init__(self) -> None:
         dynamic, labels = self.variant.dynamic, self.views.poor.labels
-        if self.variant.reliable:
-            self.galleries = self.galleries.reliable
         self.trace = Trace()
         self._epochs = self.rematching.schedule.epochs(self.recipe.epochs) if dynamic else ()
         shape = len(labels), len(self.views.poor.classes)

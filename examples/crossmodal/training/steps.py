@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,11 +13,11 @@ import structkd
 from crossmodal import models
 from crossmodal.data import NO_LABEL, Batch, Images
 from crossmodal.methods import Plan, Setup
-from structkd import Criterion, Features
+from structkd import Criterion, SemanticMatcher
 from structkd.criteria.base import same_buffers
-from structkd.matching.semantic import SemanticMatcher
 
 Terms = dict[str, Tensor]
+LABELS = "CE"  # the term whose weight never falls
 _CRITERION_SEED = 1_000_000  # apart from the students', so that these start alike in all methods
 
 
@@ -33,9 +35,6 @@ class Step(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         return same_buffers(self)
 
-    def fall(self, step: int, total: int) -> None:
-        """Lets the weight of what is distilled fall, where anything is."""
-
 
 class Supervised(Step):
     """A network on one modality and its labels, with weight 1."""
@@ -49,7 +48,7 @@ class Supervised(Step):
         if batch.pairs is not None:
             images, target, _ = mixed(batch)
         logits = self.network(images)
-        return logits[: len(batch.target)], {"CE": cross_entropy(logits, target)}
+        return logits[: len(batch.target)], {LABELS: cross_entropy(logits, target)}
 
 
 class Distilled(Step):
@@ -58,10 +57,8 @@ class Distilled(Step):
     loss = supervision * CE(student, labels) + criterion(student's features, teacher's features)
 
     Of a mixed batch, the student sees own images and free pairs in one pass, and the teacher the
-    pairs, and the matches of the own images where these have any.
+    pairs alone.
     """
-
-    soft: Tensor | None  # logits that teach the own images, a row for each
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, plan: Plan, example: Batch, setup: Setup,
@@ -69,23 +66,15 @@ class Distilled(Step):
     ) -> None:  # fmt: skip
         super().__init__()
         self.supervision = plan.supervision
-        self.register_buffer("soft", None, persistent=False)
-
-        def build(feats_s: Features, feats_t: Features) -> Criterion:
-            torch.manual_seed(_CRITERION_SEED + seed)
-            return plan.build(feats_s, feats_t, setup)
-
         both = (example.pairs or example).poor, (example.pairs or example).rich
-        layers, teacher_layers = (
-            {"intermediate": plan.stages(models.stage_names(net))} for net in (student, teacher)
-        )
+        stages = [plan.stages(models.stage_names(net)) for net in (student, teacher)]
+        layers, teacher_layers = ({"intermediate": names} for names in stages)
+        setup = replace(setup, stages=min(map(len, stages)))
+        torch.manual_seed(_CRITERION_SEED + seed)
         self.distiller = structkd.Distiller(
-            student, teacher, build, example=both, layers=layers, teacher_layers=teacher_layers
-        )
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        return [*same_buffers(self), "soft"]
+            student, teacher, plan.build(setup), example=both,
+            layers=layers, teacher_layers=teacher_layers,
+        )  # fmt: skip
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
@@ -95,30 +84,15 @@ class Distilled(Step):
     def criterion(self) -> Criterion:  # type: ignore[override]
         return self.distiller.criterion
 
-    def fall(self, step: int, total: int) -> None:
-        self.distiller.set_weight(structkd.falling(step, total))
-
     def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
+        images, target, index = batch.poor, batch.target, batch.index
+        rich, paired = batch.rich, None
         if batch.pairs is not None:
-            return self._mixed(batch, batch.pairs)
-        logits, terms = self.distiller(
-            batch.poor, batch.target, x_teacher=batch.rich, index=batch.index
-        )
-        supervised = {"CE": self.supervision * cross_entropy(logits, batch.target)}
-        return logits, supervised | terms
-
-    def _mixed(self, batch: Batch, pairs: Batch) -> tuple[Tensor, Terms]:
-        images, target, index = mixed(batch)
-        own = torch.arange(len(batch.target))
-        rows = {"paired": torch.arange(len(own), len(target))}
-        if batch.rich is not None:
-            rows |= {"x_matched": batch.rich, "matched": own}
-        elif self.soft is not None:
-            rows |= {"matches": Features(logits=self.soft[batch.index]), "matched": own}
-        elif self.criterion.match is not None:  # by a criterion that reads no teacher image
-            rows |= {"matched": own}
-        logits, terms = self.distiller(images, target, pairs.rich, index=index, **rows)
-        return logits[: len(own)], terms
+            images, target, index = mixed(batch)
+            rich, paired = batch.pairs.rich, torch.arange(len(batch.target), len(target))
+        logits, terms = self.distiller(images, target, x_teacher=rich, paired=paired, index=index)
+        supervised = {LABELS: self.supervision * cross_entropy(logits, target)}
+        return logits[: len(batch.target)], supervised | terms
 
 
 class Matching(Step):
