@@ -31,8 +31,6 @@ from structkd.matching import views
 from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
-from structkd.matching.neighbours import NeighbourMatcher
-from structkd.matching.reliable import reliable_teachers
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
@@ -72,7 +70,6 @@ __all__ = [
     "Match",
     "MatchedDataset",
     "MatchedSample",
-    "NeighbourMatcher",
     "NeuronSelectivityLoss",
     "Projector",
     "RelationalLoss",
@@ -88,6 +85,5 @@ __all__ = [
     "VariationalInformationLoss",
     "diagnostics",
     "falling",
-    "reliable_teachers",
     "views",
 ]
