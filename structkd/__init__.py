@@ -1,6 +1,6 @@
 """Composable distillation criteria for a rich teacher modality and a poor student one."""
 
-from structkd import diagnostics
+from structkd import diagnostics, views
 from structkd.capture import FeatureCapture
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from structkd.criteria.alignment import SemanticAlignmentLoss
@@ -27,7 +27,6 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
-from structkd.matching import views
 from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.gallery import RetrievalGallery
