@@ -27,9 +27,9 @@ from structkd.criteria.temperature import CurriculumTemperatureLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
+from structkd.gallery import RetrievalGallery
 from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
-from structkd.matching.gallery import RetrievalGallery
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector
