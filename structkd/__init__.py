@@ -28,7 +28,6 @@ from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller
 from structkd.features import Features
 from structkd.gallery import RetrievalGallery
-from structkd.matching.bridge import BridgeLoss
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
@@ -41,7 +40,6 @@ __all__ = [
     "AdversarialFeatureLoss",
     "AdversarialLogitsLoss",
     "AttentionTransferLoss",
-    "BridgeLoss",
     "CORALLoss",
     "ClassCORALLoss",
     "ClassMeanKDLoss",
