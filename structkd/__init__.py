@@ -1,6 +1,6 @@
 """Composable distillation criteria for a rich teacher modality and a poor student one."""
 
-from structkd import diagnostics
+from structkd import diagnostics, views
 from structkd.capture import FeatureCapture
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from structkd.criteria.alignment import SemanticAlignmentLoss
@@ -30,9 +30,8 @@ from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller, falling
 from structkd.features import Features
-from structkd.matching import views
+from structkd.gallery import RetrievalGallery
 from structkd.matching.dataset import MatchedDataset, MatchedSample, RematchSchedule
-from structkd.matching.gallery import RetrievalGallery
 from structkd.matching.semantic import SemanticMatcher
 from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatcher
 from structkd.projectors import ConvAdapter, Projector

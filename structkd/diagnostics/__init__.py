@@ -2,9 +2,9 @@
 
 from structkd.diagnostics.embeddings import effective_rank, self_similarity, uniformity
 from structkd.diagnostics.filters import FilterDirections, filter_collapse
+from structkd.diagnostics.modality_gap import ModalityGap, ModalityGapWarning, modality_gap
 from structkd.diagnostics.predictable import predictable_share
 from structkd.diagnostics.transport import transport_cost
-from structkd.matching.gap import ModalityGap, ModalityGapWarning, modality_gap
 
 __all__ = [
     "FilterDirections",

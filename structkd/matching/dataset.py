@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from structkd._checks import describe, whole
-from structkd.matching._inputs import whole_numbers
+from structkd.gallery.gallery import whole_numbers
 from structkd.matching.sembridge import Match
 
 _MISSING = object()  # a label that is not there: None is one that may be

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from structkd._checks import describe, number, whole
+from structkd.distributed import rank, world_size
 from structkd.features import Features
-from structkd.matching._inputs import queries_of, usable_vectors, whole_numbers
-from structkd.matching._planned import cost_of, planned
-from structkd.matching._ranks import gather_rows, rank, share_of_classes, together
-from structkd.matching.gallery import RetrievalGallery
+from structkd.gallery import RetrievalGallery
+from structkd.gallery.gallery import queries_of, usable_vectors, whole_numbers
+from structkd.gallery.search import by_class
 from structkd.transport import LagrangianPlanner
+
+BLOCK = 1024  # students that are planned together
+
+# Queries, classes, and positions in the data set if those are known; all on the CPU.
+Students: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +149,8 @@ class SemBridgeMatcher(nn.Module):
         It is the match that one process would make of all students, to the last bit, and the same
         on every rank, so that each can give it to its own :class:`MatchedDataset`. All ranks must
         call it, with galleries of the same content; a rank may have any number of students, none
-        too. Without a process group it matches what it is given.
-
-        Without a planner, or with a ``rows`` planner, a rank matches the students that it hands in,
-        and only the results are gathered. ``capacity`` and ``both`` couple the students of a class:
-        there the queries are gathered, and a rank plans whole classes, the largest given out first,
-        each to the rank with the fewest students. With fewer classes than ranks some ranks wait.
+        too. The queries are gathered, and every rank matches all of them. Without a process group
+        it matches what it is given.
 
         Args:
             features: This rank's students, as in :meth:`match`.
@@ -173,31 +178,29 @@ class SemBridgeMatcher(nn.Module):
             >>> match.index, match.ids
             (tensor([2, 4]), tensor([0, 1]))
         """
-        queries, labels, place = together(lambda: self._own(features, labels, index))
-        given = gather_rows(torch.tensor([index is not None]))
-        if given.any() and not given.all():
+        parts = _of_all_ranks(lambda: self._checked(features, labels, index))
+        without = [r for r, (_, _, place) in enumerate(parts) if place is None]
+        if 0 < len(without) < len(parts):
             raise ValueError(
-                "index must be given by all ranks or by none, got none from rank(s) "
-                f"{(~given).nonzero()[:, 0].tolist()}"
+                f"index must be given by all ranks or by none, got none from rank(s) {without}"
             )
-        place = gather_rows(place)
-        order = torch.arange(len(place)) if index is None else _first_of_each(place)
-        whole = None if index is None else place[order]
-        if self.planner is None or self.planner.constraint == "rows":
-            own = together(lambda: self._match(queries, labels))
-        else:
-            queries, labels = gather_rows(queries)[order], gather_rows(labels)[order]
-            rows = share_of_classes(labels)
-            own = together(lambda: self._match(queries[rows], labels[rows]))
-            order = gather_rows(rows).argsort()
+        queries = torch.cat([part[0] for part in parts])
+        labels = torch.cat([part[1] for part in parts])
+        places = [place for _, _, place in parts if place is not None]
+        whole = None
+        if places:
+            place = torch.cat(places)
+            order = _first_of_each(place)
+            queries, labels, whole = queries[order], labels[order], place[order]
+        match = self._match(queries, labels)
+        if rank() == 0:
+            self._warn(match.converged)
         device = queries_of(features, self.gallery.metric).device
         ids, scores, weights = (
-            gather_rows(part)[order].to(device) for part in (own.ids, own.scores, own.weights)
+            part.to(device) for part in (match.ids, match.scores, match.weights)
         )
-        converged = bool(gather_rows(torch.tensor([own.converged])).all())
-        if rank() == 0:
-            self._warn(converged)
-        return Match(ids, scores, weights, converged, None if whole is None else whole.to(device))
+        index = None if whole is None else whole.to(device)
+        return Match(ids, scores, weights, match.converged, index)
 
     @torch.no_grad()
     def forward(self, student: Features | Tensor, target: Tensor) -> Features:
@@ -212,10 +215,10 @@ class SemBridgeMatcher(nn.Module):
         """
         return self.gallery.features(self.match(student, target).ids)
 
-    def _own(
+    def _checked(
         self, features: Features | Tensor, labels: Tensor, index: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this rank's queries, labels and positions on the CPU after checking them."""
+    ) -> Students:
+        """Returns this rank's students after checking them."""
         queries = usable_vectors(
             queries_of(features, self.gallery.metric),
             "queries",
@@ -223,11 +226,10 @@ class SemBridgeMatcher(nn.Module):
             directed=self.gallery.metric == "cosine",
         )
         labels = whole_numbers(labels, "labels", len(queries))
-        if index is None:
-            return queries, labels, torch.zeros_like(labels)
-        index = whole_numbers(index, "index", len(queries))
-        if len(index) and int(index.min()) < 0:
-            raise ValueError(f"index must hold positions >= 0, got {int(index.min())}")
+        if index is not None:
+            index = whole_numbers(index, "index", len(queries))
+            if len(index) and int(index.min()) < 0:
+                raise ValueError(f"index must hold positions >= 0, got {int(index.min())}")
         return queries, labels, index
 
     def _match(self, queries: Tensor, labels: Tensor) -> Match:
@@ -237,7 +239,7 @@ class SemBridgeMatcher(nn.Module):
             return self._by_row(self.planner, queries, labels)
         _, found = self._found(queries, labels, self.candidates)
         load = self.capacity if self.planner.constraint == "capacity" else 1.0
-        ids, scores, weights, converged = planned(
+        ids, scores, weights, converged = _planned(
             self.gallery,
             self.planner,
             load,
@@ -274,7 +276,7 @@ class SemBridgeMatcher(nn.Module):
         if not len(ids):
             return Match(ids[:, 0], scores[:, 0], scores[:, 0])
         found = ids >= 0
-        cost = cost_of(scores, self.gallery.metric).masked_fill(~found, 0)
+        cost = _cost_of(scores, self.gallery.metric).masked_fill(~found, 0)
         weights = planner(cost, row_mass=cost.new_ones(len(cost)), mask=found).plan[:, 0]
         return Match(ids[:, 0], scores[:, 0], weights)
 
@@ -295,3 +297,127 @@ def _first_of_each(place: Tensor) -> Tensor:
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
     return order[is_first]
+
+
+def _of_all_ranks(own: Callable[[], Students]) -> list[Students]:
+    """Returns what ``own()`` returns on every rank, in their order.
+
+    Raises:
+        RuntimeError: Where it fails on another rank; that rank raises its own error. So no rank
+            waits for one that has given up.
+    """
+    if world_size() == 1:
+        return [own()]
+    part: Students | None = None
+    error: Exception | None = None
+    try:
+        part = own()
+    except Exception as raised:
+        error = raised
+    parts: list[Students | None] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    if error is not None:
+        raise error
+    failed = [place for place, other in enumerate(parts) if other is None]
+    if failed:
+        raise RuntimeError(f"matching failed on rank(s) {failed}, whose own error says why")
+    return [other for other in parts if other is not None]
+
+
+def _planned(
+    gallery: RetrievalGallery,
+    planner: LagrangianPlanner,
+    load: float,
+    candidates: int,
+    queries: Tensor,
+    labels: Tensor,
+    found: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Returns ids, scores, weights (each ``(B,)``) and whether all plans converged.
+
+    Args:
+        gallery: The teachers.
+        planner: With the constraint ``both`` or ``capacity``.
+        load: How many times its even share a teacher may serve.
+        candidates: How many of a student's nearest were looked up first.
+        queries: The students ``(B, dim)``, on the CPU as all of these.
+        labels: Their classes ``(B,)``.
+        found: The ids of those nearest, ``(B, candidates)``.
+    """
+    ids = torch.empty(len(queries), dtype=torch.int64)
+    scores, weights = torch.empty(2, len(queries), dtype=torch.float32)
+    converged = True
+    for label, members in by_class(labels):
+        teachers = gallery.ids(label)
+        left = torch.full_like(teachers, math.ceil(load * len(members) / len(teachers)))
+        blocks = math.ceil(len(members) / BLOCK)
+        for block in range(blocks):
+            part = members[block::blocks]
+            columns = _columns(gallery, candidates, queries[part], label, found[part], left)
+            score = gallery.scores(queries[part], teachers[columns])
+            cost = _cost_of(score, gallery.metric)
+            limit = left[columns] / len(part)
+            # The plan in float32, which is twice as fast; its rounding asks exact costs.
+            if planner.constraint == "both":
+                plan = planner(cost.float(), column_mass=limit / limit.sum())
+            else:
+                plan = planner(cost.float(), capacity=limit)
+            row_dual, column_dual = plan.potentials
+            # The log of the plan: its smallest entries underflow, and still have an order.
+            wish = row_dual[:, None] + column_dual - cost
+            chosen = _round(wish, left[columns])
+            left[columns] -= torch.bincount(chosen, minlength=len(columns))
+            ids[part] = teachers[columns[chosen]]
+            scores[part] = score.gather(1, chosen[:, None])[:, 0].float()
+            share = plan.plan.gather(1, chosen[:, None])[:, 0] * len(part)
+            weights[part] = share.clamp(0, 1).float()
+            converged = converged and bool(plan.converged)
+    return ids, scores, weights, converged
+
+
+def _cost_of(scores: Tensor, metric: str) -> Tensor:
+    """Returns the cost of a score: KL, or 1 - cosine."""
+    return -scores if metric == "kl" else 1 - scores
+
+
+def _columns(
+    gallery: RetrievalGallery,
+    count: int,
+    queries: Tensor,
+    label: int,
+    found: Tensor,
+    left: Tensor,
+) -> Tensor:
+    """Returns positions in the class of open candidates that can take all the queries."""
+    teachers = gallery.ids(label)
+    while count < len(teachers):
+        wanted = torch.zeros_like(left, dtype=torch.bool)
+        wanted[torch.searchsorted(teachers, found[found >= 0])] = True
+        if int(left[wanted].sum()) >= len(queries):
+            return (wanted & (left > 0)).nonzero()[:, 0]
+        count *= 2
+        labels = torch.full((len(queries),), label)
+        found = gallery.search(queries, labels, min(count, len(teachers)))[1]
+    return left.nonzero()[:, 0]
+
+
+def _round(wish: Tensor, left: Tensor) -> Tensor:
+    """Gives every row one column, at most ``left (M,)`` rows each, by ``wish (N, M)``.
+
+    In every round each free row asks for the open column it wishes most, and a column takes the
+    rows that wish it most; so a round fills a column or is the last.
+    """
+    left = left.clone()
+    chosen = torch.empty(len(wish), dtype=torch.int64)
+    free = torch.arange(len(wish))
+    while len(free):
+        strength, column = wish[free].masked_fill(left == 0, -torch.inf).max(dim=1)
+        order = strength.argsort(descending=True, stable=True)
+        order = order[column[order].argsort(stable=True)]
+        asked = column[order]
+        place = torch.arange(len(asked)) - torch.searchsorted(asked, asked)
+        taken = place < left[asked]
+        chosen[free[order[taken]]] = asked[taken]
+        left -= torch.bincount(asked[taken], minlength=len(left))
+        free = free[order[~taken]]
+    return chosen

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import structkd
-from structkd import Features
-from structkd.matching import _planned
-from structkd.matching.gallery import RetrievalGallery
+from structkd import Features, RetrievalGallery
+from structkd.matching import sembridge
 from structkd.matching.sembridge import ConvergenceWarning, SemBridgeMatcher
 from structkd.transport import LagrangianPlanner
 from tests.reference import matching as reference
@@ -122,7 +121,7 @@ def test_planned_cost_is_near_the_exact_assignment():
 
 
 def test_blocks_keep_the_capacity(monkeypatch):
-    monkeypatch.setattr(_planned, "BLOCK", 16)
+    monkeypatch.setattr(sembridge, "BLOCK", 16)
     vectors, labels, queries, target = _draw(5, students=90)
     matcher = SemBridgeMatcher(_gallery(vectors, labels), _planner("capacity"), 4, capacity=1.0)
     match = matcher.match(queries, target)

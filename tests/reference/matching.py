@@ -73,27 +73,3 @@ def semantic_loss(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 def rematch_epoch(t: int, start: int, step: int, growth: int) -> int:
     return start + sum(step + growth * (i - 1) for i in range(1, t + 1))
-
-
-def reliable(
-    logits: Tensor, labels: Tensor, entropy: float, temperature: float, at_least: int
-) -> list[int]:
-    """The rows that are right and sure, and of every class those that say it most strongly."""
-    rows, own = [], {}
-    for row, label in enumerate(labels.tolist()):
-        if label == -100:
-            continue
-        log_p = softened(logits[row], temperature)
-        own.setdefault(label, []).append((-log_p[label], row))
-        spread = -sum(math.exp(value) * value for value in log_p)
-        if log_p[label] == max(log_p) and spread <= entropy * math.log(len(log_p)):
-            rows.append(row)
-    for members in own.values():
-        rows += [row for _, row in sorted(members)[:at_least]]
-    return sorted(set(rows))
-
-
-def mean_prediction(logits: Tensor, ids: list[int], temperature: float) -> list[float]:
-    """The mean of the softened predictions of some teacher samples."""
-    shares = [[math.exp(value) for value in softened(logits[i], temperature)] for i in ids]
-    return [sum(column) / len(ids) for column in zip(*shares, strict=True)]

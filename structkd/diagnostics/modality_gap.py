@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structkd.matching.views import fits
+from structkd.views import fits
 
 FARTHEST, LARGEST_RATIO = 0.25, 2**0.5
 LARGEST_GRAIN = 1.05  # docs/unpaired.md has what a bridge does beyond it

@@ -254,7 +254,7 @@ def mixed(own: Tensor, pseudo: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The batch ``(B + N, C, H, W)``, own images first, and the positions ``(N,)`` int64 of the
-        others, which are a :class:`structkd.BridgeLoss`'s ``paired``.
+        others, which are ``paired`` in the call of a :class:`structkd.Distiller`.
 
     Raises:
         TypeError, ValueError: If one is no images, or they do not fit together.
