@@ -563,7 +563,8 @@ def _called(name: str, network: nn.Module, x: Any, *, of_example: bool = False) 
     An error inside the network goes on as it is, with a sentence that says which network it was,
     and on what.
     """
-    arguments, keywords = (x,), {}
+    arguments: tuple[Any, ...] = (x,)
+    keywords: dict[str, Any] = {}
     if isinstance(x, Mapping):
         arguments, keywords = (), dict(x)
     elif isinstance(x, tuple | list):

@@ -29,7 +29,7 @@ class LazyHead(LazyModuleMixin, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._register_state_dict_hook(_without_unshaped)
+        self._register_state_dict_hook(_without_unshaped)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
@@ -37,7 +37,7 @@ class LazyHead(LazyModuleMixin, nn.Module):
         for name, value in _tensors(self):
             if is_lazy(value):
                 state_dict.setdefault(prefix + name, value)
-        super()._load_from_state_dict(state_dict, prefix, *rest, **more)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
     def initialize_parameters(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(f"{type(self).__name__} must implement initialize_parameters")
@@ -273,29 +273,27 @@ class StackedLinear(LazyHead):
 
     def __init__(self, *, bias: bool) -> None:
         super().__init__()
+        self.weight: nn.Parameter | None
         self.weight = UninitializedParameter()
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", UninitializedParameter() if bias else None)
+        self.bias = UninitializedParameter() if bias else None
 
     def initialize_parameters(self, widths: Sequence[tuple[int, int]], example: Tensor) -> None:
-        if not is_lazy(self.weight):
+        if not isinstance(self.weight, UninitializedParameter):
             return  # loaded
         if not widths:  # no stage needs one
-            del self.weight
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+            self.weight = self.bias = None
             return
         rows, columns = sum(out for _, out in widths), max(into for into, _ in widths)
-        place = {"device": example.device, "dtype": example.dtype}
-        self.weight.materialize((rows, columns), **place)
+        self.weight.materialize((rows, columns), device=example.device, dtype=example.dtype)
         with torch.no_grad():
             self.weight.zero_()
             if isinstance(self.bias, UninitializedParameter):
-                self.bias.materialize((rows,), **place)
+                self.bias.materialize((rows,), device=example.device, dtype=example.dtype)
             for (into, _), (weight, bias) in zip(widths, self._parts(widths), strict=True):
                 bound = into**-0.5
                 # Drawn as one piece, so that it starts with the numbers that a layer would have.
-                weight.copy_(torch.empty(weight.shape, **place).uniform_(-bound, bound))
+                weight.copy_(weight.new_empty(weight.shape).uniform_(-bound, bound))
                 if bias is not None:
                     bias.uniform_(-bound, bound)
 

@@ -36,7 +36,9 @@ def net(width: int, classes: int = 10) -> nn.Sequential:
 
 def test_an_optimizer_made_before_the_first_call_trains_student_and_criterion() -> None:
     spec = [structkd.DSLoss(), structkd.DenseStructureLoss(), structkd.FitNetLoss()]
-    distiller = Distiller(net(4), net(6), spec, layers=dict(intermediate="2", embedding="6:input"))
+    distiller = Distiller(
+        net(4), net(6), spec, layers={"intermediate": "2", "embedding": "6:input"}
+    )
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=0.1)
     for _ in range(2):
         output, terms = distiller(X, x_teacher=X)
@@ -76,9 +78,9 @@ def test_all_that_is_missing_is_told_at_once_and_the_cure_works_as_printed() -> 
 
 def test_a_layer_that_only_one_network_lacks_is_told_with_its_argument() -> None:
     with pytest.raises(ValueError, match=r"of the teacher, teacher_layers: .*'zwei'"):
-        Distiller(Odd(4), net(6), "FitNetLoss", layers=dict(intermediate="zwei"))
+        Distiller(Odd(4), net(6), "FitNetLoss", layers={"intermediate": "zwei"})
     with pytest.raises(ValueError, match=r"of the teacher no intermediate.*teacher_layers=dict"):
-        Distiller(Odd(4), net(6), "FitNetLoss", layers=dict(intermediate="zwei"), teacher_layers={})
+        Distiller(Odd(4), net(6), "FitNetLoss", layers={"intermediate": "zwei"}, teacher_layers={})
 
 
 def test_networks_that_teach_each_other_both_train() -> None:
@@ -119,7 +121,7 @@ def test_what_cannot_reach_the_student_is_told(kind: str) -> None:
     student = Cut()
     student.stem.requires_grad_(False)
     distiller = Distiller(
-        student, Cut(), [structkd.KDLoss(), structkd.FitNetLoss()], layers=dict(intermediate="stem")
+        student, Cut(), [structkd.KDLoss(), structkd.FitNetLoss()], layers={"intermediate": "stem"}
     ).train()
     with pytest.raises((ValueError, RuntimeError), match=r"nothing .*(frozen layers|no_grad)"):
         distiller(X, x_teacher=X)
@@ -217,7 +219,7 @@ def test_a_teacher_from_a_file_gives_its_logits(load, held: bool) -> None:
 @pytest.mark.parametrize("load", [_exported, _scripted])
 def test_maps_of_a_teacher_from_a_file_are_refused_when_it_is_made(load) -> None:
     with pytest.raises((ValueError, TypeError), match="teacher"):
-        Distiller(net(4), load(net(6).eval()), "FitNetLoss", layers=dict(intermediate="2"))
+        Distiller(net(4), load(net(6).eval()), "FitNetLoss", layers={"intermediate": "2"})
 
 
 class Images(nn.Module):
@@ -260,7 +262,7 @@ def test_an_example_of_two_arguments() -> None:
             return self.fc(x.mean((2, 3)) + self.side(meta))
 
     meta = torch.randn(4, 2)
-    layers = dict(embedding="fc:input")
+    layers = {"embedding": "fc:input"}
     with pytest.raises(TypeError, match=r"example=\(\(x, meta\), \(x, meta\)\)"):
         Distiller(Two(), Two(), "CORALLoss", example=(X, meta), layers=layers)
     given = (X, meta)
@@ -287,7 +289,7 @@ def test_torchs_raw_words_say_which_network_failed_and_on_what(x, x_teacher, net
 
 
 def test_criterions_parameters_that_no_optimizer_moves_are_told() -> None:
-    distiller = Distiller(net(4), net(6), "FitNetLoss", layers=dict(intermediate="2"))
+    distiller = Distiller(net(4), net(6), "FitNetLoss", layers={"intermediate": "2"})
 
     def epoch(optimizer: torch.optim.Optimizer) -> None:
         for _ in range(2):
@@ -330,7 +332,7 @@ def test_probabilities_where_logits_are_read_are_told() -> None:
 def _wrapped(rank: int, out: str) -> None:
     said = []
     for module in (
-        Distiller(net(4), net(6), "FitNetLoss", layers=dict(intermediate="2")),
+        Distiller(net(4), net(6), "FitNetLoss", layers={"intermediate": "2"}),
         structkd.FitNetLoss(),
     ):
         try:
@@ -359,13 +361,13 @@ def _sharded(rank: int, out: str) -> None:
         student = Odd(4)
         fully_shard(student if part == "whole" else student.zwei, mesh=mesh)
         try:
-            Distiller(student, Odd(8), "FitNetLoss", layers=dict(intermediate="zwei"))
+            Distiller(student, Odd(8), "FitNetLoss", layers={"intermediate": "zwei"})
             said.append("nothing")
         except TypeError as error:
             said.append(str(error))
         assert Distiller(student, Odd(8), "KDLoss")  # trains nothing of its own
     torch.manual_seed(0)
-    distiller = Distiller(Odd(4), Odd(8), "FitNetLoss", layers=dict(intermediate="zwei"), example=X)
+    distiller = Distiller(Odd(4), Odd(8), "FitNetLoss", layers={"intermediate": "zwei"}, example=X)
     fully_shard(distiller.student.zwei, mesh=mesh)
     fully_shard(distiller, mesh=mesh)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
@@ -383,7 +385,7 @@ def _sharded(rank: int, out: str) -> None:
 def test_a_student_that_is_sharded_alone_is_refused_and_the_whole_is_right(tmp_path: Path) -> None:
     start(_sharded, tmp_path, 2, str(tmp_path / "out"))
     torch.manual_seed(0)
-    plain = Distiller(Odd(4), Odd(8), "FitNetLoss", layers=dict(intermediate="zwei"), example=X)
+    plain = Distiller(Odd(4), Odd(8), "FitNetLoss", layers={"intermediate": "zwei"}, example=X)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for _ in range(3):
         output, terms = plain(X, x_teacher=X)

@@ -105,7 +105,7 @@ def build_criterion(spec: Spec) -> Criterion:
             "criterion must be a Criterion, a class of criteria or its name, a dict with its type, "
             f"or a list of these, got {describe(spec)}"
         )
-    options = {
+    options: dict[str, Any] = {
         name: build_criterion(value) if isinstance(value, Mapping) and "type" in value else value
         for name, value in spec.items()
     }

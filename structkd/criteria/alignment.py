@@ -132,7 +132,7 @@ class SemanticAlignmentLoss(Criterion):
         if width % heads:
             raise ValueError(f"heads={heads} must divide the teacher's {width} channels")
         planner = self.planner or LagrangianPlanner(math.sqrt(width / heads), gradient="unrolled")
-        scored = project(scores, tokens.flatten(0, 1), 2 * width).unflatten(0, tokens.shape[:2])
+        scored = project(scores, tokens.flatten(0, 1), 2 * width).view(*tokens.shape[:2], -1)
         pattern = "b n (two heads d) -> two b heads n d"
         query, key = rearrange(scored, pattern, two=2, heads=heads)
         # Row masses are 1 / N: what a column receives is the softmax's mean over the rows.

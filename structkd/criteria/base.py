@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from structkd._checks import describe, near, number
 from structkd.distributed import Shards
@@ -254,7 +254,7 @@ class Criterion(nn.Module):
         looks = self._has_shape or not torch.compiler.is_compiling()
         self._has_shape = looks
         for parameter in self.parameters() if looks else ():
-            if isinstance(parameter, UninitializedTensorMixin):  # it goes where its first input is
+            if isinstance(parameter, UninitializedParameter):  # it goes where its first input is
                 self._has_shape = False
                 continue
             if parameter.dtype in _HALVES:
@@ -274,7 +274,7 @@ class Criterion(nn.Module):
                 )
             dtypes.add(parameter.dtype)
         for name, buffer in self.named_buffers() if looks else ():
-            if isinstance(buffer, UninitializedTensorMixin):
+            if isinstance(buffer, UninitializedBuffer):
                 continue
             if buffer.dim() and buffer.device != device:
                 raise ValueError(

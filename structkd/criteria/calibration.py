@@ -172,7 +172,7 @@ class _Projections(LazyHead):
         )
         if self.training:
             for norm in self.norms:
-                norm.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+                norm.num_batches_tracked.add_(1)  # type: ignore[operator]
         found, start = [], 0
         for pair, ((first, _), (middle, _), (last, _)) in zip(pairs, heads, strict=True):
             map_s, map_t = common_positions(*pair, "student and teacher intermediate")

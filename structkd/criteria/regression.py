@@ -204,7 +204,7 @@ class _Gaussian(LazyHead):
             nn.ReLU(),
             nn.LazyConv2d(0, 1, bias=False),
         )
-        self.rho = UninitializedParameter()
+        self.rho = UninitializedParameter()  # type: ignore[assignment]
 
     def initialize_parameters(self, features: Tensor, width: int) -> None:
         value = features

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structkd.criteria._closed_form import cut_at
 from torch import Tensor, nn
 
 from structkd import CrossCorrelationLoss, DenseStructureLoss, DSLoss, Features
-from structkd.criteria._closed_form import cut_at
 from tests.cases.case import generator
 
 seeds = st.integers(0, 2**16)

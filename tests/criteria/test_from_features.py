@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from structkd.specs import build_criterion
 from torch import Tensor
 
 import structkd
 from structkd import Criterion, CriterionSum, Features
-from structkd.specs import build_criterion
 from tests.criteria.test_contract import PUBLIC
 
 BATCH, CLASSES = 6, 5

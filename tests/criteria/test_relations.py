@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
+from structkd.criteria._geometry import angle_gap, pair_distances, poincare_distances
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from structkd import Criterion, Features
-from structkd.criteria._geometry import angle_gap, pair_distances, poincare_distances
 from structkd.criteria.relations import (
     CorrelationCongruenceLoss,
     DistilVPRLoss,

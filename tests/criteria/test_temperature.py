@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from structkd.criteria.temperature import CurriculumTemperatureLoss
 
 from structkd import Features, KDLoss
-from structkd.criteria.temperature import CurriculumTemperatureLoss
 from tests.reference import logits as reference
 
 
