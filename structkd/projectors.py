@@ -273,10 +273,8 @@ class StackedLinear(LazyHead):
 
     def __init__(self, *, bias: bool) -> None:
         super().__init__()
-        self.weight: nn.Parameter | None
-        self.weight = UninitializedParameter()
-        self.bias: nn.Parameter | None
-        self.bias = UninitializedParameter() if bias else None
+        self.weight: nn.Parameter | None = _unshaped()
+        self.bias: nn.Parameter | None = _unshaped() if bias else None
 
     def initialize_parameters(self, widths: Sequence[tuple[int, int]], example: Tensor) -> None:
         if not isinstance(self.weight, UninitializedParameter):
@@ -312,6 +310,7 @@ class StackedLinear(LazyHead):
         return self._parts(widths)
 
     def _parts(self, widths: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor | None]]:
+        assert self.weight is not None
         sizes = [out for _, out in widths]
         biases: Sequence[Tensor | None] = [None] * len(sizes)
         if self.bias is not None:
@@ -322,6 +321,10 @@ class StackedLinear(LazyHead):
                 torch.split(self.weight, sizes), biases, widths, strict=True
             )
         ]
+
+
+def _unshaped() -> nn.Parameter:
+    return UninitializedParameter()  # type: ignore[return-value]
 
 
 def linear_map(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

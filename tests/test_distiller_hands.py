@@ -246,7 +246,7 @@ class Sample(Images):
 )
 def test_one_argument_that_is_a_container(kind, wrong, right) -> None:
     distiller = Distiller(kind(), kind(), structkd.KDLoss()).eval()
-    with pytest.raises(Exception, match="structkd: .*tuple of arguments") as told:
+    with pytest.raises(Exception, match=r"structkd: .*tuple of arguments") as told:
         distiller(wrong, x_teacher=wrong)
     assert "the teacher" in str(told.value) or "the student" in str(told.value)
     assert distiller(right, x_teacher=right)[1]["KD"].isfinite()
@@ -325,7 +325,7 @@ def test_probabilities_where_logits_are_read_are_told() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x).softmax(dim=1)
 
-    with pytest.raises(ValueError, match="teacher.logits look like probabilities"):
+    with pytest.raises(ValueError, match=r"teacher\.logits look like probabilities"):
         Distiller(net(4), Soft(), structkd.KDLoss())(X, x_teacher=X)
 
 

@@ -71,7 +71,7 @@ def pick(rng: torch.Generator, low: int, high: int) -> int:
 
 
 def shaped(criterion: Criterion, student: Features, teacher: Features) -> Criterion:
-    """Lets a criterion take its shape from features, in float64 as they are, and changes no more."""
+    """Lets a criterion take its shape from features, in float64 as they are."""
     labels = torch.full((len(next(_tensors(student))),), -100)
     criterion.eval()
     with torch.no_grad():
