@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from structkd._checks import describe, whole
 
@@ -54,6 +54,22 @@ def _without_unshaped(
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+class _UnshapedBuffer(UninitializedBuffer):
+    """A buffer without a shape that can be copied, as torch's own parameters without one can."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _UnshapedBuffer:
+        made: Any = type(self)
+        copied: _UnshapedBuffer = made(device=self.data.device, dtype=self.data.dtype)
+        return copied
+
+
+def lazy_norm(kind: type[nn.LazyBatchNorm1d] | type[nn.LazyBatchNorm2d]) -> nn.Module:
+    """Returns one of torch's lazy batch norms, which can be copied before its first call."""
+    norm = kind()
+    norm.running_mean, norm.running_var = _UnshapedBuffer(), _UnshapedBuffer()
+    return norm
 
 
 def is_unshaped(module: nn.Module) -> bool:
@@ -132,7 +148,7 @@ class Projector(LazyHead):
         blocks: list[nn.Module] = []
         for _ in range(whole("layers", layers) - 1):
             # The norm's shift makes a bias before it idle.
-            blocks += [nn.LazyLinear(0, bias=False), nn.LazyBatchNorm1d(), nn.ReLU()]
+            blocks += [nn.LazyLinear(0, bias=False), lazy_norm(nn.LazyBatchNorm1d), nn.ReLU()]
         self.net: nn.Sequential | None = nn.Sequential(*blocks, nn.LazyLinear(0, bias=bias))
 
     def initialize_parameters(self, embedding: Tensor, out_dim: int | None = None) -> None:

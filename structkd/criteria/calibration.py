@@ -20,7 +20,7 @@ from structkd.criteria._maps import (
 from structkd.criteria.base import Criterion
 from structkd.criteria.numerics import unit
 from structkd.features import Features
-from structkd.projectors import LazyHead, StackedLinear, linear_map, shaped
+from structkd.projectors import LazyHead, StackedLinear, lazy_norm, linear_map, shaped
 
 
 class SemanticCalibrationLoss(Criterion):
@@ -150,7 +150,7 @@ class _Projections(LazyHead):
     def __init__(self) -> None:
         super().__init__()
         self.reduce, self.mix, self.expand = (StackedLinear(bias=False) for _ in range(3))
-        self.norms = nn.ModuleList([nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d()])
+        self.norms = nn.ModuleList(lazy_norm(nn.LazyBatchNorm2d) for _ in range(2))
 
     def initialize_parameters(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> None:
         total = 2 * len(maps_s) * sum(channels(value) for value in maps_t)

@@ -400,7 +400,9 @@ def _without(logits: Tensor, target: Tensor) -> Tensor:
 def _binary(logits: Tensor, others: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Returns the logarithms of ``(p_y, 1 - p_y)``, ``(B, 2)``."""
     own = logits.gather(1, target[:, None]) / temperature
-    rest = torch.logsumexp(others / temperature, dim=1, keepdim=True)
+    alone = (others <= _CLOSED).all(dim=1, keepdim=True)
+    rest = torch.logsumexp(torch.where(alone, 0, others) / temperature, dim=1, keepdim=True)
+    rest = rest.masked_fill(alone, -torch.inf)
     return F.log_softmax(torch.cat([own, rest], dim=1), dim=1)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from structkd import KDLoss
-from structkd.criteria.logits import DKDLoss, LogitMSELoss, LogitStandardizationLoss
+from structkd import Features, KDLoss, SupervisionLoss
+from structkd.criteria.logits import (
+    CurriculumTemperatureLoss,
+    DKDLoss,
+    LogitMSELoss,
+    LogitStandardizationLoss,
+)
 
 GAP = 200.0
 
@@ -97,7 +105,7 @@ def test_lskd_sees_neither_shift_nor_positive_scale() -> None:
 def test_lskd_takes_a_constant_row_as_uniform(constant: float) -> None:
     student = torch.full((2, 7), constant, requires_grad=True)
     teacher = torch.arange(14.0).reshape(2, 7)
-    value = LogitStandardizationLoss(temperature=1.0, weight=1.0)(student, teacher)
+    value = LogitStandardizationLoss(temperature=1.0)(student, teacher)
     standard = (teacher - teacher.mean(1, keepdim=True)) / teacher.std(1, False, keepdim=True)
     probabilities = standard.softmax(dim=1)
     wanted = math.log(7) + (probabilities * probabilities.log()).sum(dim=1).mean()
@@ -125,7 +133,7 @@ def test_lskd_shows_nan_of_one_entry() -> None:
 
 def test_lskd_standard_deviation_is_the_population_one() -> None:
     student, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[-1.0, 1.0]])
-    value = LogitStandardizationLoss(temperature=1.0, weight=1.0)(student, teacher)
+    value = LogitStandardizationLoss(temperature=1.0)(student, teacher)
     # Z is +-1 exactly; dividing by K - 1 would give +-0.71.
     p = 1 / (1 + math.exp(-2))
     assert float(value) == pytest.approx(2 * (2 * p - 1), rel=1e-6)
@@ -139,7 +147,7 @@ def test_lskd_standard_deviation_is_the_population_one() -> None:
         (lambda: DKDLoss(beta=float("nan")), r"beta must be finite >= 0, got nan"),
         (lambda: DKDLoss(temperature=-4), r"temperature must be finite > 0"),
         (lambda: LogitStandardizationLoss(temperature=0), r"temperature must be finite > 0"),
-        (lambda: LogitStandardizationLoss(weight=-9), r"weight must be finite >= 0, got -9"),
+        (lambda: KDLoss(form="sigmod"), r"form must be one of softmax, sigmoid, got 'sigmod'"),
     ],
 )
 def test_bad_arguments_are_named(make, match: str) -> None:
@@ -167,9 +175,100 @@ def test_bad_targets_are_named() -> None:
         DKDLoss()(logits, logits, torch.tensor([0.0, 1.0]))
 
 
-def test_dkd_of_one_class_is_named() -> None:
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
-        DKDLoss()(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([0, 0]))
+SOFT = [KDLoss(), DKDLoss(), LogitStandardizationLoss(), CurriculumTemperatureLoss()]
+
+
+@pytest.mark.parametrize("criterion", [*SOFT, SupervisionLoss()], ids=lambda c: type(c).__name__)
+def test_a_softmax_over_one_logit_is_refused_with_the_cure(criterion) -> None:
+    rows, target = torch.randn(2, 1), torch.tensor([0, 0])
+    with pytest.raises(ValueError, match=r"at least 2 classes, got 1.*(sigmoid|binary_cross)"):
+        criterion(Features(logits=rows), Features(logits=rows), target)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), classes=st.integers(2, 6), shift=st.floats(-50, 50))
+def test_a_shift_of_a_rows_logits_changes_nothing(seed: int, classes: int, shift: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    student, teacher = 2 * torch.randn(2, 4, classes, generator=rng, dtype=torch.float64)
+    target = torch.randint(0, classes, (4,), generator=rng)
+    shifts = shift * torch.randn(4, 1, generator=rng, dtype=torch.float64)
+    order = torch.randperm(classes, generator=rng)
+    for criterion in SOFT:
+        criterion = copy.deepcopy(criterion).double()
+        value = criterion(student, teacher, target)
+        for moved in ((student + shifts, teacher), (student, teacher - shifts)):
+            torch.testing.assert_close(criterion(*moved, target), value, rtol=1e-7, atol=1e-9)
+        renamed = student[:, order], teacher[:, order], order.argsort()[target]
+        torch.testing.assert_close(criterion(*renamed), value)
+    standard = LogitStandardizationLoss()
+    scaled = standard((1 + abs(shift)) * student, 3 * teacher)
+    torch.testing.assert_close(scaled, standard(student, teacher))
+
+
+def _masked(seed: int, mask: float, open_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Classes from ``open_`` on are masked out by the teacher; labels are of the others."""
+    rng = torch.Generator().manual_seed(seed)
+    student, teacher = 2 * torch.randn(2, 4, 6, generator=rng, dtype=torch.float64)
+    teacher[:, open_:] = mask
+    return student, teacher, torch.randint(0, open_, (4,), generator=rng)
+
+
+def _by_definition(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> torch.Tensor:
+    """KL with 0 log 0 = 0, over the classes that the teacher takes for possible."""
+    total = torch.zeros((), dtype=student.dtype)
+    for row_s, row_t in zip(student / tau, teacher / tau, strict=True):
+        p, q = row_t.softmax(0), row_s.softmax(0)
+        total = total + sum(a * (a / b).log() for a, b in zip(p, q, strict=True) if a > 0)
+    return tau**2 * total / len(student)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("open_", [1, 4])
+@pytest.mark.parametrize("both", [False, True], ids=["teacher masks", "both mask"])
+@pytest.mark.parametrize("criterion", [*SOFT, LogitMSELoss()], ids=lambda c: type(c).__name__)
+def test_classes_that_are_masked_out_leave_value_and_gradient_finite(
+    criterion, mask: float, open_: int, both: bool
+) -> None:
+    student, teacher, target = _masked(0, mask, open_)
+    if both:
+        student[:, open_:] = mask
+    student.requires_grad_()
+    criterion = copy.deepcopy(criterion).double()
+    value = criterion(student, teacher, target)
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in criterion.parameters())
+    if both:
+        assert (student.grad[:, open_:] == 0).all()
+
+
+def test_masked_classes_are_the_definition() -> None:
+    student, teacher, _ = _masked(1, -torch.inf, 4)
+    torch.testing.assert_close(KDLoss(2.0)(student, teacher), _by_definition(student, teacher, 2.0))
+    ctkd = CurriculumTemperatureLoss().double()
+    wanted = _by_definition(student, teacher, float(ctkd.temperature))
+    torch.testing.assert_close(ctkd(student, teacher).detach(), wanted, rtol=1e-6, atol=1e-8)
+    gap = (student - teacher)[:, :4].square().mean()
+    torch.testing.assert_close(LogitMSELoss()(student, teacher), gap)
+    cut = LogitStandardizationLoss()(student[:, :4], teacher[:, :4])
+    student[:, 4:] = -torch.inf
+    torch.testing.assert_close(LogitStandardizationLoss()(student, teacher), cut)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_the_sigmoid_form_is_binary_cross_entropy_up_to_the_teachers_entropy(classes: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 6, classes, generator=rng, dtype=torch.float64)
+    student.requires_grad_()
+    tau, wanted = 3.0, (teacher / 3.0).sigmoid()
+    value = KDLoss(tau, form="sigmoid")(student, teacher)
+    cost = F.binary_cross_entropy_with_logits(student / tau, wanted, reduction="sum")
+    least = F.binary_cross_entropy(wanted, wanted, reduction="sum")
+    torch.testing.assert_close(value, tau**2 * (cost - least) / 6)
+    (found,) = torch.autograd.grad(value, student)
+    (expected,) = torch.autograd.grad(tau**2 * cost / 6, student)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.peer

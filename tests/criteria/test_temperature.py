@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from structkd.criteria.temperature import CurriculumTemperatureLoss
 
-from structkd import Features, KDLoss
+from structkd import KDLoss
+from structkd.criteria.logits import CurriculumTemperatureLoss
 from tests.reference import logits as reference
 
 
@@ -110,15 +110,6 @@ def test_temperature_learns_under_an_optimizer_and_is_saved() -> None:
     criterion(student, teacher).backward()
     optimizer.step()
     assert criterion.state_dict()["raw_temperature"] != before
-
-
-def test_from_features() -> None:
-    feats = Features(logits=torch.randn(4, 3))
-    criterion = CurriculumTemperatureLoss.from_features(feats, feats, low=2.0, ramp_epochs=3)
-    assert criterion.low == 2.0
-    assert criterion.ramp_epochs == 3
-    with pytest.raises(ValueError, match=r"needs teacher\.logits"):
-        CurriculumTemperatureLoss.from_features(feats, Features())
 
 
 @pytest.mark.parametrize(
