@@ -96,8 +96,11 @@ def shaped(layer: nn.Module, value: Tensor, width: int | None = None) -> None:
         if width is not None and hasattr(layer, name):
             setattr(layer, name, int(width))
     layer._infer_parameters(layer, (value,))
-    if isinstance(layer, nn.Conv2d):  # torch leaves it at 0 where a state dict was loaded before
+    # Where a state dict was loaded before, torch leaves these at 0.
+    if isinstance(layer, nn.Conv2d):
         layer.in_channels = layer.weight.shape[1]
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        layer.num_features = len(layer.weight)
 
 
 def project(head: nn.Module, value: Tensor, width: int) -> Tensor:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-LATE = ("ot", "faiss", "timm", "sklearn", "scipy", "pandas", "matplotlib", "mmengine")
+LATE = (
+    "ot",
+    "faiss",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "timm",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "mmengine",
+)
 
 
 def _loaded(statement: str) -> set[str]:
