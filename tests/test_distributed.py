@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import structkd
 from structkd import Criterion, FeatureCapture, Features
 from structkd.distributed import average_gradients, broadcast_state, gather_batch, world_size
+from tests.cases.case import shaped
 from tests.processes import start
 
 WORLD, BATCH = 2, 8
@@ -32,30 +33,24 @@ class Net(nn.Module):
         return self.fc(self.layer(x).relu().mean((2, 3)))
 
 
-def _ds(**options: object) -> Criterion:
-    widths = [
-        Features(embedding=torch.zeros(2, width), intermediate=torch.zeros(2, width, 1, 1))
-        for width in (5, 6)
-    ]
-    return structkd.DSLoss.from_features(*widths, gather=True, **options)
-
-
 def _crd() -> Criterion:
-    return structkd.ContrastiveRepresentationLoss(
-        5, 6, BATCH, embedding_dim=4, negatives=3, gather=True
-    )
+    return structkd.ContrastiveRepresentationLoss(BATCH, embedding_dim=4, negatives=3, gather=True)
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
-    "ds-measured": lambda: _ds(),
-    "ds-printed": lambda: _ds(variant="printed"),
-    "sem-linear": lambda: structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True),
-    "sem-mlp": lambda: structkd.CrossCorrelationLoss(structkd.Projector(5, 6), gather=True),
-    "dcm": lambda: structkd.UniformityCalibrationLoss(structkd.ConvAdapter(5, 6), gather=True),
-    "coral": lambda: structkd.CORALLoss(structkd.Projector(5, 6, layers=1), gather=True),
+    "ds-measured": lambda: structkd.DSLoss(gather=True),
+    "ds-printed": lambda: structkd.DSLoss(variant="printed", gather=True),
+    "sem-linear": lambda: structkd.CrossCorrelationLoss(
+        student_projector=nn.Linear(5, 6), gather=True
+    ),
+    "sem-mlp": lambda: structkd.CrossCorrelationLoss(
+        student_projector=structkd.Projector(6), gather=True
+    ),
+    "dcm": lambda: structkd.UniformityCalibrationLoss(gather=True),
+    "coral": lambda: structkd.CORALLoss(gather=True),
     "rkd": lambda: structkd.RelationalLoss(gather=True),
     "srm": lambda: structkd.SupervisionLoss(gather=True),
-    "ds-srm": lambda: _ds(srm=True),
+    "ds-srm": lambda: structkd.DSLoss(srm=True, gather=True),
     "dkd": lambda: structkd.DKDLoss(gather=True),
     "crd": _crd,
 }
@@ -66,9 +61,20 @@ ONLY_WRAPPED = ("crd",)
 def _setup(name: str) -> tuple[Net, Net, Criterion, Tensor, Tensor]:
     torch.manual_seed(0)
     student, teacher = Net(5).double(), Net(6).double()
-    criterion = CRITERIA[name]().double()
+    criterion = shaped(CRITERIA[name]().double(), _example(5), _example(6))
     images = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64)
     return student, teacher, criterion, images, TARGET
+
+
+def _example(width: int) -> Features:
+    """What gives a criterion its shape, with nothing in it and in one process."""
+    maps = torch.ones(BATCH, width, 4, 4, dtype=torch.float64)
+    return Features(
+        logits=maps[:, :4, 0, 0],
+        embedding=maps.mean((2, 3)),
+        intermediate=maps,
+        index=torch.arange(BATCH),
+    )
 
 
 def _run(
@@ -158,8 +164,8 @@ def test_uneven_shards_come_together_with_their_gradients(tmp_path) -> None:
 
 def _training() -> tuple[Net, Criterion]:
     student = Net(5).double()
-    criterion = _crd() + structkd.SupervisionLoss(gather=True) + 0.5 * _ds()
-    return student, criterion.double()
+    criterion = _crd() + structkd.SupervisionLoss(gather=True) + 0.5 * structkd.DSLoss(gather=True)
+    return student, shaped(criterion.double(), _example(5), _example(6))
 
 
 def _train(

@@ -13,46 +13,35 @@ from torch import Tensor, nn
 import structkd
 from structkd import Criterion, Features
 from structkd.distributed import average_gradients, world_size
+from tests.cases.case import shaped
 from tests.processes import start
 
 BATCH = 8
 SHARES = ([4, 4], [1, 7], [2, 5, 1], [0, 8])  # batch sizes a rank
 
 
-def _ds(**options: object) -> Criterion:
-    feats_s, feats_t = (
-        Features(embedding=torch.ones(2, width), intermediate=torch.ones(2, width, 4, 4))
-        for width in (5, 6)
-    )
-    return structkd.DSLoss.from_features(feats_s, feats_t, gather=True, **options)
-
-
-def _dense(width_s: int = 5, **options: object) -> Criterion:
-    return structkd.DenseStructureLoss(width_s, 6, gather=True, **options)
+def _dense(**options: object) -> Criterion:
+    return structkd.DenseStructureLoss(gather=True, **options)
 
 
 def _sem(**options: object) -> Criterion:
-    return structkd.CrossCorrelationLoss(nn.Linear(5, 6), gather=True, **options)
+    projector = nn.Linear(5, 6)
+    return structkd.CrossCorrelationLoss(student_projector=projector, gather=True, **options)
 
 
 def _fitnet_log() -> Criterion:
-    return structkd.FitNetLoss(5, 6, form="log", kernel_size=3, gather=True)
-
-
-def _three_stages() -> Criterion:
-    return structkd.DenseStructureLoss([3, 5, 6], [6, 6, 6], gather=True)
+    return structkd.FitNetLoss(form="log", kernel_size=3, gather=True)
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
-    "ds-aligned": lambda: _ds(aligned=True),
-    "ds-measured": lambda: _ds(),
+    "ds-measured": lambda: structkd.DSLoss(gather=True),
     "sem": lambda: _sem(),
     "sem-centred": lambda: _sem(center=True, floor=0.01),
     "sem-gram": lambda: _sem(center=True, form="gram"),
     "dense": _dense,
     "dense-squared": lambda: _dense(diagonal="squared", floor=0.0),
     # A student wider than the teacher: the convolution meets positions, not sums.
-    "dense-wide": lambda: _dense(7),
+    "dense-wide": _dense,
     "dense-closed": lambda: _dense(adapter="closed_form", split=False),
     "dense-split": lambda: _dense(adapter="closed_form", split=True),
     "fitnet-log": _fitnet_log,
@@ -63,6 +52,11 @@ def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Te
     """One rank's part of a batch of maps that are parameters, so that no network is in the way."""
     torch.manual_seed(0)
     criterion = CRITERIA[name]().double()
+    examples = [torch.ones(BATCH, c, 3, 4).double() for c in (7 if name == "dense-wide" else 5, 6)]
+    shaped(
+        criterion,
+        *(Features(embedding=value.mean((2, 3)), intermediate=value) for value in examples),
+    )
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     rng = torch.Generator().manual_seed(1)
     widths = (7 if name == "dense-wide" else 5, 6)
@@ -122,7 +116,7 @@ def _count_worker(rank: int, widths: list[int], build: Callable[[], Criterion], 
         Path(out).write_text(f"{forward} {counted['calls'] - forward}")
 
 
-@pytest.mark.parametrize(("widths", "build"), [([3, 5, 6], _three_stages), ([5], _fitnet_log)])
+@pytest.mark.parametrize(("widths", "build"), [([3, 5, 6], _dense), ([5], _fitnet_log)])
 def test_two_reduces_forward_and_one_backward_are_enough(tmp_path: Path, widths, build) -> None:
     out = tmp_path / "count"
     start(_count_worker, tmp_path, 2, widths, build, str(out))

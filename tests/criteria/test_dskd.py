@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from structkd import (
-    ConvAdapter,
     CORALLoss,
     CrossCorrelationLoss,
     DistilVPRLoss,
@@ -45,6 +44,11 @@ def both_forms(kind, student: Tensor, teacher: Tensor):
     return [value_and_gradient(kind(form), student, teacher) for form in ("matrix", "gram")]
 
 
+def plain(**options: object) -> CrossCorrelationLoss:
+    """Compares embeddings as they are."""
+    return CrossCorrelationLoss(projector="none", **options)
+
+
 # --- CrossCorrelationLoss -------------------------------------------------------------------------
 
 
@@ -52,9 +56,7 @@ def both_forms(kind, student: Tensor, teacher: Tensor):
 @given(seed=seeds, batch=some_batches, width=widths, scale=scales)
 def test_correlations_lie_between_minus_one_and_one(seed, batch, width, scale) -> None:
     # With lambd = 1 the loss is |C - I|^2, at most 4 a diagonal and 1 an off-diagonal entry.
-    terms = CrossCorrelationLoss(lambd=1.0).terms(
-        randn(seed, batch, width) * scale, randn(seed + 1, batch, width)
-    )
+    terms = plain(lambd=1.0).terms(randn(seed, batch, width) * scale, randn(seed + 1, batch, width))
     assert 0 <= float(terms["SEM-1"]) <= 4 * width * (1 + 1e-5)
     assert 0 <= float(terms["SEM-2"]) <= width * (width - 1) * (1 + 1e-5)
 
@@ -64,7 +66,7 @@ def test_correlations_lie_between_minus_one_and_one(seed, batch, width, scale) -
 def test_positive_column_scaling_changes_nothing(seed, batch, width, center) -> None:
     student, teacher = randn(seed, batch, width), randn(seed + 1, batch, width)
     factors = 10 ** (8 * torch.rand(width, generator=generator(seed)) - 4)
-    criterion = CrossCorrelationLoss(lambd=0.5, center=center)
+    criterion = plain(lambd=0.5, center=center)
     torch.testing.assert_close(
         criterion(student * factors, teacher / factors),
         criterion(student, teacher),
@@ -78,7 +80,7 @@ def test_positive_column_scaling_changes_nothing(seed, batch, width, center) -> 
 def test_matrix_and_gram_agree(seed, batch, width, center) -> None:
     student, teacher = randn(seed, batch, width), randn(seed + 1, batch, width)
     (value, gradient), (gram_value, gram_gradient) = both_forms(
-        lambda form: CrossCorrelationLoss(lambd=0.3, center=center, form=form), student, teacher
+        lambda form: plain(lambd=0.3, center=center, form=form), student, teacher
     )
     torch.testing.assert_close(gram_value, value, rtol=1e-5, atol=1e-6)
     # The gradient, and its rounding, goes with one over the column's length.
@@ -92,7 +94,7 @@ def test_matrix_and_gram_agree_beside_the_optimum(distance: float, lambd: float)
     columns = torch.linalg.qr(randn(0, 64, 32))[0]
     student = columns + distance * randn(1, 64, 32)
     (value, gradient), (gram_value, gram_gradient) = both_forms(
-        lambda form: CrossCorrelationLoss(lambd=lambd, form=form), student, columns
+        lambda form: plain(lambd=lambd, form=form), student, columns
     )
     assert float(gram_value) >= 0
     torch.testing.assert_close(gram_value, value, rtol=1e-3, atol=(1 + 10 * lambd) * 1e-12)
@@ -110,7 +112,7 @@ def test_gram_never_builds_the_square() -> None:
             return out
 
     student, teacher = randn(0, 8, 4096).requires_grad_(), randn(1, 8, 4096)
-    for criterion in (CrossCorrelationLoss(), CORALLoss()):
+    for criterion in (plain(), CORALLoss()):
         with Largest() as largest:
             criterion(student, teacher).backward()
         assert largest.numel <= 8 * 4096
@@ -119,9 +121,9 @@ def test_gram_never_builds_the_square() -> None:
 def test_a_dead_channel_counts_one_and_sends_no_gradient() -> None:
     student, teacher = randn(0, 6, 3), randn(1, 6, 3)
     student[:, 1] = 0
-    terms = CrossCorrelationLoss().terms(student, student)
+    terms = plain().terms(student, student)
     assert float(terms["SEM-1"]) == pytest.approx(1, abs=1e-5)
-    _, gradient = value_and_gradient(CrossCorrelationLoss(), student, teacher)
+    _, gradient = value_and_gradient(plain(), student, teacher)
     assert gradient.isfinite().all()
     assert (gradient[:, 1] == 0).all()
 
@@ -131,28 +133,26 @@ def test_a_dead_channel_counts_one_and_sends_no_gradient() -> None:
 def test_a_constant_channel_is_dead_once_centred(level: float, batch: int) -> None:
     student, teacher = randn(0, batch, 2), randn(1, batch, 2)
     student[:, 0] = level
-    value, gradient = value_and_gradient(CrossCorrelationLoss(center=True), student, teacher)
+    value, gradient = value_and_gradient(plain(center=True), student, teacher)
     assert value.isfinite()
     assert float(gradient[:, 0].abs().max()) < 1e-3
 
 
 def test_centring_is_the_pearson_form() -> None:
     student, teacher = randn(0, 9, 4), randn(1, 9, 4)
-    shifted = CrossCorrelationLoss(center=True)(student + 5, teacher - 3)
-    torch.testing.assert_close(shifted, CrossCorrelationLoss(center=True)(student, teacher))
+    shifted = plain(center=True)(student + 5, teacher - 3)
+    torch.testing.assert_close(shifted, plain(center=True)(student, teacher))
     pearson = torch.corrcoef(torch.cat([student, teacher], 1).T)[:4, 4:]
     want = (1 - pearson.diagonal()).square().sum()
-    torch.testing.assert_close(
-        CrossCorrelationLoss(center=True).terms(student, teacher)["SEM-1"], want
-    )
+    torch.testing.assert_close(plain(center=True).terms(student, teacher)["SEM-1"], want)
 
 
 def test_the_teachers_projector_is_frozen_unless_asked() -> None:
-    frozen = CrossCorrelationLoss(Projector(4, 8), Projector(4, 8))
+    frozen = CrossCorrelationLoss(projector="mlp")
     frozen(randn(0, 6, 4), randn(1, 6, 4)).backward()
     assert all(p.grad is not None for p in frozen.student_projector.parameters())
     assert all(p.grad is None for p in frozen.teacher_projector.parameters())
-    trained = CrossCorrelationLoss(Projector(4, 8), Projector(4, 8), train_teacher_projector=True)
+    trained = CrossCorrelationLoss(projector="mlp", train_teacher_projector=True)
     trained(randn(0, 6, 4), randn(1, 6, 4)).backward()
     assert all(p.grad is not None for p in trained.teacher_projector.parameters())
 
@@ -164,7 +164,11 @@ def test_a_trained_teachers_projector_has_one_gradient_in_both_forms(center: boo
     for form in ("matrix", "gram"):
         torch.manual_seed(0)
         criterion = CrossCorrelationLoss(
-            nn.Linear(4, 5), nn.Linear(4, 5), form=form, center=center, train_teacher_projector=True
+            student_projector=nn.Linear(4, 5),
+            teacher_projector=nn.Linear(4, 5),
+            form=form,
+            center=center,
+            train_teacher_projector=True,
         ).double()
         criterion(student, teacher).backward()
         found.append([parameter.grad for parameter in criterion.parameters()])
@@ -288,41 +292,36 @@ def example(batch: int = 6) -> tuple[Features, Features, Tensor]:
 TERMS = ("SEM-1", "SEM-2", "DCM-1", "DCM-2")
 
 
-def test_the_five_terms_are_separate_in_name_and_switch() -> None:
+def ds_terms(**options: object) -> dict[str, Tensor]:
+    """The terms of the example, with the same weights whatever the options."""
     student, teacher, target = example()
     torch.manual_seed(0)
-    every = DSLoss.from_features(student, teacher, srm=True)
-    terms = every.terms(student, teacher, target)
+    return DSLoss(**options).terms(student, teacher, target)
+
+
+def test_the_five_terms_are_separate_in_name_and_switch() -> None:
+    terms = ds_terms(srm=True)
     assert list(terms) == ["SRM", *TERMS]
     for left_out in TERMS:
-        torch.manual_seed(0)
-        kept = [name for name in TERMS if name != left_out]
-        without = DSLoss.from_features(student, teacher, terms=kept)
-        left = without.terms(student, teacher, target)
-        assert list(left) == kept
+        left = ds_terms(terms=[name for name in TERMS if name != left_out])
+        assert list(left) == [name for name in TERMS if name != left_out]
         for other, value in left.items():
             torch.testing.assert_close(value, terms[other])
 
 
 def test_the_task_loss_is_added_only_if_asked() -> None:
     student, teacher, target = example()
-    criterion = DSLoss.from_features(student, teacher)
-    assert "SRM" not in criterion.terms(student, teacher, target)
-    torch.testing.assert_close(criterion(student, teacher, target), criterion(student, teacher))
-    torch.manual_seed(0)
-    plain = DSLoss.from_features(student, teacher)
-    torch.manual_seed(0)
-    whole = DSLoss.from_features(student, teacher, srm=True)
+    assert "SRM" not in ds_terms()
+    whole = DSLoss(srm=True)
     cross_entropy = torch.nn.functional.cross_entropy(student.logits, target)
-    difference = whole(student, teacher, target) - plain(student, teacher)
-    torch.testing.assert_close(difference, cross_entropy)
+    torch.testing.assert_close(whole.terms(student, teacher, target)["SRM"], cross_entropy)
     with pytest.raises(ValueError, match="SupervisionLoss needs target"):
         whole(student, teacher)
 
 
 def test_rows_without_a_label_are_distilled_all_the_same() -> None:
     student, teacher, target = example()
-    criterion = DSLoss.from_features(student, teacher, srm=True)
+    criterion = DSLoss(srm=True)
     full = criterion.terms(student, teacher, target)
     target[[0, 3]] = -100
     some = criterion.terms(student, teacher, target)
@@ -333,98 +332,61 @@ def test_rows_without_a_label_are_distilled_all_the_same() -> None:
         torch.testing.assert_close(some[name], full[name])
     none = criterion.terms(student, teacher, torch.full_like(target, -100))
     assert float(none["SRM"]) == 0
-
-
-def test_soft_targets_are_taken_as_mixup_gives_them() -> None:
-    student, teacher, target = example()
-    criterion = DSLoss.from_features(student, teacher, srm=True)
-    soft = torch.nn.functional.one_hot(target, 5).float()
-    torch.testing.assert_close(
-        criterion(student, teacher, soft), criterion(student, teacher, target)
-    )
+    soft = torch.nn.functional.one_hot(target.clamp_min(0), 5).float()  # as Mixup gives them
+    hard = criterion(student, teacher, target.clamp_min(0))
+    torch.testing.assert_close(criterion(student, teacher, soft), hard)
 
 
 def test_gamma_scales_the_structure_terms_alone() -> None:
-    student, teacher, target = example()
-
-    def terms(**options) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        criterion = DSLoss.from_features(student, teacher, srm=True, **options)
-        return criterion.terms(student, teacher, target)
-
-    once, scaled = terms(gamma=1.0), terms(gamma=(3.0, 0.5))
+    once, scaled = ds_terms(srm=True, gamma=1.0), ds_terms(srm=True, gamma=(3.0, 0.5))
     for name, factor in {"SRM": 1, "SEM-1": 3, "SEM-2": 3, "DCM-1": 0.5, "DCM-2": 0.5}.items():
         torch.testing.assert_close(scaled[name], factor * once[name])
-    summed = terms(gamma=1.0, reduction="sum")
-    torch.testing.assert_close(summed["SEM-1"], once["SEM-1"] * 8)
 
 
 def test_the_printed_variant_is_the_equations() -> None:
     student, teacher, _ = example()
-    criterion = DSLoss.from_features(student, teacher, variant="printed", gamma=0.2)
-    want = CrossCorrelationLoss(criterion.sem.student_projector, criterion.sem.teacher_projector)
+    criterion = DSLoss(variant="printed", gamma=0.2)
+    got = criterion(student, teacher)
+    want = CrossCorrelationLoss(
+        student_projector=criterion.sem.student_projector,
+        teacher_projector=criterion.sem.teacher_projector,
+    )
     sem = want(student, teacher)
     dcm = UniformityCalibrationLoss(criterion.dcm.adapter)(student, teacher)
-    got = criterion(student, teacher)
     torch.testing.assert_close(got, 0.2 * (sem + dcm))
     assert criterion.sem.student_projector.out_dim == 4 * 8  # the MLPs raise the width
 
 
-def test_what_is_switched_off_has_no_parameters() -> None:
+def test_what_is_switched_off_has_no_parameters_and_reads_nothing() -> None:
     student, teacher, _ = example()
-    only_sem = DSLoss.from_features(student, teacher, terms=["SEM-2"])
+    no_map = (student.replace(intermediate=()), teacher.replace(intermediate=()))
+    only_sem = DSLoss(terms=["SEM-2"])
+    only_sem(*no_map)
     assert only_sem.dcm is None
     assert sum(p.numel() for p in only_sem.parameters()) == 4 * 8 + 8
-    only_dcm = DSLoss.from_features(student, teacher, terms=["DCM-1"])
+    no_row = (student.replace(embedding=None), teacher.replace(embedding=None))
+    only_dcm = DSLoss(terms=["DCM-1"])
+    only_dcm(*no_row)
     assert only_dcm.sem is None
     assert sum(p.numel() for p in only_dcm.parameters()) == 3 * 6 + 6
 
 
-def test_from_features_needs_only_what_the_terms_read() -> None:
-    student, teacher, _ = example()
-    no_map = (student.replace(intermediate=()), teacher.replace(intermediate=()))
-    assert DSLoss.from_features(*no_map, terms=["SEM-1", "SEM-2"])(*no_map).isfinite()
-    no_row = (student.replace(embedding=None), teacher.replace(embedding=None))
-    assert DSLoss.from_features(*no_row, terms=["DCM-1", "DCM-2"])(*no_row).isfinite()
-
-
 def test_parts_are_taken_as_they_are() -> None:
     student, teacher, _ = example()
-    sem = CrossCorrelationLoss(nn.Linear(4, 8), reduction="mean", center=True)
-    dcm = UniformityCalibrationLoss(ConvAdapter(3, 6), cross_sign="align")
+    sem = CrossCorrelationLoss(reduction="mean", center=True, projector="mlp", projector_dim=9)
+    dcm = UniformityCalibrationLoss(cross_sign="align", sigma="median")
     criterion = DSLoss(sem=sem, dcm=dcm, gamma=(2.0, 0.5))
     want = 2 * sem(student, teacher) + 0.5 * dcm(student, teacher)
     torch.testing.assert_close(criterion(student, teacher), want)
-    given = DSLoss.from_features(student, teacher, sem=sem, sigma="median")
-    assert given.sem is sem
-    assert given.dcm.sigma is None
-    assert DSLoss(sem=sem, gamma=1, gather=True).sem.gather
-    none = DSLoss.from_features(student, teacher, sem=None)
-    assert list(none.terms(student, teacher)) == ["DCM-1", "DCM-2"]
-
-
-def test_every_option_of_the_parts_reaches_its_part() -> None:
-    student, teacher, _ = example()
-    criterion = DSLoss.from_features(
-        student, teacher, projector="mlp", projector_dim=9, lambd=0.5, form="gram", pool="flatten",
-        train_teacher_projector=True, cross_sign="separate", normalize=False, layer=0,
-    )  # fmt: skip
-    assert criterion.sem.student_projector.out_dim == 9
-    assert all(p.requires_grad for p in criterion.sem.teacher_projector.parameters())
-    assert (criterion.sem.lambd, criterion.sem.form, criterion.sem.center) == (0.5, "gram", True)
-    dcm = criterion.dcm
-    assert (dcm.pool, dcm.cross_sign, dcm.normalize, dcm.layer) == ("flatten", "separate", False, 0)
-    own = nn.Linear(4, 8)
-    assert (
-        DSLoss.from_features(student, teacher, student_projector=own).sem.student_projector is own
-    )
+    assert (criterion.sem, criterion.dcm) == (sem, dcm)
+    assert sem.student_projector.out_dim == 9
 
 
 # Without an adapter: torch's own convolution on the CPU takes another graph from 16 samples on.
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DSLoss(CrossCorrelationLoss(), UniformityCalibrationLoss(), gamma=1.0),
+        lambda: DSLoss(sem=plain()),
         RelationalLoss,
         DistilVPRLoss,
     ],
@@ -471,20 +433,23 @@ def test_maps_tokens_and_rows_meet() -> None:
 
 
 def test_projectors_that_share_parameters_are_refused() -> None:
-    shared = Projector(4, 8)
+    shared = Projector(8)
+    both = {"student_projector": shared, "teacher_projector": shared}
     with pytest.raises(ValueError, match=r"share parameters.*copy\.deepcopy"):
-        CrossCorrelationLoss(shared, shared)
-    trained = CrossCorrelationLoss(shared, shared, train_teacher_projector=True)
+        CrossCorrelationLoss(**both)
+    trained = CrossCorrelationLoss(**both, train_teacher_projector=True)
     assert all(p.requires_grad for p in trained.parameters())
 
 
 def test_coral_projects_where_widths_differ() -> None:
     student, teacher, _ = example()
-    criterion = CORALLoss.from_features(student, teacher)
-    assert criterion.student_projector.out_dim == 8
+    criterion = CORALLoss()
+    value = criterion(student, teacher)
     want = CORALLoss()(criterion.student_projector(student.embedding), teacher.embedding)
-    torch.testing.assert_close(criterion(student, teacher), want)
-    assert CORALLoss.from_features(teacher, teacher).student_projector is None
+    torch.testing.assert_close(value, want)
+    equal = CORALLoss()
+    equal(teacher, teacher)
+    assert not list(equal.parameters())
 
 
 @pytest.mark.parametrize("form", ["matrix", "gram"])
@@ -521,36 +486,19 @@ def test_a_batch_without_labels_costs_nothing() -> None:
     assert (gradient == 0).all()
 
 
-def test_projectors_learn_and_are_saved() -> None:
-    student, teacher, target = example()
-    criterion = DSLoss.from_features(student, teacher)
-    before = {name: value.clone() for name, value in criterion.state_dict().items()}
-    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
-    first = criterion(student, teacher, target)
-    first.backward()
-    optimizer.step()
-    moved = [n for n, v in criterion.state_dict().items() if not torch.equal(v, before[n])]
-    assert {"sem.student_projector.net.0.weight", "dcm.adapter.conv.weight"} <= set(moved)
-    assert criterion(student, teacher, target) < first
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
 EMBED, MAP = torch.zeros(4, 3), torch.zeros(4, 3, 2, 2)
 SEM = CrossCorrelationLoss()
 
 
-def build(**options: object) -> DSLoss:
-    return DSLoss.from_features(*example()[:2], **options)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (
-            lambda: CrossCorrelationLoss()(EMBED, torch.zeros(4, 5)),
+            lambda: plain()(EMBED, torch.zeros(4, 5)),
             ValueError,
-            r"one width after projection, got 3 and 5; pass student_projector=.*Projector\(3, 5\)",
+            r"one width after projection, got 3 and 5; leave .*student_projector=.*Projector\(5\)",
         ),
         (lambda: CrossCorrelationLoss()(MAP, MAP), ValueError, r"student.embedding must be 2-D"),
         (lambda: CrossCorrelationLoss(lambd=-1), ValueError, "lambd must be finite >= 0, got -1"),
@@ -562,19 +510,14 @@ def build(**options: object) -> DSLoss:
             "form must be one of auto, matrix, gram, got 'grams'",
         ),
         (
-            lambda: UniformityCalibrationLoss()(MAP, torch.zeros(4, 5, 2, 2)),
+            lambda: UniformityCalibrationLoss(nn.Identity())(MAP, torch.zeros(4, 5, 2, 2)),
             ValueError,
-            r"same channels, got float32 \(4, 3, 2, 2\) and .*\(4, 5, 2, 2\); pass adapter=",
+            r"adapter must bring float32 \(4, 3, 2, 2\) to the teacher's 5 channels",
         ),
         (
             lambda: UniformityCalibrationLoss(pool="flatten")(MAP, torch.zeros(4, 2, 3)),
             ValueError,
             "whose 2 tokens form no square",
-        ),
-        (
-            lambda: UniformityCalibrationLoss(ConvAdapter(4, 3))(MAP, MAP),
-            ValueError,
-            r"the adapter takes \(B, 4, H, W\)",
         ),
         (lambda: UniformityCalibrationLoss(sigma=0), ValueError, "sigma must be finite > 0, got 0"),
         (
@@ -591,43 +534,40 @@ def build(**options: object) -> DSLoss:
             "cross_sign must be one of",
         ),
         (
-            lambda: CORALLoss()(EMBED, torch.zeros(4, 5)),
+            lambda: CORALLoss(nn.Identity())(EMBED, torch.zeros(4, 5)),
             ValueError,
-            r"one width, got 3 and 5; project the student's with structkd.Projector\(3, 5\)",
+            r"one width, got 3 and 5; project the student's with structkd.Projector\(5\)",
         ),
-        (lambda: DSLoss(SEM, gamma=-0.1), ValueError, "gamma must be finite >= 0, got -0.1"),
-        (lambda: DSLoss(SEM, gamma=(1, -2)), ValueError, r"gamma\[1\] must be finite >= 0"),
-        (lambda: DSLoss(SEM, gamma=(1, 2, 3)), ValueError, "a number or a pair"),
-        (lambda: DSLoss(gamma=1), ValueError, "nothing is left"),
-        (lambda: DSLoss(4, gamma=1), TypeError, "sem must be a CrossCorrelationLoss or None"),
-        (lambda: DSLoss(None, SEM, gamma=1), TypeError, "dcm must be a UniformityCalibrationLo"),
-        (lambda: build(projector="none"), ValueError, "4 and 8 wide: projector='none' needs"),
-        (lambda: build(projector="conv"), ValueError, "projector must be one of linear"),
-        (lambda: build(projector_dim=9), ValueError, "goes with projector='mlp'"),
-        (lambda: build(projector="mlp", projector_dim=0), ValueError, "projector_dim must be at"),
+        (lambda: DSLoss(gamma=-0.1), ValueError, "gamma must be finite >= 0, got -0.1"),
+        (lambda: DSLoss(gamma=(1, -2)), ValueError, r"gamma\[1\] must be finite >= 0"),
+        (lambda: DSLoss(gamma=(1, 2, 3)), ValueError, "a number or a pair"),
+        (lambda: DSLoss(sem=4), TypeError, "sem must be a CrossCorrelationLoss or None"),
+        (lambda: DSLoss(dcm=SEM), TypeError, "dcm must be a UniformityCalibrationLoss"),
+        (lambda: CrossCorrelationLoss(projector="conv"), ValueError, "projector must be one of li"),
+        (lambda: CrossCorrelationLoss(projector_dim=9), ValueError, "goes with projector='mlp'"),
         (
-            lambda: build(projector="mlp", student_projector=nn.Linear(4, 8)),
+            lambda: CrossCorrelationLoss(projector="mlp", projector_dim=0),
             ValueError,
-            "projector builds projectors, but student_projector",
+            "projector_dim must be at least 1",
         ),
-        (lambda: build(variant="paper"), ValueError, "variant must be one of measured"),
-        (lambda: build(terms=["SEM-3"]), ValueError, "one or more of SEM-1, .* got 'SEM-3'"),
-        (lambda: build(terms=[]), ValueError, "one or more of SEM-1, .* got none"),
-        (lambda: build(sem=SEM, lambd=1), ValueError, "lambd belong to the CrossCorrelationLoss"),
-        (lambda: build(gama=1), TypeError, "DSLoss has no option 'gama'; near names: gamma"),
         (
-            lambda: build(train_teacher_projector=True),
+            lambda: CrossCorrelationLoss(projector="mlp", student_projector=nn.Linear(4, 8)),
+            ValueError,
+            "projector and projector_dim say which projectors to make",
+        ),
+        (lambda: DSLoss(variant="paper"), ValueError, "variant must be one of measured"),
+        (lambda: DSLoss(terms=["SEM-3"]), ValueError, "one or more of SEM-1, .* got 'SEM-3'"),
+        (lambda: DSLoss(terms=[]), ValueError, "one or more of SEM-1, .* got none"),
+        (lambda: DSLoss(sem=SEM, terms=["DCM-1"]), ValueError, "sem has the terms SEM-1, SEM-2"),
+        (
+            lambda: CrossCorrelationLoss(train_teacher_projector=True),
             ValueError,
             "no teacher_projector to train; pass one, or .*projector='mlp'",
         ),
-        (lambda: DSLoss(SEM, gamma=1)(EMBED, EMBED), TypeError, "student must be Features, got fl"),
+        (lambda: DSLoss()(EMBED, EMBED), TypeError, "student must be Features or a dict"),
+        (lambda: DSLoss()(Features(), Features()), ValueError, r"needs student\.embedding"),
         (
-            lambda: DSLoss.from_features(Features(), Features()),
-            ValueError,
-            "needs student.embedding",
-        ),
-        (
-            lambda: DSLoss(gamma=1, srm=True)(Features(), Features(), torch.zeros(4).long()),
+            lambda: DSLoss(srm=True)(Features(), Features(), torch.zeros(4).long()),
             ValueError,
             "SupervisionLoss needs student.logits",
         ),
@@ -640,7 +580,7 @@ def build(**options: object) -> DSLoss:
         (
             lambda: SupervisionLoss()(EMBED, EMBED),
             ValueError,
-            r"needs target, class indices \(B,\) with -100",
+            r"needs target, .*class indices \(B,\) with -100",
         ),
         (
             lambda: SupervisionLoss()(EMBED, EMBED, torch.zeros(4, 2)),
