@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from crossmodal.data.sources import Images, Pixels, Rows
-from crossmodal.data.views import Wanted, open_source, open_views
+from data.sources import Images, Pixels, Rows
+from data.views import Wanted, open_source, open_views
 from crossmodal.recipes import DataSet
 
 _LISTED = 20

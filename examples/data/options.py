@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crossmodal.data.poverty import EXAMPLES
+from data.poverty import EXAMPLES
 from crossmodal.recipes import DataSet
 
 # An option of the same name stands in the entries of the data sets that have it.

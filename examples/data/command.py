@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmodal.cli import Parser, reported
-from crossmodal.data import Wanted
-from crossmodal.data.check import check
-from crossmodal.data.options import add_options, options
+from data import Wanted
+from data.check import check
+from data.options import add_options, options
 from crossmodal.near import did_you_mean
 from crossmodal.recipes import data_sets
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossmodal.data.draws import uniform
+from data.draws import uniform
 from crossmodal.near import did_you_mean
 
 _FIXED, _FRESH, _AMOUNT = 11, 12, 13

@@ -10,7 +10,7 @@ from einops import rearrange
 from timm.models import register_model
 from torch import Tensor, nn
 
-from crossmodal.models.head import Head, own_options
+from models.head import Head, own_options
 
 __all__ = ["CifarShuffleNetV2", "crd_shufflenet_v2"]
 

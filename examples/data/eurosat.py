@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmodal.data.decode import TIFF, AlikeFiles
-from crossmodal.data.layouts import hint
-from crossmodal.data.sources import Images, Pixels, Rows, Source, class_files, unreadable
-from crossmodal.data.splits import TEST_FRACTION, for_test
+from data.decode import TIFF, AlikeFiles
+from data.layouts import hint
+from data.sources import Images, Pixels, Rows, Source, class_files, unreadable
+from data.splits import TEST_FRACTION, for_test
 
 BANDS = 13  # B01 to B08, B09, B10, B11, B12, B8A: the last out of order
 NEAR = 2000.0  # metres; images within are of one neighbourhood

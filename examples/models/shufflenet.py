@@ -8,7 +8,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torchvision.models import ShuffleNetV2
 
-from crossmodal.models.head import Head, own_options
+from models.head import Head, own_options
 
 __all__ = ["TimmShuffleNetV2", "shufflenet_v2_x0_5"]
 

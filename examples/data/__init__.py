@@ -1,9 +1,9 @@
 """Images in two modalities: where they come from, what makes one poor, and batches of them."""
 
-from crossmodal.data.batches import Batch, Batches
-from crossmodal.data.images import NO_LABEL, Images
-from crossmodal.data.mixed import MixedBatches
-from crossmodal.data.views import Views, Wanted, open_views
+from data.batches import Batch, Batches
+from data.images import NO_LABEL, Images
+from data.mixed import MixedBatches
+from data.views import Views, Wanted, open_views
 
 __all__ = [
     "NO_LABEL",

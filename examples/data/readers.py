@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from crossmodal.data import archives, eurosat, folders, ombria, pairs, sources
-from crossmodal.data.sources import Source
+from data import archives, eurosat, folders, ombria, pairs, sources
+from data.sources import Source
 
 _ROOMS = (sources, archives, folders, pairs, eurosat, ombria)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmodal.data.decode import SUFFIXES, AlikeFiles
-from crossmodal.data.layouts import hint, refuse_another
-from crossmodal.data.sources import Images, Source
-from crossmodal.data.splits import TEST_FRACTION, for_test, refuse_fraction
+from data.decode import SUFFIXES, AlikeFiles
+from data.layouts import hint, refuse_another
+from data.sources import Images, Source
+from data.splits import TEST_FRACTION, for_test, refuse_fraction
 
 _LISTED = 5
 _TEST_NAMES = ("test", "val")

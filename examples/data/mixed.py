@@ -8,7 +8,7 @@ from itertools import chain, count, islice
 
 from torch import Tensor
 
-from crossmodal.data.batches import Batch, Batches
+from data.batches import Batch, Batches
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from crossmodal.data.sources import Pixels, Rows, unreadable
+from data.sources import Pixels, Rows, unreadable
 
 TIFF, ARRAY = frozenset({".tif", ".tiff"}), frozenset({".npy"})
 PHOTOS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmodal.data.sources import Rows, stratified
+from data.sources import Rows, stratified
 
 TEST_FRACTION = 0.2
 _TEST = 31

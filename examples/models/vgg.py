@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from crossmodal.models.head import Head, own_options
+from models.head import Head, own_options
 
 __all__ = ["CifarVGG", "crd_vgg8", "crd_vgg13"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmodal.data.sources import (
+from data.sources import (
     Decoded,
     Images,
     class_files,

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from crossmodal.data import splits
-from crossmodal.data.images import NO_LABEL, Images, counts
-from crossmodal.data.poverty import Bands, Noise, Poverty, poverty
-from crossmodal.data.readers import reader
-from crossmodal.data.scenes import open_scenes
-from crossmodal.data.sources import Images as Half
-from crossmodal.data.sources import Rows, Source, stratified
+from data import splits
+from data.images import NO_LABEL, Images, counts
+from data.poverty import Bands, Noise, Poverty, poverty
+from data.readers import reader
+from data.scenes import open_scenes
+from data.sources import Images as Half
+from data.sources import Rows, Source, stratified
 from crossmodal.recipes import DataSet
 from structkd.diagnostics import modality_gap
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossmodal.data.poverty import Poverty
-from crossmodal.data.sources import Pixels, Rows, stratified
+from data.poverty import Poverty
+from data.sources import Pixels, Rows, stratified
 
 NO_LABEL = -100
 _LOOKED_AT = 50_000  # images that statistics and fingerprints are taken from, where there are more

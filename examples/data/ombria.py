@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmodal.data.decode import read_bands
-from crossmodal.data.layouts import hint
-from crossmodal.data.sources import Images, Pixels, Rows, Source
+from data.decode import read_bands
+from data.layouts import hint
+from data.sources import Images, Pixels, Rows, Source
 
 CLASSES = ["dry", "traces", "partly", "flooded"]
 BOUNDS = (0.01, 0.1, 0.4)  # of the flooded share: a class begins at its bound

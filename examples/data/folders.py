@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmodal.data.archives import fetched, network_told
-from crossmodal.data.decode import PHOTOS, TIFF, AlikeFiles
-from crossmodal.data.layouts import hint, refuse_another
-from crossmodal.data.sources import Images, Rows, Source, class_files
-from crossmodal.data.splits import TEST_FRACTION, for_test, refuse_fraction
+from data.archives import fetched, network_told
+from data.decode import PHOTOS, TIFF, AlikeFiles
+from data.layouts import hint, refuse_another
+from data.sources import Images, Rows, Source, class_files
+from data.splits import TEST_FRACTION, for_test, refuse_fraction
 
 _SUFFIXES = PHOTOS | TIFF
 _TESTS = ("test", "val")

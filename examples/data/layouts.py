@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossmodal.data.decode import SUFFIXES, TIFF
+from data.decode import SUFFIXES, TIFF
 
 # What each data set's folder holds, the more telling ones first.
 _HOLDS: dict[str, tuple[str, ...]] = {

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from crossmodal.data.draws import permutation, uniform
-from crossmodal.data.images import NO_LABEL, Images
-from crossmodal.data.poverty import Noise
+from data.draws import permutation, uniform
+from data.images import NO_LABEL, Images
+from data.poverty import Noise
 from crossmodal.recipes import Recipe
 
 _ORDER, _CROPS, _OTHER_CROPS, _LABELLED, _UNLABELLED, _MIXED = 21, 22, 23, 24, 25, 26

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import register_model
 from torch import Tensor, nn
 
-from crossmodal.models.head import Head, own_options
+from models.head import Head, own_options
 
 __all__ = ["CifarMobileNetV2", "crd_mobilenet_v2"]
 

@@ -12,7 +12,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from crossmodal.models.head import Head, own_options
+from models.head import Head, own_options
 
 __all__ = ["CifarResNet"]
 

@@ -11,8 +11,8 @@ from urllib.error import URLError
 
 import numpy as np
 
-from crossmodal.data.layouts import hint, refuse_another
-from crossmodal.data.sources import Source, _in_memory, open_image_folder
+from data.layouts import hint, refuse_another
+from data.sources import Source, _in_memory, open_image_folder
 
 
 def open_cifar10(data_dir: Path | None, download: bool) -> Source:
