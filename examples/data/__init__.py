@@ -3,7 +3,8 @@
 from data.batches import Batch, Batches
 from data.images import NO_LABEL, Images
 from data.mixed import MixedBatches
-from data.views import Views, Wanted, open_views
+from data.options import Options
+from data.views import Views, open_views
 
 __all__ = [
     "NO_LABEL",
@@ -11,7 +12,7 @@ __all__ = [
     "Batches",
     "Images",
     "MixedBatches",
+    "Options",
     "Views",
-    "Wanted",
     "open_views",
 ]

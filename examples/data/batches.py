@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from data.draws import permutation, uniform
 from data.images import NO_LABEL, Images
-from data.poverty import Noise
-from crossmodal.recipes import Recipe
+from data.options import Options
 
 _ORDER, _CROPS, _OTHER_CROPS, _LABELLED, _UNLABELLED, _MIXED = 21, 22, 23, 24, 25, 26
 _PASS = 1 << 40  # more than any set has samples: parts the draws of an epoch's passes
@@ -39,21 +38,18 @@ class Batch:
     poor: Tensor | None
     target: Tensor
     index: Tensor
-    pairs: Batch | None = None  # images of other samples, which have both modalities
+    paired: Tensor | None = None  # rows that have a rich image, where not all have one
 
-    def to(self, device: str | torch.device, channels_last: bool) -> Batch:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        both = self.rich, self.poor
-        rich, poor = (i if i is None else i.to(device, memory_format=layout) for i in both)
-        pairs = None if self.pairs is None else self.pairs.to(device, channels_last)
-        return Batch(rich, poor, self.target.to(device), self.index.to(device), pairs)
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 @dataclass(kw_only=True)
 class Batches:
     """Epochs over the rows of one modality, with the images of another beside them."""
 
-    recipe: Recipe = field(kw_only=False)  # batch size, crops, flips and seed
+    options: Options = field(kw_only=False)  # batch size, crops and flips
+    seed: int = 0  # of the order, the crops and the flips
     poor: Images | None = None  # what the student sees; its rows make the epoch if given
     rich: Images | None = None  # what the teacher sees: row i of both is one sample, unless told
     together: bool = True  # crop both alike, as one scene seen twice; else apart, as two scenes
@@ -63,28 +59,17 @@ class Batches:
     labelled: float = 0.0  # the least share of rows with a label in every batch; they come again
 
     def __post_init__(self) -> None:
-        recipe, poor, share, led = self.recipe, self.poor, self.share, self.poor or self.rich
+        led = self.poor or self.rich
         if led is None:
             raise ValueError("batches need poor images, rich ones or both")
-        self._led = led
-        if recipe.fresh_noise and poor is not None and not isinstance(poor.poverty, Noise):
-            kind = poor.poverty or "a sensor of their own"
-            raise ValueError(
-                f"fresh_noise needs noise to draw, {led.name}'s poor images are {kind}"
-            )
-        if len(led) // recipe.batch_size < recipe.accumulate > 1:
-            raise ValueError(
-                f"accumulate={recipe.accumulate} needs as many batches of {recipe.batch_size} in "
-                f"an epoch, but there are {len(led)} images"
-            )
-        if recipe.batch_size % share[1]:
-            many = f"a multiple of the {share[1]} processes"
-            raise ValueError(f"batch_size must be {many}, got {recipe.batch_size}")
+        self._led, self.size, self.classes = led, self.options.batch_size, led.classes
+        if self.size % self.share[1]:
+            many = f"a multiple of the {self.share[1]} processes"
+            raise ValueError(f"--batch-size must be {many}, got {self.size}")
 
     def __len__(self) -> int:
         """Batches of an epoch; an incomplete last one is left out, unless it is the only one."""
-        whole = max(len(self._led) // self.recipe.batch_size, 1)
-        return max(whole - whole % self.recipe.accumulate, 1)
+        return max(len(self._led) // self.size, 1)
 
     def epoch(self, number: int, ids: Tensor | None = None) -> Iterator[Batch]:
         """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
@@ -99,7 +84,7 @@ class Batches:
         without one are drawn apart. Each kind comes in passes of its own, and an epoch has as many
         batches as without, so that a training has the same steps however few the labels.
         """
-        key, size = (self.recipe.seed, _ORDER, number), self.recipe.batch_size
+        key, size = (self.seed, _ORDER, number), self.size
         known = self._led.known() != NO_LABEL
         if not known.any() or float(known.float().mean()) >= self.labelled:
             return list(permutation(key, len(known)).split(size)[: len(self)])
@@ -126,12 +111,12 @@ class Batches:
 
     def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
         made = _Epoch(self, epoch, ids)[rows.tolist()]
-        return made.to(self.device, self.recipe.channels_last)
+        return made.to(self.device)
 
     def first(self, size: int | None = None) -> Batch:
         """The first rows as they are, each beside some row of ``rich``; a step's where no size."""
         if size is None:
-            size = min(self.recipe.batch_size, len(self._led)) // self.share[1]
+            size = min(self.size, len(self._led)) // self.share[1]
         ids = None if self.rich is None else torch.arange(len(self._led)) % len(self.rich)
         return self.take(torch.arange(size), ids=ids)
 
@@ -146,7 +131,7 @@ class Batches:
             generator=torch.Generator(),
         )
         for batch in loader:
-            yield batch.to(self.device, self.recipe.channels_last)
+            yield batch.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -161,12 +146,9 @@ class _Epoch(Dataset[Batch]):
         of, index = self.of, torch.tensor(rows)
         # An image that comes again in an epoch is drawn anew, or it is learned by heart.
         passes, index = index // len(of._led) * _PASS, index % len(of._led)
-        recipe, poor, rich = of.recipe, of.poor, of.rich
+        poor, rich = of.poor, of.rich
         images_p = images_t = raw = None
         if poor is not None:
-            if recipe.fresh_noise and self.number is not None and isinstance(poor.poverty, Noise):
-                fresh = replace(poor.poverty, seed=recipe.seed, epoch=self.number)
-                poor = replace(poor, poverty=fresh)
             raw = poor.raw(index)
             images_p = self._image(raw, poor, index, _CROPS, by=index, passes=passes)
         if rich is not None:
@@ -182,20 +164,18 @@ class _Epoch(Dataset[Batch]):
     def _image(
         self, raw: Tensor, images: Images, rows: Tensor, key: int, *, by: Tensor, passes: Tensor
     ) -> Tensor:
-        recipe, places = self.of.recipe, images.index[rows]
-        if isinstance(images.poverty, Noise) and images.poverty.epoch is not None:
-            places = places + passes
+        options, places = self.of.options, images.index[rows]
         draws = None
         if self.number is not None:
             keys = self.of._led.index[by] + passes
-            draws = uniform((recipe.seed, key, self.number), keys, 5)
-            if recipe.crop == "resized":
-                raw = resized_crops(raw, draws, flip=recipe.flip)
+            draws = uniform((self.of.seed, key, self.number), keys, 5)
+            if options.crop == "resized":
+                raw = resized_crops(raw, draws, flip=options.flip)
         made = raw if images.poverty is None else images.poverty(raw, places)
         normal = images.statistics.normalise(made)
-        if draws is None or recipe.crop == "resized":
+        if draws is None or options.crop == "resized":
             return normal
-        return padded_crops(normal, draws, pad=recipe.pad, flip=recipe.flip)
+        return padded_crops(normal, draws, pad=options.pad, flip=options.flip)
 
 
 def _passes(rows: Tensor, key: tuple[int, ...], count: int, length: int) -> Tensor:

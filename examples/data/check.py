@@ -10,7 +10,7 @@ import numpy as np
 
 from data.sources import Images, Pixels, Rows
 from data.views import Wanted, open_source, open_views
-from crossmodal.recipes import DataSet
+from data.options import Options
 
 _LISTED = 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,30 @@ class AlikeFiles:
         first = self.like or self.files[0]
         image = self._read(first)
         return first, image.dtype, image.shape
+
+
+def refuse_sizes(read: AlikeFiles) -> None:
+    """Refuses photographs of several sizes by their headers, before anything is trained.
+
+    Raises:
+        ValueError: they differ; the sizes are counted.
+    """
+    if read.size is not None:
+        return
+    sizes: Counter[tuple[int, int]] = Counter()
+    for file in read.files:
+        if file.suffix.lower() in PHOTOS:
+            try:
+                with Image.open(file) as image:
+                    sizes[image.size] += 1
+            except (OSError, SyntaxError, ValueError):
+                continue  # a damaged file is named by whoever reads it
+    if len(sizes) > 1:
+        told = ", ".join(f"{n} of {h}x{w}" for (w, h), n in sizes.most_common(3))
+        raise ValueError(
+            f"images in {read.files[0].parent.parent} have {len(sizes)} sizes: {told}; fix: --size "
+            "N brings all to NxN"
+        )
 
 
 def read_bands(file: Path) -> Pixels:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.archives import fetched, network_told
-from data.decode import PHOTOS, TIFF, AlikeFiles
+from data.decode import PHOTOS, TIFF, AlikeFiles, refuse_sizes
 from data.layouts import hint, refuse_another
 from data.sources import Images, Rows, Source, class_files
 from data.splits import TEST_FRACTION, for_test, refuse_fraction
@@ -125,7 +125,7 @@ def open_imagenet(data_dir: Path | None, download: bool, *, size: int = 224) -> 
 
 
 def open_imagenet100(
-    data_dir: Path | None, download: bool, *, classes: str | Path = "", size: int = 224
+    data_dir: Path | None, download: bool, *, classes: Path | None = None, size: int = 224
 ) -> Source:
     """A hundred classes of ImageNet, or any other list of them.
 
@@ -217,4 +217,6 @@ def _source(
         Images(labels, AlikeFiles(files, size or None, True, like, margin))
         for files, labels in parts
     ]
+    for half in halves:
+        refuse_sizes(half.read)
     return Source(classes, *halves)

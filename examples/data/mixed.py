@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 
+import torch
 from torch import Tensor
 
 from data.batches import Batch, Batches
@@ -30,34 +31,51 @@ class MixedBatches:
         Raises:
             ValueError: a batch has no half for every process.
         """
-        size, many = alone.recipe.batch_size, alone.share[1]
+        size, many = alone.size, alone.share[1]
         if size % (2 * many):
             raise ValueError(
-                f"batch_size must be a multiple of {2 * many} where one half of a batch are free "
+                f"--batch-size must be a multiple of {2 * many} where one half of a batch are free "
                 f"pairs, got {size}"
             )
-        half = replace(alone.recipe, batch_size=size // 2, accumulate=1)
-        return cls(alone, replace(alone, recipe=half), replace(pairs, recipe=half))
+        half = replace(alone.options, batch_size=size // 2)
+        return cls(alone, replace(alone, options=half), replace(pairs, options=half))
 
     def __len__(self) -> int:
         return len(self.alone)
 
+    @property
+    def size(self) -> int:
+        return self.alone.size
+
+    @property
+    def classes(self) -> list[str]:
+        return self.alone.classes
+
     def epoch(self, number: int, ids: Tensor | None = None) -> Iterator[Batch]:
-        """The batches of an epoch counted from 0; ``ids`` names a row of the teacher's images for
-        every own image."""
-        own = chain.from_iterable(
-            self.own.epoch(passed, ids) for passed in self._passes(number, self.own)
+        """The batches of an epoch counted from 0."""
+        own, pairs = (
+            chain.from_iterable(some.epoch(passed) for passed in self._passes(number, some))
+            for some in (self.own, self.pairs)
         )
-        pairs = chain.from_iterable(
-            self.pairs.epoch(passed) for passed in self._passes(number, self.pairs)
-        )
-        for batch, free in islice(zip(own, pairs, strict=False), len(self)):
-            yield replace(batch, pairs=free)
+        for both in islice(zip(own, pairs, strict=False), len(self)):
+            yield _joined(*both)
 
     def first(self, size: int | None = None) -> Batch:
         """The first images of both, as they are; a step's where no size is given."""
-        return replace(self.own.first(size), pairs=self.pairs.first(size))
+        if size is not None:  # an example of pairs
+            return self.pairs.first(size)
+        return _joined(self.own.first(), self.pairs.first())
 
     def _passes(self, number: int, over: Batches) -> Iterator[int]:
         """Passes of this epoch's own over a half, counted through all epochs."""
         return count(number * -(-len(self) // len(over)))
+
+
+def _joined(own: Batch, pairs: Batch) -> Batch:
+    """Own images first; the pairs' rows are named."""
+    poor = torch.cat([own.poor, pairs.poor])
+    target, index = (
+        torch.cat([getattr(own, name), getattr(pairs, name)]) for name in ("target", "index")
+    )
+    rows = torch.arange(len(own.target), len(target), device=target.device)
+    return Batch(pairs.rich, poor, target, index, rows)

@@ -1,60 +1,65 @@
-"""What the command line says of images, for every script that reads them."""
+"""The options that say which images there are, what makes them poor, and how they are cropped."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from data.poverty import EXAMPLES
-from crossmodal.recipes import DataSet
-
-# An option of the same name stands in the entries of the data sets that have it.
-_OWN = ("rich", "size", "classes", "test_fraction")
+import tyro
 
 
-def add_options(parser: Any) -> None:
-    """Where images lie, and what is done with them."""
-    add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="where the images lie; the digits need none")
-    add("--download", action="store_true", help="fetch the data set into --data")
-    poor = f"what makes one modality poor: {EXAMPLES}; for pairs, the poor side's folder"
-    add("--poor", metavar="KIND|DIR", help=poor)
-    add("--amount", type=float, metavar="A", help="fraction that plain noise replaces")
-    told = "without pairs, what makes the teacher's images poor for a bridge (as --poor)"
-    add("--pseudo", default="", metavar="KIND", help=told)
-    add("--rich", metavar="DIR", help="the rich side's folder, for pairs")
-    add("--size", type=int, metavar="N", help="bring images to NxN, their middle kept")
-    add("--classes", metavar="FILE", help="the classes of imagenet100, an id a line")
-    told = "of the images, for testing; only where a folder has no test (0.2)"
-    add("--test-fraction", type=float, metavar="F", help=told)
+@dataclass(frozen=True)
+class Options:
+    """Options of images; every data set's reader takes some of them."""
 
+    # Which recipe this is.
+    recipe: Annotated[str, tyro.conf.Suppress] = "own"
+    # Who reads the images: a name of data/readers.py.
+    reader: Annotated[str, tyro.conf.Suppress] = "folder"
+    # Folder where the images lie; the digits need none.
+    data: Path | None = None
+    # Fetch the data set into --data.
+    download: bool = False
+    # Folder of the rich side's images, where the two sides have a folder each.
+    rich: Path | None = None
+    # Folder of the poor side's images.
+    poor: Path | None = None
+    # What makes images poor where there is one modality: noise:0.5, noise:0.3-0.9, lowres:8, grey,
+    # blur:2, bands:3,2,1 or bands:3,2,1@2750 (2750 shown as white).
+    view: str = "noise:0.5"
+    # Pairs by name: leave out what has no partner.
+    only_pairs: bool = False
+    # Bring images to so many pixels each way, their middle kept; 0 leaves them.
+    size: int = 0
+    # File with the classes of imagenet100, a WordNet id a line.
+    classes: Path | None = None
+    # Share of the images for testing, where a folder has no test/.
+    test_fraction: float = 0.2
+    # Which bands are read of many, counted from 0; all by default.
+    bands: tuple[int, ...] = ()
+    # Where red, green and blue stand among the bands.
+    rgb: tuple[int, ...] = ()
+    # So many training images only, all classes in proportion.
+    limit: int | None = None
+    # So many training images have a label; all pairs are distilled.
+    labels: int | None = None
+    # val holds a tenth of the training images out, for choosing settings.
+    evaluate: Literal["test", "val"] = "test"
+    # Images a step, over all processes.
+    batch_size: int = 64
+    # Crops: from a padded border, or a part of the image resized.
+    crop: Literal["pad", "resized"] = "pad"
+    # Border in pixels that crops may reach into.
+    pad: int = 4
+    # Mirror half of the training images.
+    flip: bool = True
+    # Gigabytes of images that may be held; more are read during the training.
+    memory: float = 4.0
+    # Processes that read such images.
+    workers: int = 2
 
-def options(given: argparse.Namespace, entry: DataSet) -> tuple[str, dict[str, Any]]:
-    """What makes images poor, and the options of the data set's reader.
-
-    Raises:
-        ValueError: an option is not one of this data set's.
-    """
-    found = {name: getattr(given, name) for name in _OWN if getattr(given, name) is not None}
-    poor = given.poor or ""
-    if poor and "poor" in entry.options:
-        found["poor"], poor = poor, ""
-    for name in found:
-        if name not in entry.options:
-            known = ", ".join(f"--{key.replace('_', '-')}" for key in entry.options)
-            raise ValueError(
-                f"--{name.replace('_', '-')} is not for {entry.name}, which has "
-                f"{known or 'no options of its own'}"
-            )
-    if given.amount is not None and not entry.scenes:
-        kinds = [poor or entry.poor, *filter(None, [given.pseudo])]
-        # A number behind the kind goes before the amount.
-        if not any(kind.rstrip(":") in ("noise", "noisy") for kind in kinds):
-            raise ValueError(
-                "--amount has no effect here: it is the amount of plain noise, and --poor is "
-                f"{' and '.join(kinds)}; fix: leave it out, or write noise:{given.amount:g}"
-            )
-    if found.get("size", 1) < 1:
-        raise ValueError(f"--size must be at least 1, got {found['size']}")
-    return poor, found
+    def __post_init__(self) -> None:
+        for name in ("size", "pad", "memory", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")

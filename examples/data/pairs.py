@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import SUFFIXES, AlikeFiles
+from data.decode import SUFFIXES, AlikeFiles, refuse_sizes
 from data.layouts import hint, refuse_another
-from data.sources import Images, Source
+from data.sources import Images, Source, class_files, common_classes
 from data.splits import TEST_FRACTION, for_test, refuse_fraction
 
 _LISTED = 5
@@ -23,6 +23,7 @@ def open_pairs(
     poor: str | Path = "",
     size: int = 0,
     test_fraction: float = TEST_FRACTION,
+    only_pairs: bool = False,
 ) -> Source:
     """Two folders of one's own.
 
@@ -50,7 +51,9 @@ def open_pairs(
         )
     base = data_dir or Path()
     folders = [(base / Path(side).expanduser()) for side in (rich, poor)]
-    return open_two(*folders, size=size, test_fraction=test_fraction, name="pairs")
+    return open_two(
+        *folders, size=size, test_fraction=test_fraction, name="pairs", only_pairs=only_pairs
+    )
 
 
 def open_cml(
@@ -84,7 +87,9 @@ def open_cml(
     return open_two(*folders, size=size, test_fraction=test_fraction, name="cml")
 
 
-def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: str) -> Source:
+def open_two(
+    rich: Path, poor: Path, *, size: int, test_fraction: float, name: str, only_pairs: bool = False
+) -> Source:
     """The pairs of two folders, split by folder or by fraction."""
     if rich.resolve() == poor.resolve():
         raise ValueError(f"both sides are {rich}; fix: name two folders")
@@ -96,7 +101,9 @@ def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: s
         raise ValueError(f"{rich} has {said[0]}, {poor} has {said[1]}; fix: split both sides alike")
     if halves[0]:
         refuse_fraction(rich, test_fraction)
-    found = [_paired(rich / half, poor / half, name) for half in halves[0] or ("",)]
+    found = [
+        _paired(rich / half, poor / half, name, only_pairs) for half in halves[0] or ("",)
+    ]
     classes = found[0][0]
     if len(found) == 2 and found[1][0] != classes:
         odd = sorted(set(classes) ^ set(found[1][0]))
@@ -121,8 +128,25 @@ def open_two(rich: Path, poor: Path, *, size: int, test_fraction: float, name: s
             AlikeFiles(files, size or None, like=like)
             for files, like in zip(chosen, alike, strict=True)
         ]
+        for read in readers:
+            refuse_sizes(read)
         made.append(Images(some_labels, *readers))
     return Source(classes, *made)
+
+
+def open_folders(
+    rich: Path | None, poor: Path | None, size: int
+) -> tuple[list[str], Images, Images]:
+    """Two folders of one's own that nothing pairs: ``<class>/*`` with the same classes in both."""
+    if rich is None or poor is None:
+        raise ValueError("two folders are needed; fix: --rich DIR --poor DIR, each <class>/*")
+    classes, sides = common_classes(rich, poor), []
+    for folder in (rich, poor):
+        files, labels = class_files(folder, classes, SUFFIXES, least=2)
+        read = AlikeFiles(files, size or None)
+        refuse_sizes(read)
+        sides.append(Images(labels, read))
+    return classes, *sides
 
 
 def _halves(folder: Path) -> tuple[str, ...]:
@@ -139,7 +163,9 @@ def _halves(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _paired(rich: Path, poor: Path, name: str) -> tuple[list[str], list[Path], list[Path], list]:
+def _paired(
+    rich: Path, poor: Path, name: str, only_pairs: bool = False
+) -> tuple[list[str], list[Path], list[Path], list]:
     """Classes, the files of either side in one order, and labels."""
     classes = [_classes(side, name) for side in (rich, poor)]
     if classes[0] != classes[1]:
@@ -160,11 +186,14 @@ def _paired(rich: Path, poor: Path, name: str) -> tuple[list[str], list[Path], l
         files += [sides[0][stem] for stem in both]
         partners += [sides[1][stem] for stem in both]
         labels += [label] * len(both)
-    if lonely:
+    if lonely and not only_pairs:
         raise ValueError(
             f"{len(lonely)} image(s) without a partner of the same class and name on the other "
-            f"side: {_named(lonely)}; fix: add the partners, or remove these"
+            f"side: {_named(lonely)}; fix: add the partners, --only-pairs to leave these out, or "
+            "examples/unpaired.py folders, which needs no pairs"
         )
+    if bare := sorted(set(range(len(classes[0]))) - set(labels)):
+        raise ValueError(f"class {classes[0][bare[0]]!r} has no pair; fix: the names must agree")
     return classes[0], files, partners, labels
 
 

@@ -6,25 +6,26 @@ sets of different samples, told only by class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from inspect import signature
 
 import numpy as np
 import torch
 
 from data import splits
 from data.images import NO_LABEL, Images, counts
-from data.poverty import Bands, Noise, Poverty, poverty
+from data.options import Options
+from data.poverty import Poverty, poverty
 from data.readers import reader
+from data.pairs import open_folders
 from data.scenes import open_scenes
 from data.sources import Images as Half
 from data.sources import Rows, Source, stratified
-from crossmodal.recipes import DataSet
 from structkd.diagnostics import modality_gap
 
-VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+VAL_FRACTION = 0.1
+# Options that are some readers' only.
+_READERS = ("rich", "poor", "only_pairs", "size", "classes", "test_fraction", "bands")
 _LOOKED_AT = 1000  # images of a side that the gap of free pairs is measured on
 # Fixed draws, apart from every training seed: the same images are held out for everybody.
 _VAL, _LIMIT, _HALVES, _TEST, _SCENES_VAL, _SCENES_LIMIT, _LABELS = 2, 3, 4, 6, 7, 8, 10
@@ -103,90 +104,78 @@ class Views:
         return lines
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which images, from the command line."""
+def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") -> Views:
+    """The images, read when asked for; ValueError where an option or the data do not fit.
 
-    data_dir: Path | None = None
-    download: bool = False
-    limit: int | None = None  # training images a modality; held-out ones stay whole
-    labels: int | None = None  # how many training images have labels
-    evaluate: str = "test"  # or "val", a fixed stratified tenth of the training images
-    poor: str = ""  # what makes them poor, see ``poverty``; empty for the recipe's
-    amount: float | None = None  # of the noise
-    pseudo: str = ""  # without pairs, what makes the free pairs poor; empty for what ``poor`` is
-    rgb: Sequence[int] | None = None  # positions of red, green and blue among the bands
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the data set's reader
-
-
-def open_views(entry: DataSet, wanted: Wanted) -> Views:
-    """The images, read when asked for; ValueError where an option or the data do not fit."""
-    if entry.scenes:
-        views = _scenes(entry, wanted)
+    ``unpaired`` gives the halves of a paired set to teacher and students apart; ``pseudo`` is what
+    makes the teacher's images poor then, ``options.view`` by default.
+    """
+    if options.reader in ("scenes", "folders"):
+        views = _apart(options, pseudo)
     else:
-        if wanted.rgb:
-            raise ValueError(f"--rgb-bands is for folders of many bands, not for {entry.name}")
-        amount = entry.amount if wanted.amount is None else wanted.amount
-        made_poor = poverty(wanted.poor or entry.poor, amount)
-        views, own = _paired(entry, wanted, made_poor)
-        if wanted.pseudo and (own or not entry.unpaired):
-            raise ValueError(
-                f"--pseudo says how the teacher's images are made poor where nothing is paired and "
-                f"the poor modality is made: not for {entry.name}"
-            )
-        if entry.unpaired:
-            pseudo = poverty(wanted.pseudo, amount, "--pseudo") if wanted.pseudo else made_poor
-            views = _halved(views, entry.name, None if own else (made_poor, pseudo))
-    return views if wanted.labels is None else _labelled(views, wanted.labels)
+        source = open_source(options)
+        own = source.train.read_poor is not None
+        made = None if own else poverty(options.view)
+        views = _paired(source, options, made)
+        if unpaired:
+            free = poverty(pseudo, "--pseudo") if pseudo else made
+            views = _halved(views, options.recipe, None if made is None else (made, free))
+    return views if options.labels is None else _labelled(views, options.labels)
 
 
-def open_source(entry: DataSet, wanted: Wanted) -> Source:
-    """What the entry's reader finds, before anything is chosen of it or read.
+def open_source(options: Options) -> Source:
+    """What the reader finds, before anything is chosen of it or read.
 
     Raises:
-        ValueError: the data are missing or of another layout.
+        ValueError: the data are missing or of another layout, or an option is not the reader's.
     """
-    folder = None if wanted.data_dir is None else wanted.data_dir.expanduser()
-    chosen = {**entry.options, **wanted.options}
-    return reader(entry.reader)(folder, wanted.download, **chosen)
+    read = reader(options.reader)
+    known = signature(read).parameters
+    given = {}
+    for one in fields(Options):
+        if one.name in ("data", "download") or one.name not in _READERS:
+            continue
+        value = getattr(options, one.name)
+        if one.name in known:
+            if value not in (None, ()):
+                given[one.name] = value
+        elif value != one.default:
+            raise ValueError(
+                f"--{one.name.replace('_', '-')} has no effect on {options.recipe}; fix: leave it out"
+            )
+    folder = None if options.data is None else options.data.expanduser()
+    return read(folder, options.download, **given)
 
 
-def _paired(entry: DataSet, wanted: Wanted, made_poor: Poverty) -> tuple[Views, bool]:
-    """The images, and whether the poor modality is a sensor of its own."""
-    source = open_source(entry, wanted)
-    own = source.train.read_poor is not None
-    if own and (wanted.poor or wanted.amount is not None):
-        raise ValueError(
-            f"--poor KIND and --amount are for data sets of one modality: {entry.name} has a poor "
-            "modality of its own"
-        )
+def _paired(source: Source, options: Options, made: Poverty | None) -> Views:
+    """The images; ``made`` is None where the poor modality is a sensor of its own."""
     offsets = {"train": 0, "test": len(source.train.labels)}
 
     def pick(half: str, rows: Rows) -> tuple[Images, Images]:
         images = getattr(source, half)
         index = torch.from_numpy(rows + offsets[half])
         labels = torch.from_numpy(images.labels[rows])
-        rich = Images(images.read, rows, labels, index, source.classes, entry.name)
-        if images.read_poor is None:
-            return rich, rich.made(made_poor)
+        rich = Images(images.read, rows, labels, index, source.classes, options.recipe)
+        if made is not None:
+            return rich, rich.made(made)
         return rich, replace(rich, read=images.read_poor)
 
-    train, held_out = _split(source.train, wanted, len(source.classes))
+    train, held_out = _split(source.train, options, len(source.classes))
     rich, poor = pick("train", train)
-    half = "train" if wanted.evaluate == "val" else "test"
-    other = held_out if wanted.evaluate == "val" else np.arange(len(source.test.labels))
+    half = "train" if options.evaluate == "val" else "test"
+    other = held_out if options.evaluate == "val" else np.arange(len(source.test.labels))
     held_out_rich, held_out_poor = pick(half, other)
-    views = Views(
+    # Noise leaves a pixel's scale as it is; other poor images have one of their own.
+    like = rich if made is not None and made.drawn else None
+    return Views(
         rich=rich,
-        # Noise leaves a pixel's scale as it is; other poor images have one of their own.
-        poor=replace(poor, like=rich) if not own and isinstance(made_poor, Noise) else poor,
+        poor=replace(poor, like=like) if like else poor,
         held_out_rich=held_out_rich,
         held_out_poor=held_out_poor,
         paired=True,
-        poverty="its own sensor" if own else str(made_poor),
+        poverty="its own sensor" if made is None else str(made),
         originals=rich,
     )
-    return views, own
 
 
 def _halved(views: Views, name: str, made: tuple[Poverty, Poverty] | None) -> Views:
@@ -215,33 +204,40 @@ def _halved(views: Views, name: str, made: tuple[Poverty, Poverty] | None) -> Vi
     )
 
 
-def _scenes(entry: DataSet, wanted: Wanted) -> Views:
-    """A fixed stratified fifth of each modality is for testing: no split is published.
+def _apart(options: Options, pseudo: str) -> Views:
+    """Two sets of different samples: a fixed stratified fifth of each is for testing.
 
     ``val`` takes a tenth of the rest instead.
     """
-    if wanted.amount is not None or wanted.poor or wanted.download or wanted.pseudo:
-        own = f"{entry.name} has a poor modality of its own"
-        options = "--amount, --poor, --pseudo and --download"
-        raise ValueError(f"{options} are for sets of one modality: {own}")
-    rgb = wanted.rgb or entry.rgb
-    if not all(0 <= band < entry.bands for band in rgb):
-        got = " ".join(map(str, rgb))
-        raise ValueError(f"--rgb-bands must lie in 0..{entry.bands - 1}, got {got}")
-    classes, ms, photos = open_scenes(entry.name, wanted.data_dir, bands=entry.bands)
-    sets = []
-    for side, offset in ((ms, 0), (photos, len(ms.labels))):
+    if options.reader == "scenes":
+        count = len(options.bands) or 10
+        if options.rgb and not all(0 <= band < count for band in options.rgb):
+            raise ValueError(f"--rgb must lie in 0..{count - 1}, got {options.rgb}")
+        classes, *sides = open_scenes(options.recipe, options.data, bands=count)
+        pseudo = pseudo or "bands:" + ",".join(map(str, options.rgb))
+    else:
+        classes, *sides = open_folders(options.rich, options.poor, options.size)
+        pseudo = pseudo or options.view
+    sets, offset = [], 0
+    for side in sides:
         everything = np.arange(len(side.labels))
-        train, test = _held_out(everything, side.labels, TEST_FRACTION, _TEST)
-        if wanted.evaluate == "val":
+        train, test = _held_out(everything, side.labels, options.test_fraction, _TEST)
+        if options.evaluate == "val":
             train, test = _held_out(train, side.labels, VAL_FRACTION, _SCENES_VAL)
-        train = _limited(train, side.labels, wanted.limit, _SCENES_LIMIT, len(classes))
+        train = _limited(train, side.labels, options.limit, _SCENES_LIMIT, len(classes))
         for rows in (train, test):
             labels, index = (torch.from_numpy(part) for part in (side.labels[rows], rows + offset))
-            sets.append(Images(side.read, rows, labels, index, classes, entry.name))
+            sets.append(Images(side.read, rows, labels, index, classes, options.recipe))
+        offset += len(side.labels)
     rich, held_out_rich, poor, held_out_poor = sets
-    pseudo = rich.made(Bands(tuple(rgb)))
-    return Views(rich, poor, held_out_rich, held_out_poor, False, "RGB", pseudo)
+    free = rich.made(poverty(pseudo, "--pseudo"))
+    if free.shape != poor.shape:
+        made, real = ("x".join(map(str, images.shape)) for images in (free, poor))
+        raise ValueError(
+            f"rich images made poor by {pseudo} are {made}, the poor ones {real}; fix: another "
+            "--pseudo, or --size N"
+        )
+    return Views(rich, poor, held_out_rich, held_out_poor, False, "its own sensor", free)
 
 
 def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,17 +246,17 @@ def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return first, torch.from_numpy(np.setdiff1d(np.arange(len(labels)), first))
 
 
-def _split(images: Half, wanted: Wanted, classes: int) -> tuple[Rows, Rows]:
+def _split(images: Half, options: Options, classes: int) -> tuple[Rows, Rows]:
     """Training rows, and those that validation holds out of them."""
     labels = images.labels
     train = np.arange(len(labels), dtype=np.int64)
     held_out = train[:0]
-    if wanted.evaluate == "val" and images.groups is None:
+    if options.evaluate == "val" and images.groups is None:
         train, held_out = _held_out(train, labels, VAL_FRACTION, _VAL)
-    elif wanted.evaluate == "val":
+    elif options.evaluate == "val":
         held_out = splits.held_out(labels, images.groups, VAL_FRACTION, draw=_VAL)
         train = np.setdiff1d(train, held_out)
-    return _limited(train, labels, wanted.limit, _LIMIT, classes), held_out
+    return _limited(train, labels, options.limit, _LIMIT, classes), held_out
 
 
 def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:

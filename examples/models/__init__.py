@@ -12,8 +12,12 @@ import pkgutil
 import timm
 from torch import nn
 
+from models.adapter import Normalised
+
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")
+
+__all__ = ["Normalised", "create", "stage_names"]
 
 
 def create(name: str, *, num_classes: int, in_chans: int) -> nn.Module:

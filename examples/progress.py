@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress
 
-from crossmodal.runs.store import write_atomically
+from store import write_atomically
 
 _QUIET = 10.0  # seconds between two lines of one training, where output is piped
 
