@@ -28,6 +28,7 @@ class Show:
         self.console, self.out, self.board, self.quiet = console, out, board, quiet
         self.run = self.runs = 0
         self._warned: set[str] = set()
+        self._said: set[str] = set()
         self._bar: Progress | None = None
         self._history: Path | None = None
         self._board = None
@@ -99,6 +100,12 @@ class Show:
         if not self.quiet and kind not in self._warned:
             self._warned.add(kind)
             self.say(f"warning: {text}")
+
+    def once(self, text: str) -> None:
+        """A line that is said only once."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -246,9 +246,9 @@ class Checkpoint:
     def path(self) -> Path:
         return self.folder / f"{self.name}.pt"
 
-    def save(self, network: nn.Module, **facts: Any) -> None:
+    def save(self, model: nn.Module, **facts: Any) -> None:
         """Write the weights, their checksum, the settings, and what a user of them needs."""
-        weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+        weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         content = {"weights": weights, "sha256": digest(weights), "settings": self.settings}
         content |= {"structkd": structkd.__version__, **facts}
         write_atomically(self.path, lambda file: torch.save(content, file))

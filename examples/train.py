@@ -122,6 +122,11 @@ class Options(DataOptions):
         if mode not in ("none", "agc", "norm", "value") or (mode != "none" and not value > 0):
             raise ValueError(f"--clip must be none, agc:0.1, norm:1 or value:1, got {self.clip!r}")
 
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's values as this kind of job has them."""
+        return values
+
 
 def parsed(arguments: Sequence[str], kind: type[Options] = Options) -> Options:
     """``RECIPE --option ...``: a recipe's options, and those that are given over them."""
@@ -155,7 +160,7 @@ def recipe(name: str, kind: type[Options] = Options, **changes: Any) -> Options:
         like = content.pop("like", None)
         values = {**content, **values}
         file = file.with_name(f"{like}.yaml") if like else None
-    values |= changes
+    values = kind.adapted(values) | changes
     types = {one.name: one for one in dataclasses.fields(kind)}
     for option, value in values.items():
         if option not in types:

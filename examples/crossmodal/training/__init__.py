@@ -1,1 +1,0 @@
-"""Training: one loop for teachers, matchers and students, on Accelerate."""

@@ -1,0 +1,452 @@
+"""Nothing is paired: ``python examples/unpaired.py folders --rich DIR --poor DIR``.
+
+A teacher on rich images, students on poor images of other samples: only the classes are shared. Two
+ways bring them together. The teacher's images *made poor* are pairs that nobody had to collect; and
+SemBridge (Wei et al., AAAI 2026), in three stages, gives every student image a teacher image of its
+class by a matcher that learns from such pairs (SSM), lets the student choose again while it learns
+(DynM), and aligns what is left (SKA). The loop, the table and what is kept are ``train.py``'s.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+import models
+import train
+from data import Batches, Images, MixedBatches, Views, open_views
+from data.sources import stratified
+from store import Checkpoint, Run
+from structkd import (
+    LagrangianPlanner,
+    RematchSchedule,
+    RetrievalGallery,
+    SemanticMatcher,
+    SemBridgeMatcher,
+)
+from structkd.diagnostics import transport_cost
+
+EPSILON, CAPACITY = 0.05, 2.0  # of the planned matching, in units of the score
+_MATCH_SEED = 3_000_000
+_SAMPLE, _SAMPLE_DRAW = 500, 5  # images whose transport cost is followed; exact solvers take N^3
+_DENSE = "{type: DenseStructureLoss, weight: 5.0}"  # what won on validation images
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: where its pairs come from, and what is minimised over them.
+
+    ``first`` is the first match: ``semantic`` is the matcher's, ``random`` a draw in the class,
+    ``each epoch`` a new draw for every epoch, ``itself`` the student's own image in the rich
+    modality, which without pairs only a reference has; empty for no match.
+    """
+
+    criterion: str | None = None  # over pairs made poor; "" for that of --criterion
+    made: bool = False  # rich images made poor stand beside the own ones in every batch
+    first: str = ""
+    again: bool = False  # the student chooses again while it learns (DynM)
+    aligned: bool = False  # SKA is added
+    planned: bool = False  # by a plan that limits how many students a teacher image may serve
+
+
+ROWS: Mapping[str, Row] = {
+    "alone": Row(),
+    "pairs made poor": Row(made=True),
+    "pairs made poor + dense": Row(_DENSE, made=True),
+    "pairs made poor + criterion": Row("", made=True),
+    "random in class": Row(first="each epoch"),
+    "matching": Row(first="semantic"),
+    "matching, chosen again": Row(first="semantic", again=True),
+    "SemBridge as published": Row(first="semantic", again=True, aligned=True),
+    "SemBridge without SSM": Row(first="random", again=True, aligned=True),
+    "SemBridge without DynM": Row(first="semantic", aligned=True),
+    "SemBridge, planned": Row(first="semantic", again=True, aligned=True, planned=True),
+    "own pairs (reference)": Row(first="itself"),
+}
+
+
+@dataclass(frozen=True)
+class Options(train.Options):
+    """Options of a job without pairs; a recipe is a YAML file of the same names."""
+
+    # Rows of the table, of unpaired.ROWS.
+    rows: tuple[str, ...] = (
+        "alone", "pairs made poor", "pairs made poor + dense", "SemBridge as published",
+    )  # fmt: skip
+    # What is minimised over matches, and over made pairs in the row that says so.
+    criterion: tuple[str, ...] = ("{type: KDLoss, temperature: 4.0}",)
+    # Over matches: weights of cross-entropy, criterion and alignment, as published.
+    weights: tuple[float, float, float] = (0.3, 0.4, 0.003)
+    # Let the criterion's weight over made pairs fall to 0 along a cosine.
+    falling: bool = True
+    # What makes the teacher's images poor, where that is not --view.
+    pseudo: str = ""
+    # The matcher's two encoders; the teacher's network by default.
+    matcher: str = ""
+    # Passes of the matcher.
+    matcher_epochs: int = 100
+    # Epochs of 200 at which students choose again: the first, the step, its growth, how often.
+    rematch: tuple[int, int, int, int] = (30, 30, 5, 4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.rows:
+            if name not in ROWS:
+                hint = train.near(name, ROWS)
+                raise ValueError(f"--rows: unknown {name!r}; {hint}known: {', '.join(ROWS)}")
+            if self.labels is not None and ROWS[name].first:
+                raise ValueError(
+                    f"--labels: {name!r} matches every image by its label, also those without one; "
+                    "fix: rows without matches"
+                )
+        if min(self.weights) < 0:
+            raise ValueError(f"--weights must be at least 0, got {self.weights}")
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two sides are sets of their own, not halves of a paired one."""
+        return self.reader in ("scenes", "folders")
+
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A paired recipe for its halves: half the images, twice the passes."""
+        if values.get("reader") in ("scenes", "folders"):
+            return values
+        doubled = {k: 2 * values[k] for k in ("epochs", "teacher_epochs") if values.get(k)}
+        return values | doubled | {"recipe": f"unpaired-{values['recipe']}"}
+
+
+@dataclass(frozen=True)
+class Method(train.Method):
+    """A row with its name; the parts have their weights."""
+
+    row: Row = Row()
+
+    @classmethod
+    def named(cls, name: str, options: Options) -> Method:
+        row, (task, weight, alignment) = ROWS[name], options.weights
+        if not row.first:
+            text = row.criterion or (options.criterion[0] if row.criterion == "" else None)
+            parts = train.Method.of(text).parts if text else ()
+            return cls(name, parts, 1.0, row)
+        own = train.Method.of(options.criterion[0]).parts
+        parts = tuple(part | {"weight": weight * part.get("weight", 1.0)} for part in own)
+        if row.aligned and alignment:
+            (ska,) = train.Method.of("ska").parts
+            parts += (ska | {"weight": alignment},)
+        return cls(name, parts, task, row)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        found = super().described | {"row": asdict(self.row)}
+        return found | ({"plan": [EPSILON, CAPACITY]} if self.row.planned else {})
+
+
+class Session(train.Session):
+    """A job without pairs: a matcher besides the teacher, where a row needs one."""
+
+    title = "nothing paired, accuracy on poor images"
+    options: Options
+
+    def _rows(self) -> list[Method]:
+        return [Method.named(name, self.options) for name in self.options.rows]
+
+    def _views(self) -> Views:
+        options = self.options
+        views = open_views(options, unpaired=not options.apart, pseudo=options.pseudo)
+        if views.originals is None and any(ROWS[name].first == "itself" for name in options.rows):
+            raise ValueError("--rows: 'own pairs (reference)' needs images that were made poor")
+        return views.loaded() if views.size <= 1e9 * options.memory else views
+
+    # The teacher's other work: stage 1, the matcher.
+
+    @property
+    def _needs_matcher(self) -> bool:
+        return any(method.row.first == "semantic" for method in self.methods)
+
+    def matcher_training(self) -> train.Training:
+        options = replace(
+            self.options, epochs=self.options.matcher_epochs, batch_size=64, lr=1e-3,
+            optimizer="adamw", weight_decay=1e-3, clip="none", ema=0.0, falling=False,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        encoders, widths = [], []
+        for images in (self.views.rich, self.views.pseudo):
+            name = self.options.matcher or self.options.teacher
+            network = models.create(name, num_classes=0, in_chans=images.shape[0])
+            with torch.no_grad():
+                widths.append(network.eval()(torch.zeros(1, *images.shape)).shape[1])
+            encoders.append(network.train())
+        matcher = SemanticMatcher(*encoders, *widths)
+        # Poor versions of the same images, each cropped apart.
+        batches = self._batches(
+            options, poor=self.views.pseudo, rich=self.views.rich, together=False
+        )
+
+        def loss(model: nn.Module, batch: Any, share: float) -> tuple[None, dict[str, Tensor]]:
+            return None, {"SSM": model(batch.rich, batch.poor)}
+
+        return train.Training("matcher", matcher, matcher, batches, options, loss)
+
+    def matcher_checkpoint(self) -> Checkpoint:
+        options = self.options
+        found = self.settings("teacher") | {
+            "model": options.matcher or options.teacher,
+            "pseudo": self.views.pseudo.fingerprint,
+            "epochs": options.matcher_epochs,
+        }
+        return Checkpoint(self.out, "matcher", found)
+
+    def _shared_missing(self) -> list[train.Training]:
+        found = super()._shared_missing()
+        if self._needs_matcher and not self.matcher_checkpoint().path.exists():
+            found.append(self.matcher_training())
+        return found
+
+    def train_shared(self) -> None:
+        super().train_shared()
+        if self._needs_matcher:
+            self.matcher = self._shared(self.matcher_checkpoint(), self.matcher_training, "matcher")
+
+    @cached_property
+    def galleries(self) -> Galleries:
+        """The rich images as the matcher and the teacher see them."""
+        return Galleries.of(
+            getattr(self, "matcher", None), self.teacher, self.views, PartialState().device
+        )
+
+    # Stages 2 and 3: students.
+
+    def student_training(self, method: Method, seed: int) -> train.Training:
+        row, views, options = method.row, self.views, self.options
+        if not (row.made or row.first):
+            return super().student_training(method, seed)
+        options = replace(options, falling=options.falling and row.made)
+        network, label = self.network("student", seed), f"{method.label} seed {seed}"
+        batches: Batches | MixedBatches
+        if row.made:
+            own = self._batches(options, poor=views.poor, seed=seed)
+            made = self._batches(options, poor=views.pseudo, rich=views.rich, seed=seed)
+            batches = MixedBatches.of(own, made)
+        else:
+            rich = views.originals if row.first == "itself" else views.rich
+            batches = self._batches(options, poor=views.poor, rich=rich, together=False, seed=seed)
+        if not method.parts:
+            loss = train.supervised("poor")
+            return train.Training(label, network, network, batches, options, loss)
+        model = self._distiller(method, network, batches, seed)
+        loss = train.distilled(method.labels)
+        training = train.Training(label, model, network, batches, options, loss)
+        if row.first and hasattr(self, "teacher"):  # a look ahead has no teacher yet
+            training.choose = Chooser(row, network, views, self.galleries, options, seed)
+        return training
+
+    def student_settings(self, method: Method, seed: int) -> dict[str, Any]:
+        found, row, options = super().student_settings(method, seed), method.row, self.options
+        found["falling"] = options.falling and row.made and bool(method.parts)
+        found["labelled"] = None
+        if row.first == "semantic":
+            found["matcher"] = self.matcher_checkpoint().name
+        if row.again:
+            found["rematch"] = list(options.rematch)
+        if row.made:
+            found["made"] = self.views.pseudo.fingerprint
+        return found
+
+    def _result(self, training: train.Training, network: nn.Module) -> Run:
+        run = super()._result(training, network)
+        if (chooser := training.choose) is not None:
+            run["seconds"] = round(training.seconds - chooser.trace.watching, 2)
+            chooser.watch()
+            run["trace"] = asdict(chooser.trace)
+        return run
+
+
+@torch.no_grad()
+def outputs(network: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> Tensor:
+    """What a network gives for all images as they are, in their order, on the CPU."""
+    batches = Batches(train.Options(), poor=replace(images, targets=None)).still()
+    return torch.cat([network(batch.poor.to(device)).float().cpu() for batch in batches])
+
+
+@dataclass(frozen=True)
+class Galleries:
+    """All that a choice of teacher images reads; ids are rows of the rich images."""
+
+    semantic: RetrievalGallery | None  # the rich images by the matcher's embedding
+    queries: Tensor | None  # the student images' embeddings by the matcher, (N, D)
+    logits: RetrievalGallery  # the rich images by the teacher's logits
+    teacher_logits: Tensor  # the same logits, (M, K)
+    labels: Tensor  # the student images' classes
+    teacher: nn.Module
+
+    @classmethod
+    def of(
+        cls, matcher: Any, teacher: nn.Module, views: Views, device: torch.device
+    ) -> Galleries:
+        """Embed both training sets once; neither the matcher nor the teacher changes any more."""
+        logits = outputs(teacher.to(device).eval(), views.rich, device)
+        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
+        by_logits.add(logits, views.rich.labels)
+        semantic = queries = None
+        if matcher is not None:
+            matcher.to(device)
+            embedded = outputs(matcher.embed_teacher, views.rich, device)
+            # Poor images are normalised by their own statistics, as the made ones were by theirs:
+            # two sensors need not agree on brightness.
+            queries = outputs(matcher.embed_student, views.poor, device)
+            semantic = RetrievalGallery(embedded.shape[1])
+            semantic.add(embedded, views.rich.labels)
+        return cls(semantic, queries, by_logits, logits, views.poor.labels, teacher)
+
+    def first(self, *, planned: bool) -> Tensor:
+        """The matcher's choice: nearest in class, or by a plan."""
+        return _matcher(self.semantic, planned).match(self.queries, self.labels).ids
+
+    def again(self, student_logits: Tensor, rows: Tensor, *, planned: bool) -> Tensor:
+        """The choice of these student images, ``rows``, by what the student predicts for them."""
+        return _matcher(self.logits, planned).match(student_logits, self.labels[rows]).ids
+
+
+def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
+    # A match is good long before a plan is exact, and keeps its limits all the same.
+    limits: dict[str, Any] = {"gradient": "none", "max_iterations": 100, "tolerance": 1e-3}
+    planner = LagrangianPlanner(EPSILON, "capacity", **limits) if planned else None
+    return SemBridgeMatcher(gallery, planner, capacity=CAPACITY)
+
+
+def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -> Tensor:
+    """For every student (N,) a row of ``teachers`` (M,) of its class, drawn with replacement."""
+    ids = torch.empty(len(labels), dtype=torch.int64)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero()[:, 0]
+        rows = (teachers == label).nonzero()[:, 0]
+        ids[members] = rows[torch.randint(len(rows), (len(members),), generator=generator)]
+    return ids
+
+
+def rematch_epochs(published: Sequence[int], epochs: int) -> list[int]:
+    """Published epochs, which are of 200, at the same places of another number of epochs."""
+    start, step, growth = (round(value * epochs / 200) for value in published[:3])
+    schedule = RematchSchedule(max(1, start), max(1, step), growth, times=published[3])
+    return schedule.epochs(epochs)
+
+
+@dataclass
+class Trace:
+    """What a student's matches cost over training; entry e is after e epochs.
+
+    Logits are of a fixed sample of students and of their teacher images, each row centred: softmax
+    knows no more.
+    """
+
+    transport: list[float] = field(default_factory=list)  # their Wasserstein distance
+    matched: list[float] = field(default_factory=list)  # root mean square of the matched pairs'
+    rematching: dict[int, float] = field(default_factory=dict)  # seconds, by the epoch after it
+    changed: dict[int, float] = field(default_factory=dict)  # share of the matches
+    in_use: dict[int, int] = field(default_factory=dict)  # different teacher images
+    watching: float = 0.0  # seconds spent on measuring the above, no part of training
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Names every student's teacher image before an epoch, and keeps the trace."""
+
+    row: Row
+    student: nn.Module
+    views: Views
+    galleries: Galleries
+    options: Options
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.device, labels = PartialState().device, self.views.poor.labels
+        self.trace = Trace()
+        self._epochs = (
+            rematch_epochs(self.options.rematch, self.options.epochs) if self.row.again else []
+        )
+        # Of the images that stand beside the student's.
+        self._logits = self.galleries.teacher_logits
+        if self.row.first == "itself":
+            teacher = self.galleries.teacher.to(self.device)
+            self._logits = outputs(teacher, self.views.originals, self.device)
+        shape = len(labels), len(self.views.poor.classes)
+        self._predicted = torch.full(shape, torch.nan, device=self.device)
+        self._draws = torch.Generator().manual_seed(_MATCH_SEED + self.seed)
+        self._sample = torch.from_numpy(stratified(labels.numpy(), _SAMPLE, draw=_SAMPLE_DRAW))
+        self._ids = self._first()
+
+    def __call__(self, epoch: int) -> Tensor:
+        """The rows of the teacher images for this epoch, counted from 0."""
+        if epoch in self._epochs:
+            self._rematch(epoch)
+        elif epoch and self.row.first == "each epoch":
+            self._ids = self._first()
+        self.watch()
+        return self._ids
+
+    def observe(self, index: Tensor, logits: Tensor) -> None:
+        """Remember what the student predicted at a step of training: DynM reads it."""
+        if self.row.again:
+            self._predicted[index] = logits.float()
+
+    def watch(self) -> None:
+        """Measure what the matches cost at the student's present state."""
+        started = time.perf_counter()
+        images = self.views.poor.chosen(self._sample)
+        student = _centred(outputs(self.student.to(self.device).eval(), images, self.device))
+        self.student.train()
+        teacher = _centred(self._logits[self._ids[self._sample]])
+        self.trace.transport.append(float(transport_cost(student, teacher)))
+        self.trace.matched.append(float((student - teacher).square().sum(1).mean().sqrt()))
+        self.trace.watching += time.perf_counter() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "ids": self._ids, "predicted": self._predicted, "draws": self._draws.get_state(),
+            "trace": asdict(self.trace),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ids, self._predicted = state["ids"], state["predicted"].to(self.device)
+        self._draws.set_state(state["draws"])
+        self.trace = Trace(**state["trace"])
+
+    def _first(self) -> Tensor:
+        labels = self.views.poor.labels
+        if self.row.first == "semantic":
+            return self.galleries.first(planned=self.row.planned)
+        if self.row.first == "itself":
+            return torch.arange(len(labels))
+        return random_match(labels, self.views.rich.labels, self._draws)
+
+    def _rematch(self, epoch: int) -> None:
+        started, logits = time.perf_counter(), self._predicted.cpu()
+        # An epoch leaves its incomplete last batch out: an image never seen keeps its match.
+        rows = logits.isfinite().all(1).nonzero()[:, 0]
+        ids = self._ids.clone()
+        ids[rows] = self.galleries.again(logits[rows], rows, planned=self.row.planned)
+        self.trace.rematching[epoch] = time.perf_counter() - started
+        self.trace.changed[epoch] = float((ids != self._ids).float().mean())
+        self.trace.in_use[epoch] = len(ids.unique())
+        self._ids = ids
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return train.main(arguments, Options, Session)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
