@@ -1,0 +1,164 @@
+"""Use a trained student: ``python examples/predict.py CHECKPOINT IMAGE...``.
+
+Prints the classes of images with their probabilities. ``--onnx FILE`` and ``--torch-export FILE``
+write the network to a file that takes raw images (N, bands, H, W), float32 in the images' own
+numbers (0 to 255 for photographs), normalises inside and gives logits; what the file answers is
+compared with the checkpoint's own answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import models
+from data.decode import fitted, read_bands, read_colours
+from store import read_checkpoint
+from train import reported
+
+_CLOSE = 1e-3  # of logits, between two engines
+
+
+@dataclass(frozen=True)
+class Options:
+    # A student's or a teacher's file.
+    checkpoint: tyro.conf.Positional[Path]
+    # Images of the modality that it was trained on.
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    # Classes that are printed for each.
+    top: int = 3
+    # Write an ONNX file.
+    onnx: Path | None = None
+    # Write a file of torch.export.
+    torch_export: Path | None = None
+
+
+class Network(nn.Module):
+    """A network that takes raw images: mean and deviation are inside."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = models.create(content["network"], **content["arguments"])
+        self.network.load_state_dict(content["weights"])
+        mean, std = (torch.tensor(content[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.where(std > 0, 1 / std, 0))  # a constant band is 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, bands, H, W) as they are stored to logits (N, classes)."""
+        logits: Tensor = self.network((images - self.mean) * self.scale)
+        return logits
+
+
+def load(path: Path) -> tuple[Network, dict[str, Any]]:
+    """A checkpoint's network, ready to predict, and all that the file says of it.
+
+    Raises:
+        ValueError: the file is damaged, or no student's or teacher's.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist; fix: name a .pt file of --out")
+    content = read_checkpoint(path)
+    if "classes" not in content:
+        raise ValueError(f"checkpoint {path} says no classes: it is no student's or teacher's")
+    return Network(content).eval(), content
+
+
+def read(file: Path, content: dict[str, Any]) -> Tensor:
+    """An image file (1, bands, H, W), in the size that the network was trained on."""
+    bands, (height, width) = content["bands"], content["size"]
+    image = read_bands(file)
+    if image.shape[0] != bands and bands == 3 and image.shape[0] in (1, 2, 4):
+        image = read_colours(file)
+    if image.shape[0] != bands:
+        raise ValueError(
+            f"image {file} has {image.shape[0]} band(s), the network was trained on {bands} "
+            f"({content['modality']}); fix: an image of that modality"
+        )
+    if image.shape[1:] != (height, width):
+        if height != width:
+            raise ValueError(
+                f"image {file} is {image.shape[1]}x{image.shape[2]}, the network was trained on "
+                f"{height}x{width}; fix: resize it"
+            )
+        image = fitted(image, height)
+    return torch.tensor(image)[None].float()
+
+
+def to_onnx(network: Network, content: dict[str, Any], file: Path, images: Tensor) -> float:
+    """Write an ONNX file; the largest difference of its logits from the network's."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(
+            "--onnx is checked by onnxruntime; fix: pip install onnx onnxscript onnxruntime"
+        ) from error
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        network, (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
+        output_names=["logits"], verbose=False, external_data=False,
+    )  # fmt: skip
+    program.save(str(file))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    return _difference(network, images, torch.from_numpy(logits))
+
+
+def to_export(network: Network, file: Path, images: Tensor) -> float:
+    """Write a file of ``torch.export``; the largest difference of its logits, read back."""
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=({0: batch},)), file)
+    return _difference(network, images, torch.export.load(file).module()(images))
+
+
+@torch.no_grad()
+def _difference(network: Network, images: Tensor, logits: Tensor) -> float:
+    own = network(images)
+    found = float((own - logits).abs().max())
+    if not found <= _CLOSE * max(1.0, float(own.abs().max())):
+        raise ValueError(f"the written file's logits differ from the checkpoint's by {found:.2g}")
+    return found
+
+
+def predict(options: Options) -> int:
+    network, content = load(options.checkpoint)
+    accuracy = f", {content['accuracy']:.2f} % on test images" if "accuracy" in content else ""
+    size = "x".join(map(str, content["size"]))
+    print(
+        f"{content['network']}, {len(content['classes'])} classes, {content['bands']} band(s) of "
+        f"{size} ({content['modality']}){accuracy}"
+    )
+    found = [read(file, content) for file in options.images]
+    for file, image in zip(options.images, found, strict=True):
+        with torch.no_grad():
+            shares = network(image).softmax(1)[0]
+        best = shares.topk(min(options.top, len(shares)))
+        told = ", ".join(
+            f"{content['classes'][place]} {100 * share:.1f} %"
+            for share, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+        print(f"{file}: {told}")
+    shape = (2, content["bands"], *content["size"])
+    mean, std = (torch.tensor(content[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    drawn = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([*found, drawn])
+    if options.onnx is not None:
+        far = to_onnx(network, content, options.onnx, images)
+        print(f"{options.onnx}: written, its logits differ by at most {far:.1g} (onnxruntime)")
+    if options.torch_export is not None:
+        far = to_export(network, options.torch_export, images)
+        print(f"{options.torch_export}: written, its logits differ by at most {far:.1g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(reported(lambda: predict(tyro.cli(Options))))
