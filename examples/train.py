@@ -666,7 +666,7 @@ class Session:
             "size": list(images.shape[1:]),
             "mean": mean.tolist(),
             "std": std.tolist(),
-            "modality": images.modality,
+            "modality": "clean" if role == "teacher" else self.views.poverty,
             "trained": self.command,
         }
 

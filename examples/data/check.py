@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from data.sources import Images, Pixels, Rows
-from data.views import Wanted, open_source, open_views
 from data.options import Options
+from data.sources import Images, Pixels, Rows
+from data.views import open_source, open_views
 
-_LISTED = 20
+# Kinds of what is wrong, the gravest first, and how an error of each is known.
+KINDS = {
+    "damaged": r"cannot be read|NaN or infinity|holds no",
+    "of other bands": r"band",
+    "of another kind of number": r"holds \w+, ",
+    "of another size": r"\d+x\d+",
+    "otherwise wrong": "",
+}
+_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found.
-
-    Attributes:
-        lines: what there is, and what is wrong, one line each.
-        bad: images that cannot be read or are unlike the others.
-    """
+    """What a check found: a line for all that there is or is wrong, and how many images are."""
 
     lines: tuple[str, ...]
     bad: int
 
 
-def check(entry: DataSet, wanted: Wanted) -> Found:
-    """Classes, counts, sizes, bands, pairs, and every image that cannot be used.
+def check(options: Options) -> Found:
+    """Classes, counts, sizes, bands, pairs, and every image that cannot be used, by kind.
 
     With nothing wrong the last lines are those that a training prints at its start.
 
     Raises:
-        ValueError: the data are missing or of another layout; nothing can be read then.
+        ValueError: The data are missing or of another layout; nothing can be read then.
     """
-    if entry.scenes:
-        return Found(tuple(open_views(entry, wanted).loaded().summary()), 0)
-    source = open_source(entry, wanted)
-    lines = [f"classes: {len(source.classes)} ({_some(source.classes)})"]
-    wrong: list[str] = []
+    if options.reader in ("scenes", "folders"):
+        return Found(tuple(open_views(options).loaded().summary()), 0)
+    source = open_source(options)
+    names = source.classes
+    more = f", ... {len(names) - 10} more" if len(names) > 10 else ""
+    lines, wrong = [f"classes: {len(names)} ({', '.join(names[:10])}{more})"], []
     for half, images in (("train", source.train), ("test", source.test)):
-        counted = np.bincount(images.labels, minlength=len(source.classes))
+        counted = np.bincount(images.labels, minlength=len(names))
         lines.append(
             f"{half}: {len(images.labels)} images, {counted.min()} to {counted.max()} a class"
         )
         for side, read in _sides(images):
-            shapes, told = _read_all(read, len(images.labels))
-            wrong += told
+            shapes, errors = _read_all(read, len(images.labels))
+            wrong += errors
             lines += [f"{half}, {side}: {count} images of {kind}" for kind, count in shapes]
-    lines += wrong[:_LISTED]
-    if len(wrong) > _LISTED:
-        lines.append(f"and {len(wrong) - _LISTED} more that cannot be used")
+    left = wrong
+    for kind, pattern in KINDS.items():
+        own = [text for text in left if re.search(pattern, text.split(": ")[0])]
+        left = [text for text in left if text not in own]
+        if own:
+            lines.append(f"{kind}: {len(own)}")
+            lines += [f"  {text}" for text in own[:_NAMED]]
+            lines += [f"  and {len(own) - _NAMED} more"] if len(own) > _NAMED else []
     lines.append(f"images that cannot be used: {len(wrong)}")
     if not wrong:
-        lines += open_views(entry, replace(wanted, download=False)).summary()
+        lines += open_views(options).summary()
     return Found(tuple(lines), len(wrong))
 
 
@@ -80,8 +90,3 @@ def _read_all(
         bands, height, width = image.shape
         kinds[f"{bands} band(s), {height}x{width}, {image.dtype}"] += 1
     return kinds.most_common(), wrong
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    more = f", ... {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

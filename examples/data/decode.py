@@ -78,13 +78,13 @@ class AlikeFiles:
         return first, image.dtype, image.shape
 
 
-def refuse_sizes(read: AlikeFiles) -> None:
+def refuse_sizes(read: object) -> None:
     """Refuses photographs of several sizes by their headers, before anything is trained.
 
     Raises:
         ValueError: they differ; the sizes are counted.
     """
-    if read.size is not None:
+    if not isinstance(read, AlikeFiles) or read.size is not None:
         return
     sizes: Counter[tuple[int, int]] = Counter()
     for file in read.files:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.archives import fetched, network_told
-from data.decode import PHOTOS, TIFF, AlikeFiles, refuse_sizes
+from data.decode import PHOTOS, TIFF, AlikeFiles
 from data.layouts import hint, refuse_another
 from data.sources import Images, Rows, Source, class_files
 from data.splits import TEST_FRACTION, for_test, refuse_fraction
@@ -217,6 +217,4 @@ def _source(
         Images(labels, AlikeFiles(files, size or None, True, like, margin))
         for files, labels in parts
     ]
-    for half in halves:
-        refuse_sizes(half.read)
     return Source(classes, *halves)

@@ -90,11 +90,6 @@ class Images:
         images = self.raw(rows)
         return images if self.poverty is None else self.poverty(images, self.index[rows])
 
-    @property
-    def modality(self) -> str:
-        """What these images are, in words."""
-        return "poor" if self.poverty is None else str(self.poverty)
-
     def known(self) -> Tensor:
         """What training may know of every image."""
         return self.labels if self.targets is None else self.targets

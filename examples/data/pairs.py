@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import SUFFIXES, AlikeFiles, refuse_sizes
+from data.decode import SUFFIXES, AlikeFiles
 from data.layouts import hint, refuse_another
 from data.sources import Images, Source, class_files, common_classes
 from data.splits import TEST_FRACTION, for_test, refuse_fraction
@@ -128,8 +128,6 @@ def open_two(
             AlikeFiles(files, size or None, like=like)
             for files, like in zip(chosen, alike, strict=True)
         ]
-        for read in readers:
-            refuse_sizes(read)
         made.append(Images(some_labels, *readers))
     return Source(classes, *made)
 
@@ -144,7 +142,6 @@ def open_folders(
     for folder in (rich, poor):
         files, labels = class_files(folder, classes, SUFFIXES, least=2)
         read = AlikeFiles(files, size or None)
-        refuse_sizes(read)
         sides.append(Images(labels, read))
     return classes, *sides
 

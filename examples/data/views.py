@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data import splits
+from data.decode import refuse_sizes
 from data.images import NO_LABEL, Images, counts
 from data.options import Options
 from data.poverty import Poverty, poverty
@@ -24,6 +25,11 @@ from data.sources import Rows, Source, stratified
 from structkd.diagnostics import modality_gap
 
 VAL_FRACTION = 0.1
+# Published data sets; another count is another data set.
+_CLASSES = {
+    "mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "tiny_imagenet": 200,
+    "imagenet": 1000, "ombria": 4,
+}  # fmt: skip
 # Options that are some readers' only.
 _READERS = ("rich", "poor", "only_pairs", "size", "classes", "test_fraction", "bands")
 _LOOKED_AT = 1000  # images of a side that the gap of free pairs is measured on
@@ -114,6 +120,8 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
         views = _apart(options, pseudo)
     else:
         source = open_source(options)
+        for half in (source.train, source.test):
+            refuse_sizes(half.read), refuse_sizes(half.read_poor)
         own = source.train.read_poor is not None
         made = None if own else poverty(options.view)
         views = _paired(source, options, made)
@@ -144,7 +152,14 @@ def open_source(options: Options) -> Source:
                 f"--{one.name.replace('_', '-')} has no effect on {options.recipe}; fix: leave it out"
             )
     folder = None if options.data is None else options.data.expanduser()
-    return read(folder, options.download, **given)
+    source = read(folder, options.download, **given)
+    known = _CLASSES.get(options.reader)
+    if known is not None and len(source.classes) != known:
+        raise ValueError(
+            f"{options.reader} has {known} classes, {options.data} has {len(source.classes)}; fix: "
+            "another recipe, or the folder of that data set; 'folder' takes any"
+        )
+    return source
 
 
 def _paired(source: Source, options: Options, made: Poverty | None) -> Views:
@@ -220,6 +235,7 @@ def _apart(options: Options, pseudo: str) -> Views:
         pseudo = pseudo or options.view
     sets, offset = [], 0
     for side in sides:
+        refuse_sizes(side.read)
         everything = np.arange(len(side.labels))
         train, test = _held_out(everything, side.labels, options.test_fraction, _TEST)
         if options.evaluate == "val":
