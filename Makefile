@@ -10,8 +10,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One thread is faster than two on networks as small as the demo's; two students train side by side.
 demo: export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
-	$(PYTHON) examples/train.py mnist --amount 0.7 --labels 400 --batch-size 96 --epochs 8 --precision fp32 \
-		--method alone kd dense --jobs 2 --out runs/demo
+	$(PYTHON) examples/train.py mnist --view noise:0.7 --labels 400 --batch-size 96 --epochs 8 \
+		--criterion alone kd dense --jobs 2 --out runs/demo
+	$(PYTHON) examples/data show mnist --view noise:0.7 --out runs/demo/image.png
+	$(PYTHON) examples/predict.py runs/demo/student-dense-seed0-*.pt runs/demo/image.png
 
 # One thread a process, a process a core: a file's tests stay together, as they share fixtures.
 test: export OMP_NUM_THREADS ?= 1

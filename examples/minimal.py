@@ -1,7 +1,7 @@
 """A whole cross-modal training on one screen: ``python examples/minimal.py``.
 
 The teacher sees 4,000 digits clean. The student sees them with seven pixels in ten replaced by
-black or white: alone, or with what the teacher makes of the clean ones beside it.
+black or white: alone, or with the structure of what the teacher makes of the clean ones.
 """
 
 import argparse
@@ -63,9 +63,8 @@ train(alone, lambda rows: F.cross_entropy(alone(x_poor[rows]), y[rows]), len(y),
 distiller = structkd.Distiller(
     student,
     teacher,
-    [{"type": "KDLoss", "weight": 0.9, "temperature": 4.0}, {"type": "DSLoss"}],
-    example=(x_poor[:2], x_rich[:2]),
-    layers={"intermediate": "0.5", "embedding": "3:input"},  # the second block, what Linear reads
+    20 * structkd.DenseStructureLoss(),  # every position of a map is a sample
+    layers={"intermediate": ["0.2", "0.5", "0.8"]},  # the maps of the three blocks
 )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress
+from torch import Tensor
 
 from store import write_atomically
 
@@ -126,3 +130,63 @@ class Show:
 
 def shown(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+
+
+def collapsed(began: Any, now: Any) -> str | None:
+    """What to say where a layer's filters were thrown far, in nearly one direction."""
+    lost = [
+        f"{name} (norm {old.norm:.2g} to {now[name].norm:.2g}, rank {old.rank:.1f} to "
+        f"{now[name].rank:.1f})"
+        for name, old in began.items()
+        if now[name].norm > 4 * old.norm and now[name].rank < 0.8 * old.rank
+    ]
+    told = f"the filters of {', '.join(lost)} collapsed, the run may be lost; fix: --clip agc:0.1"
+    return told if lost else None
+
+
+class Running:
+    """Means of an epoch's terms, and its predictions by class, on their device until read."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes, self._names = classes, ()
+        self._sums: Any = 0.0
+        self._count, self._calls = 0, None  # images by true class and by class that they are called
+
+    @torch.no_grad()
+    def add(self, terms: dict[str, Tensor], logits: Tensor | None, target: Tensor) -> None:
+        self._names, self._count = tuple(terms), self._count + 1
+        self._sums = self._sums + torch.stack([t.detach().float() for t in terms.values()])
+        if logits is None:
+            return
+        if self._calls is None:
+            self._calls = target.new_zeros(logits.shape[1] + 1, logits.shape[1])
+        true = torch.where(target < 0, logits.shape[1], target)  # the last row: no label
+        places = true * logits.shape[1] + logits.argmax(1)
+        self._calls.view(-1).index_add_(0, places, torch.ones_like(places))
+
+    def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """The means so far, over all processes where their accelerator is given."""
+        numbers, calls = self._sums / self._count, self._calls
+        if accelerator is not None:
+            numbers = accelerator.reduce(numbers, "mean")
+            calls = None if calls is None else accelerator.reduce(calls.clone())
+        found = {"loss": float(numbers.sum())}
+        found |= dict(zip(self._names, numbers.tolist(), strict=True))
+        if calls is not None and (labelled := int(calls[:-1].sum())):
+            found["accuracy"] = 100 * int(calls.diagonal().sum()) / labelled
+        return found
+
+    def one_class(self) -> str | None:
+        """What to say where nearly everything was called one class."""
+        if self._calls is None:
+            return None
+        called, true = self._calls.sum(0), self._calls[:-1].sum(1)
+        predicted, true = (row / row.sum().clamp_min(1) for row in (called, true))
+        label = int(predicted.argmax())
+        if predicted[label] < 0.95 or true[label] > 0.9:
+            return None
+        return (
+            f"{100 * float(predicted[label]):.0f} % of the images are called "
+            f"{self._classes[label]!r}, which {100 * float(true[label]):.0f} % of them are: the "
+            "training may be lost"
+        )

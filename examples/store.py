@@ -71,20 +71,24 @@ def key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-@cache
 def code_digest(*places: Path) -> str:
     """Eight hex digits that stand for what Python code does: comments and docstrings don't count."""
     digest = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            tree = ast.parse(file.read_text())
-            for node in ast.walk(tree):
-                body = getattr(node, "body", None)
-                first = body[0] if isinstance(body, list) and body else None
-                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                    first.value = ast.Constant(None)
-            digest.update(f"{file.name}\n{ast.unparse(tree)}\n".encode())
+            digest.update(f"{file.name}\n{_what_it_does(file, file.stat().st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:8]
+
+
+@cache
+def _what_it_does(file: Path, changed: int) -> str:
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value = ast.Constant(None)
+    return ast.unparse(tree)
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -112,9 +116,7 @@ def lock(folder: Path, name: str) -> FileLock:
 
 
 @contextmanager
-def held(
-    folder: Path, name: str, *, waiting: Callable[[], object] | None = None
-) -> Iterator[bool]:
+def held(folder: Path, name: str, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
     """Hold a lock for all processes of this training; tells whether it is held.
 
     Where somebody else has it, ``waiting`` is called and it is waited for; without, it is not held.
@@ -189,7 +191,9 @@ class Store:
 
         wanted = (method, seed, plain(config))
         runs = ((run["method"], run["seed"], plain(run["config"])) for run in self.runs())
-        return next((r for r, known in zip(self.runs(), runs, strict=True) if known == wanted), None)
+        return next(
+            (r for r, known in zip(self.runs(), runs, strict=True) if known == wanted), None
+        )
 
     def write(self, header: Mapping[str, Any], *new: Run) -> None:
         """Write the header's entries and new runs; the others stay as they are."""

@@ -8,17 +8,14 @@ ones, students with criteria, a table. Images come from ``data/``, networks from
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import inspect
 import math
 import os
 import shlex
-import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,17 +36,28 @@ from torch import Tensor, nn
 
 import models
 import structkd
-from data import Batch, Batches, Images, Options as DataOptions, Views, open_views
-from progress import Show, shown
+from data import Batch, Batches, Images, Views, open_views
+from data import Options as DataOptions
+from methods import METHODS, Method, near
+from progress import Running, Show, collapsed, shown
 from store import (
-    HELPER, Checkpoint, Epochs, Run, Store, agreed, code_digest, first_line, held, helpers,
+    HELPER,
+    Checkpoint,
+    Epochs,
+    Run,
+    Store,
+    agreed,
+    code_digest,
+    first_line,
+    held,
+    helpers,
+    write_atomically,
 )  # fmt: skip
-from structkd.criteria import CRITERIA, build_criterion
-from structkd.criteria.base import CriterionSum
 from structkd.diagnostics import filter_collapse
+from table import Row, result_table, rows, table
 
+__all__ = ["METHODS", "Method", "Options", "Row", "Session", "evaluate", "fit", "rows", "table"]
 HERE = Path(__file__).parent
-ALONE = "alone"  # the student that has no teacher
 _CRITERION_SEED = 1_000_000  # apart from the students', so that these start alike in all rows
 _FAILURES = (ValueError, TypeError, RuntimeError, FloatingPointError)  # of one row, not of the job
 _ENDED_LONG = 24 * 3600  # seconds of training that are not begun without --yes
@@ -61,7 +69,7 @@ class Options(DataOptions):
 
     # Rows of the table: alone, a name of methods.yaml, a criterion of structkd, FILE.py:CLASS, or
     # YAML such as '{type: KDLoss, temperature: 2}'; '[kd, DSLoss]' is a sum.
-    criterion: tuple[str, ...] = (ALONE, "kd", "dense")
+    criterion: tuple[str, ...] = ("alone", "kd", "dense")
     # Network of the teacher: a timm name, or one of models/.
     teacher: str = "resnet32x4"
     # Network of the students.
@@ -103,8 +111,8 @@ class Options(DataOptions):
     # Begin what takes longer than a day.
     yes: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for name, least in {"epochs": 1, "batch_size": 1, "jobs": 1, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -180,138 +188,6 @@ def recipe(name: str, kind: type[Options] = Options, **changes: Any) -> Options:
         elif not isinstance(value, type(default)) and default is not None:
             raise ValueError(f"recipe {name}: {option} must be like {default!r}, got {value!r}")
     return kind(**values)
-
-
-def near(name: str, known: Any) -> str:
-    """A hint; empty where no name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {found[0]!r}? " if found else ""
-
-
-# Methods: the library's specs, and names for some of them.
-
-METHODS: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "methods.yaml").read_text())
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: a sum of criteria, and the weight of the labels' cross-entropy."""
-
-    label: str
-    parts: tuple[dict[str, Any], ...] = ()  # specs with a type each; none for the lone student
-    labels: float = 1.0
-
-    @classmethod
-    def of(cls, text: str) -> Method:
-        """Reads YAML; ``SupervisionLoss`` in a list is the cross-entropy, with its weight."""
-        try:
-            spec = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            told = str(error).splitlines()[0]
-            raise ValueError(f"--criterion {text!r} is no YAML: {told}") from error
-        parts = _parts(spec, alone=not isinstance(spec, list))
-        labels = [part.get("weight", 1.0) for part in parts if part["type"] == "SupervisionLoss"]
-        kept = tuple(part for part in parts if part["type"] != "SupervisionLoss")
-        return cls(text, kept, labels[0] if labels else 1.0)
-
-    def build(self, stages: int, data: Mapping[str, int]) -> structkd.Criterion:
-        """The criterion, for networks of so many stages and for so much data."""
-        found = []
-        for part in self.parts:
-            kind, options = loaded(part["type"]), dict(part)
-            known = inspect.signature(kind).parameters
-            options["type"] = kind
-            if "dataset_size" in known:
-                options = {"dataset_size": "$samples"} | options
-            if "gather" in known:
-                options.setdefault("gather", True)
-            own = "layer" in options
-            for name, value in options.items():
-                if isinstance(value, str) and value[:1] == "$" and value[1:] in data:
-                    options[name] = data[value[1:]]
-                elif value == "$normalised":  # the CRD benchmark's map to the teacher's channels
-                    one = name == "adapter"
-                    made = [models.Normalised(skip_equal=not one) for _ in range(stages)]
-                    options[name] = made[0] if one else made
-            each = range(stages) if options.get("layer") == "$each" else [options.get("layer")]
-            for layer in each:
-                criterion = build_criterion(options | ({"layer": layer} if own else {}))
-                # A criterion that reads one map reads the last stage but one.
-                for leaf in () if own else criterion.modules():
-                    if stages > 1 and getattr(leaf, "layer", None) == -1:
-                        leaf.layer = -2
-                found.append(criterion)
-        return found[0] if len(found) == 1 else CriterionSum.of(*found)
-
-    def stages(self, names: list[str]) -> list[str]:
-        """Which of a network's stages are captured: all if any part wants them, else one."""
-        for part in self.parts:
-            layer = inspect.signature(loaded(part["type"])).parameters.get("layer")
-            given = part.get("layer", None if layer is None else layer.default)
-            if "layer" in part or (layer is not None and given is None):
-                return names
-        return [names[max(len(names) - 2, 0)]]
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What is minimised, as plain values, with a digest of the user's own code."""
-        found = {"labels": self.labels, "criterion": [dict(part) for part in self.parts]}
-        files = {part["type"].rpartition(":")[0] for part in self.parts if ":" in part["type"]}
-        if files:
-            found["own code"] = {file: code_digest(Path(file).resolve()) for file in sorted(files)}
-        return found
-
-
-def _parts(spec: Any, *, alone: bool) -> list[dict[str, Any]]:
-    if isinstance(spec, list):
-        return [part for one in spec for part in _parts(one, alone=False)]
-    if isinstance(spec, Mapping) and isinstance(spec.get("type"), str):
-        loaded(spec["type"])
-        return [dict(spec)]
-    if not isinstance(spec, str):
-        raise ValueError(f"--criterion must be a name, a dict with a type or a list, got {spec!r}")
-    name = spec.lower()
-    if name not in METHODS:
-        loaded(spec)
-        return [{"type": spec}]
-    inner = METHODS[name].get("criterion")
-    parts = [] if inner is None else _parts(inner, alone=True)
-    # In a sum the labels weigh 1, whatever a method has beside itself.
-    return [part for part in parts if alone or part["type"] != "SupervisionLoss"]
-
-
-def loaded(kind: str) -> type[structkd.Criterion]:
-    """The class of a criterion: of structkd, or ``FILE.py:CLASS``.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    place, colon, name = kind.rpartition(":")
-    if not colon:
-        if kind not in CRITERIA:
-            known = [*METHODS, *CRITERIA]
-            raise ValueError(
-                f"--criterion: unknown {kind!r}; {near(kind, known)}known: {', '.join(known)}, and "
-                "my_losses.py:MyLoss for a class of your own"
-            )
-        return CRITERIA[kind]
-    file = Path(place).expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f"--criterion {kind}: there is no file {file}")
-    named = f"own_{file.stem}_{code_digest(file)}"
-    if named not in sys.modules:
-        made = importlib.util.spec_from_file_location(named, file)
-        module = importlib.util.module_from_spec(made)
-        sys.modules[named] = module
-        try:
-            made.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[named]
-            raise
-    own = getattr(sys.modules[named], name, None)
-    if not (isinstance(own, type) and issubclass(own, structkd.Criterion)):
-        raise ValueError(f"--criterion {kind}: {file.name} has no structkd.Criterion named {name}")
-    return own
 
 
 # The loop.
@@ -404,7 +280,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
         started = time.perf_counter()
         ids = None if training.choose is None else training.choose(epoch)
         model.train()
-        running = _Running(batches.classes)
+        running = Running(batches.classes)
         for number, batch in enumerate(batches.epoch(epoch, ids)):
             done = epoch * len(batches) + number
             share = structkd.falling(done, steps) if options.falling else 1.0
@@ -443,71 +319,11 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
         show.epoch(history)
         # Early in a training one class is usual; half way through it is told once.
         if epoch + 1 == max(options.epochs // 2, 1) or epoch + 1 == options.epochs:
-            for told in (running.one_class(), _collapsed(began, filter_collapse(network))):
+            for told in (running.one_class(), collapsed(began, filter_collapse(network))):
                 if told is not None:
                     show.warn(f"{training.label}, epoch {epoch + 1}: {told}")
     show.end()
     return network if ema is None else ema.module
-
-
-def _collapsed(began: Any, now: Any) -> str | None:
-    """What to say where a layer's filters were thrown far, in nearly one direction."""
-    lost = [
-        f"{name} (norm {old.norm:.2g} to {now[name].norm:.2g}, rank {old.rank:.1f} to "
-        f"{now[name].rank:.1f})"
-        for name, old in began.items()
-        if now[name].norm > 4 * old.norm and now[name].rank < 0.8 * old.rank
-    ]
-    told = f"the filters of {', '.join(lost)} collapsed, the run may be lost; fix: --clip agc:0.1"
-    return told if lost else None
-
-
-class _Running:
-    """Means of an epoch's terms, and its predictions by class, on their device until read."""
-
-    def __init__(self, classes: Sequence[str]) -> None:
-        self._classes, self._names = classes, ()
-        self._sums: Any = 0.0
-        self._count, self._calls = 0, None  # images by true class and by class that they are called
-
-    @torch.no_grad()
-    def add(self, terms: dict[str, Tensor], logits: Tensor | None, target: Tensor) -> None:
-        self._names, self._count = tuple(terms), self._count + 1
-        self._sums = self._sums + torch.stack([t.detach().float() for t in terms.values()])
-        if logits is None:
-            return
-        if self._calls is None:
-            self._calls = target.new_zeros(logits.shape[1] + 1, logits.shape[1])
-        true = torch.where(target < 0, logits.shape[1], target)  # the last row: no label
-        places = true * logits.shape[1] + logits.argmax(1)
-        self._calls.view(-1).index_add_(0, places, torch.ones_like(places))
-
-    def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """The means so far, over all processes where their accelerator is given."""
-        numbers, calls = self._sums / self._count, self._calls
-        if accelerator is not None:
-            numbers = accelerator.reduce(numbers, "mean")
-            calls = None if calls is None else accelerator.reduce(calls.clone())
-        found = {"loss": float(numbers.sum())}
-        found |= dict(zip(self._names, numbers.tolist(), strict=True))
-        if calls is not None and (labelled := int(calls[:-1].sum())):
-            found["accuracy"] = 100 * int(calls.diagonal().sum()) / labelled
-        return found
-
-    def one_class(self) -> str | None:
-        """What to say where nearly everything was called one class."""
-        if self._calls is None:
-            return None
-        called, true = self._calls.sum(0), self._calls[:-1].sum(1)
-        predicted, true = (row / row.sum().clamp_min(1) for row in (called, true))
-        label = int(predicted.argmax())
-        if predicted[label] < 0.95 or true[label] > 0.9:
-            return None
-        return (
-            f"{100 * float(predicted[label]):.0f} % of the images are called "
-            f"{self._classes[label]!r}, which {100 * float(true[label]):.0f} % of them are: the "
-            "training may be lost"
-        )
 
 
 @torch.no_grad()
@@ -534,6 +350,7 @@ class Session:
     title = "accuracy on poor images"
 
     def __init__(self, options: Options, command: str = "", console: Console | None = None) -> None:
+        options.check()
         self.options, self.command, self.console = options, command, console or Console()
         self.helper = HELPER in os.environ
         _check_device(options.device)
@@ -628,7 +445,10 @@ class Session:
         }
 
     def _code(self, role: str) -> str:
-        loop = [Path(__file__).resolve(), HERE / "data", HERE / "models"]
+        loop = [
+            Path(__file__).resolve(),
+            *(HERE / name for name in ("data", "models", "methods.py")),
+        ]
         loop += [] if type(self) is Session else [Path(inspect.getfile(type(self))).resolve()]
         library = [] if role == "teacher" else [Path(structkd.__file__).parent]
         return code_digest(*loop, *library)
@@ -906,76 +726,8 @@ def told(run: Run | None) -> str:
     return f"{run['method']} seed {run['seed']}: {outcome}"
 
 
-# The table.
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method over its seeds; accuracies in percent, gain in points over the lone student."""
-
-    method: str
-    accuracies: tuple[float, ...]
-    gain: float | None
-    failures: tuple[str, ...] = ()  # the errors of the seeds that have no accuracy
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies) if self.accuracies else math.nan
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the seeds (n - 1); None for a single seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
-
-    @property
-    def accuracy(self) -> str:
-        """``mean ± std``; what failed, or is the same number for every seed, is told."""
-        if not self.accuracies:
-            return f"failed: {self.failures[0]}"
-        text = f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
-        if self.std == 0:
-            text += " (the same for every seed: lost?)"
-        total = len(self.accuracies) + len(self.failures)
-        return text + (f" ({len(self.failures)} of {total} failed)" if self.failures else "")
-
-    @property
-    def gained(self) -> str:
-        return "" if self.gain is None else f"{self.gain:+.2f}"
-
-
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """One row a method, in the order of the runs."""
-    found: dict[str, tuple[list[float], list[str]]] = {}
-    for run in runs:
-        accuracies, failures = found.setdefault(run["method"], ([], []))
-        failures.append(run["failed"]) if "failed" in run else accuracies.append(run["accuracy"])
-    base = found.get(ALONE, ([], []))[0]
-    made = []
-    for name, (own, failures) in found.items():
-        compared = base and own and name != ALONE
-        gain = statistics.fmean(own) - statistics.fmean(base) if compared else None
-        made.append(Row(name, tuple(own), gain, tuple(failures)))
-    return made
-
-
-def table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all but its first column to the right."""
-    made = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    full = ([*line, *[""] * (len(head) - len(line))] for line in made)
-    return "\n".join([f"{title}:", "", *(f"| {' | '.join(line)} |" for line in full), ""])
-
-
-def result_table(runs: Sequence[Run], *, title: str, more: Mapping[str, float]) -> str:
-    """The result in Markdown; ``more`` are rows of one number below, the teacher's."""
-    lines = [[r.method, r.accuracy, r.gained, str(len(r.accuracies))] for r in rows(runs)]
-    lines += [[f"*{name}*", f"*{value:.2f}*", "", "1"] for name, value in more.items()]
-    return table(title, ("method", "accuracy %", "gain", "seeds"), lines)
-
-
 def report(session: Session, runs: Sequence[Run]) -> None:
     """Prints the table, and writes it to ``results.md``."""
-    from store import write_atomically
-
     options = session.options
     title = f"{options.recipe}, {session.title}, student {options.student}"
     model = options.teacher

@@ -96,8 +96,8 @@ class Options(train.Options):
     # Epochs of 200 at which students choose again: the first, the step, its growth, how often.
     rematch: tuple[int, int, int, int] = (30, 30, 5, 4)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for name in self.rows:
             if name not in ROWS:
                 hint = train.near(name, ROWS)
@@ -289,9 +289,7 @@ class Galleries:
     teacher: nn.Module
 
     @classmethod
-    def of(
-        cls, matcher: Any, teacher: nn.Module, views: Views, device: torch.device
-    ) -> Galleries:
+    def of(cls, matcher: Any, teacher: nn.Module, views: Views, device: torch.device) -> Galleries:
         """Embed both training sets once; neither the matcher nor the teacher changes any more."""
         logits = outputs(teacher.to(device).eval(), views.rich, device)
         by_logits = RetrievalGallery(logits.shape[1], metric="kl")

@@ -1,4 +1,8 @@
-"""Look at images before training on them: ``python examples/data check NAME --data DIR``."""
+"""Look at images before training on them: ``python examples/data check RECIPE --data DIR``.
+
+``python examples/data show RECIPE --out FILE.png`` writes the first poor test image to a file, and
+says its class: something for ``predict.py`` where the images come from a package.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.check import check  # noqa: E402
-from train import parsed, reported  # noqa: E402
+import torch
+from PIL import Image
+
+from data import open_views
+from data.check import check
+from train import Options, parsed, reported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,11 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _checked(given: list[str]) -> int:
+    if given[:1] == ["show"]:
+        return _shown(parsed(given[1:]))
     if given[:1] != ["check"]:
-        raise ValueError("usage: python examples/data check RECIPE --data DIR")
+        raise ValueError("usage: python examples/data check RECIPE --data DIR, or show ... --out")
     found = check(parsed(given[1:]))
     print("\n".join(found.lines))
     return int(found.bad > 0)
+
+
+def _shown(options: Options) -> int:
+    images = open_views(options).held_out_poor
+    pixels = images.take(torch.zeros(1, dtype=torch.int64))[0]
+    if options.out is None or pixels.dtype != torch.uint8 or len(pixels) not in (1, 3):
+        raise ValueError("show writes images of 8 bits in one or three channels to --out FILE.png")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(options.out)
+    print(f"{options.out}: {images.classes[int(images.labels[0])]}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Options:
     # Processes that read such images.
     workers: int = 2
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what no training can have."""
         for name in ("size", "pad", "memory", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")

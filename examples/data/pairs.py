@@ -101,9 +101,7 @@ def open_two(
         raise ValueError(f"{rich} has {said[0]}, {poor} has {said[1]}; fix: split both sides alike")
     if halves[0]:
         refuse_fraction(rich, test_fraction)
-    found = [
-        _paired(rich / half, poor / half, name, only_pairs) for half in halves[0] or ("",)
-    ]
+    found = [_paired(rich / half, poor / half, name, only_pairs) for half in halves[0] or ("",)]
     classes = found[0][0]
     if len(found) == 2 and found[1][0] != classes:
         odd = sorted(set(classes) ^ set(found[1][0]))

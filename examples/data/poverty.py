@@ -37,7 +37,9 @@ class Poverty:
         raw = images.float() / scale
         try:
             if self.drawn:
-                made = torch.cat([self._one(raw[n : n + 1], int(index[n])) for n in range(len(raw))])
+                made = torch.cat(
+                    [self._one(raw[n : n + 1], int(index[n])) for n in range(len(raw))]
+                )
             else:
                 made = self.view(raw)
         except ValueError as error:

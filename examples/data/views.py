@@ -16,9 +16,9 @@ from data import splits
 from data.decode import refuse_sizes
 from data.images import NO_LABEL, Images, counts
 from data.options import Options
+from data.pairs import open_folders
 from data.poverty import Poverty, poverty
 from data.readers import reader
-from data.pairs import open_folders
 from data.scenes import open_scenes
 from data.sources import Images as Half
 from data.sources import Rows, Source, stratified

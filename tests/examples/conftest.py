@@ -1,65 +1,70 @@
-"""Registers the tiny data set, and runs the scripts on it."""
+"""A tiny data set in memory, and a recipe of it: four classes told apart by where they are bright."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from crossmodal import cli, models, recipes
-from crossmodal.data import Views, sources
-from crossmodal.runs import session
-from crossmodal.tables import figures, write
-from crossmodal.training.engine import Outcome, Training
-from tests.examples.tiny import CLASSES, ENTRY, half, opened
+import train as script
+from data import sources
+
+CLASSES = ["north", "east", "south", "west"]
+RECIPE = """
+reader: tiny
+teacher: resnet8
+student: resnet8x0_5
+view: noise:0.2
+epochs: 3
+lr: 0.05
+batch_size: 16
+pad: 1
+device: cpu
+seeds: [0]
+criterion: [alone, kd]
+"""
 
 
-@pytest.fixture(autouse=True)
-def tiny_set(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Registers the data set ``tiny`` and keeps the figures small."""
-    file = tmp_path_factory.mktemp("recipes") / "recipes.toml"
-    file.write_text(recipes.FILE.read_text() + ENTRY)
-    monkeypatch.setattr(recipes, "FILE", file)
+def half(count: int, seed: int) -> sources.Images:
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 4
+    images = random.integers(0, 80, (count, 1, 12, 12), dtype=np.uint8)
+    places = (np.s_[:6, :], np.s_[:, 6:], np.s_[6:, :], np.s_[:, :6])
+    for image, label in zip(images, labels, strict=True):
+        image[0][places[label]] += 150
+    return sources._in_memory(images, labels.astype(np.int64))
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     source = sources.Source(CLASSES, half(80, seed=1), half(40, seed=2))
     monkeypatch.setattr(sources, "open_tiny", lambda folder, download: source, raising=False)
-    monkeypatch.setattr(write, "_FIGURE_IMAGES", 24)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE)
+    return file
 
 
 @pytest.fixture
-def views() -> Views:
-    return opened()
+def run(recipe: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs ``train.py`` on the tiny set."""
 
-
-@pytest.fixture
-def teacher() -> nn.Module:
-    torch.manual_seed(7)
-    return models.create("resnet8", num_classes=4, in_chans=1)
-
-
-@pytest.fixture
-def train(tmp_path: Path) -> Callable[..., int]:
-    """Runs ``train.py`` (or another script) on ``tiny``, on the CPU."""
-
-    def run(*more: str, name: str = "tiny", kind: str = "train", out: Path = tmp_path) -> int:
-        return cli.main([name, "--out", str(out), "--device", "cpu", *more], kind=kind)
+    def run(*more: str, out: Path = tmp_path / "out") -> int:
+        return script.main([str(recipe), "--out", str(out), *more])
 
     return run
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records which networks are trained, and leaves out the figures that take the most time."""
-    for slow in ("draw_tsne", "draw_self_similarity", "draw_curves", "draw_accuracy"):
-        monkeypatch.setattr(figures, slow, lambda *a, **k: None)
+    """Records which networks are trained."""
     labels: list[str] = []
-    original = session.fit
+    original = script.fit
 
-    def recorded(training: Training, *rest: object) -> Outcome:
+    def recorded(training: script.Training, *rest: object) -> object:
         labels.append(training.label)
         return original(training, *rest)
 
-    monkeypatch.setattr(session, "fit", recorded)
+    monkeypatch.setattr(script, "fit", recorded)
     return labels

@@ -7,10 +7,10 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from crossmodal.recipes import data_sets
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, utils
 
-from crossmodal.data import Views, Wanted, open_views
-from crossmodal.recipes import data_sets
+from data import Views, Wanted, open_views
 from tests.examples.files import values, write
 from tests.examples.layouts import write_cifar100, write_stl10
 

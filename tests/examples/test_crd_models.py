@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from crossmodal import models
+import models
 from structkd import FeatureCapture
 
 # Parameters at 100 classes, as the benchmark's own code has them; the are these, rounded.

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crossmodal.recipes import data_sets
 from PIL import Image
+from tests.examples.tiny import opened
 from torchvision.datasets import CIFAR10
 
-from crossmodal.data import NO_LABEL, Views, Wanted, open_views
-from crossmodal.data.sources import stratified
-from crossmodal.data.views import halves
-from crossmodal.recipes import data_sets
-from tests.examples.tiny import opened
+from data import NO_LABEL, Views, Wanted, open_views
+from data.sources import stratified
+from data.views import halves
 
 NAMES = ["airplane", "bird", "cat"]
 
@@ -239,7 +239,7 @@ def test_batches_that_are_no_pickle(batches: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_gap_of_free_pairs_is_measured_on_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crossmodal.data.views._LOOKED_AT", 8)
+    monkeypatch.setattr("data.views._LOOKED_AT", 8)
     views = opened("unpaired-tiny")
     order = views.poor.labels.argsort()  # as folders are read, class by class
     dark = views.poor.pixels.clone()

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from crossmodal.data.decode import AlikeFiles, fitted, read_bands, read_colours
+from data.decode import AlikeFiles, fitted, read_bands, read_colours
 from tests.examples.files import values, write
 
 ROWS = np.arange(2)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from crossmodal.data import Wanted, open_views, splits
-from crossmodal.data.eurosat import neighbourhoods, place
 from crossmodal.recipes import data_sets
+
+from data import Wanted, open_views, splits
+from data.eurosat import neighbourhoods, place
 from tests.examples.files import values, write
 from tests.examples.layouts import EUROSAT_CLASSES, geotiff, write_eurosat
 

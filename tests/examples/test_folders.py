@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from crossmodal.data import Views, Wanted, open_views
 from crossmodal.recipes import data_sets
+
+from data import Views, Wanted, open_views
 from tests.examples.files import values, write
 from tests.examples.layouts import WNIDS, classes_of, write_imagenet, write_tiny_imagenet
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossmodal.geometry import (
+from papers.geometry import (
     EARTH,
     Aim,
     Bearing,

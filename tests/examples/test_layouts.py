@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from crossmodal.data import Wanted, open_views
-from crossmodal.data.layouts import looks_like
 from crossmodal.recipes import data_sets
+
+from data import Wanted, open_views
+from data.layouts import looks_like
 from tests.examples import layouts
 from tests.examples.files import two_sides, values, write
 

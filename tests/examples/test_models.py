@@ -7,8 +7,8 @@ import timm
 import torch
 import torchvision
 
-from crossmodal import models
-from crossmodal.models import resnet
+import models
+from models import resnet
 from structkd import FeatureCapture
 
 OURS = ["resnet8", "resnet14", "resnet20", "resnet8x0_5", "resnet8x4", "resnet32x4"]

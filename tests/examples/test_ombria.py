@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from crossmodal.data import Wanted, open_views
-from crossmodal.data.ombria import CLASSES, patches
 from crossmodal.recipes import data_sets
+
+from data import Wanted, open_views
+from data.ombria import CLASSES, patches
 from tests.examples.files import values, write
 from tests.examples.layouts import LABELS, write_ombria
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from crossmodal.data import Views, Wanted, open_views
-from crossmodal.data.decode import read_bands
-from crossmodal.data.folders import open_folder
 from crossmodal.recipes import data_sets
+
+from data import Views, Wanted, open_views
+from data.decode import read_bands
+from data.folders import open_folder
 from tests.examples.files import two_sides, values, write
 
 

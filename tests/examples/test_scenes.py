@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crossmodal import cli, models
+from crossmodal.methods import Setup, variants
+from crossmodal.recipes import data_sets
 from PIL import Image
 from scipy.io import savemat
 
-from crossmodal import cli, models
-from crossmodal.data import Views, Wanted, open_views
-from crossmodal.data.scenes import read_multispectral
-from crossmodal.data.sources import read_rgb
-from crossmodal.methods import Setup, variants
-from crossmodal.recipes import data_sets
+from data import Views, Wanted, open_views
+from data.scenes import read_multispectral
+from data.sources import read_rgb
 from structkd import FeatureCapture
 
 tifffile = pytest.importorskip("tifffile")

@@ -1,0 +1,65 @@
+"""``predict.py``: a student without the job that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+
+
+@pytest.fixture
+def student(run: Callable[..., int], tmp_path: Path) -> Path:
+    run("--criterion", "kd")
+    (file,) = (tmp_path / "out").glob("student-kd*.pt")
+    return file
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.full((12, 12), 40, np.uint8)
+    pixels[:6] = 200
+    Image.fromarray(pixels).save(tmp_path / "north.png")
+    return tmp_path / "north.png"
+
+
+def test_classes_with_probabilities(student: Path, image: Path, capsys: pytest.CaptureFixture):
+    assert predict.predict(predict.Options(student, (image,))) == 0
+    said = capsys.readouterr().out
+    assert "north.png" in said
+    assert "%" in said
+    content = torch.load(student, weights_only=True)
+    for fact in ("network", "arguments", "classes", "bands", "size", "mean", "std", "trained",
+                 "accuracy", "structkd"):  # fmt: skip
+        assert fact in content
+
+
+def test_an_exported_file_takes_raw_images(student: Path, image: Path, tmp_path: Path):
+    file = tmp_path / "student.pt2"
+    predict.predict(predict.Options(student, (image,), torch_export=file))
+    network, content = predict.load(student)
+    raw = predict.read(image, content)
+    exported = torch.export.load(file).module()
+    torch.testing.assert_close(exported(raw.repeat(5, 1, 1, 1))[:1], network(raw))
+
+
+def test_an_onnx_file_answers_as_the_checkpoint(student: Path, image: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    assert predict.predict(predict.Options(student, (image,), onnx=tmp_path / "student.onnx")) == 0
+
+
+def test_an_image_of_another_modality_is_refused(student: Path, tmp_path: Path):
+    np.save(tmp_path / "five.npy", np.zeros((5, 12, 14), np.uint8))
+    with pytest.raises(ValueError, match="5 band"):
+        predict.predict(predict.Options(student, (tmp_path / "five.npy",)))
+
+
+def test_a_damaged_file_is_named(student: Path):
+    student.write_bytes(student.read_bytes()[:200])
+    with pytest.raises(ValueError, match="damaged"):
+        predict.load(student)

@@ -1,0 +1,209 @@
+"""``train.py``: what is kept, what is made again, and what a user is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import store
+import train as script
+
+HERE = Path(__file__).parents[2]
+Runner = Callable[..., int]
+OWN = """
+import torch.nn.functional as F
+import structkd
+
+class Mean(structkd.Criterion):
+    reads = ("logits",)
+
+    def terms(self, student, teacher, target=None):
+        return {"Mean": FACTOR * F.mse_loss(student.logits.float(), teacher.logits.float())}
+"""
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["runs"]
+
+
+def weights(out: Path) -> dict[str, str]:
+    found = {}
+    for file in out.glob("student-*.pt"):
+        content = torch.load(file, weights_only=True)
+        found[file.name] = content["sha256"]
+    return found
+
+
+def test_a_finished_row_is_not_trained_again(run: Runner, trained: list[str], tmp_path: Path):
+    assert run() == 0
+    assert trained == ["teacher resnet8", "alone seed 0", "kd seed 0"]
+    assert run() == 0
+    assert len(trained) == 3
+    assert run("--lr", "0.02", "--criterion", "alone") == 0
+    assert trained[3:] == ["teacher resnet8", "alone seed 0"]
+    assert len(results(tmp_path / "out")) == 3
+
+
+def test_every_spec_of_the_library_is_a_row(run: Runner, tmp_path: Path):
+    asked = ["DSLoss", "{type: KDLoss, temperature: 2}", "[kd, dense]", "vid", "crd", "fsp"]
+    assert run("--epochs", "1", "--criterion", *asked) == 0
+    assert [found["method"] for found in results(tmp_path / "out")] == asked
+
+
+def test_a_criterion_of_ones_own_trains_and_its_change_is_noticed(
+    run: Runner, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN.replace("FACTOR", "1.0"))
+    asked = ["--criterion", f"{file}:Mean"]
+    assert run(*asked) == 0
+    assert "Mean" in results(tmp_path / "out")[0]["terms"]
+    file.write_text("# a comment changes nothing\n" + OWN.replace("FACTOR", "1.0"))
+    assert run(*asked) == 0
+    assert len(trained) == 2
+    file.write_text(OWN.replace("FACTOR", "2.0"))
+    assert run(*asked) == 0
+    assert len(trained) == 3
+
+
+def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
+    run: Runner, trained: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    run("--criterion", "alone")
+    monkeypatch.setattr(script.Session, "_code", lambda self, role: "another")
+    run("--criterion", "alone")
+    assert trained.count("alone seed 0") == 2
+    assert "by other code" in capsys.readouterr().out
+
+
+def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("--criterion", "dense", out=whole)
+    save, count = store.Epochs.save, []
+
+    def stopped(self: store.Epochs, *rest: object) -> None:
+        save(self, *rest)
+        count.append(1)
+        if len(count) == 5:  # in the student's second epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Epochs, "save", stopped)
+        assert run("--criterion", "dense", out=cut) == 130
+    assert not (cut / "results.json").exists()
+    assert run("--criterion", "dense", out=cut) == 0
+    assert weights(cut) == weights(whole)
+
+
+def test_a_damaged_epoch_is_named_and_the_one_before_taken(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Epochs, "clear", lambda self: None)
+        run("--criterion", "alone")
+    out = tmp_path / "out"
+    (out / "results.json").unlink()
+    (last,) = out.glob("epochs/student-alone*/epoch-3")
+    (last / "extra.pt").write_bytes(b"no")
+    assert run("--criterion", "alone") == 0
+    assert "epoch-3 is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["results.json", "teacher"])
+def test_a_damaged_file_is_named_with_its_cure(
+    run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+):
+    run("--criterion", "alone")
+    (file,) = (tmp_path / "out").glob(f"{name}*")
+    file.write_bytes(file.read_bytes()[:100])
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert file.name in said
+    assert "damaged" in said
+    assert "fix: move it away" in said
+
+
+def test_the_bits_are_the_same_for_any_number_of_workers(run: Runner, tmp_path: Path):
+    held, streamed = tmp_path / "held", tmp_path / "streamed"
+    run("--criterion", "kd", out=held)
+    run("--criterion", "kd", "--memory", "0", "--workers", "0", out=streamed)
+    assert weights(held) == weights(streamed)
+
+
+@pytest.mark.slow
+def test_two_commands_in_one_folder_and_a_kill(tmp_path: Path):
+    command = [
+        sys.executable, "examples/train.py", "mnist", "--limit", "100", "--epochs", "2",
+        "--teacher-epochs", "1", "--seeds", "0", "1", "--criterion", "alone", "kd",
+        "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    start = lambda out: subprocess.Popen(  # noqa: E731
+        [*command, "--out", str(out)], cwd=HERE, env=environment, stdout=subprocess.DEVNULL
+    )
+    shared, single = tmp_path / "shared", tmp_path / "single"
+    killed = start(shared)
+    while not list(shared.glob("epochs/student-*/epoch-1")) and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    both = [start(shared), start(shared)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert start(single).wait() == 0
+    assert len(results(shared)) == 4
+    assert weights(shared) == weights(single)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("--lr", "0", "--lr"),
+        ("--clip", "agc", "--clip"),
+        ("--criterion", "KDLos", "did you mean 'KDLoss'"),
+        ("--view", "nois:0.5", "did you mean 'noise'"),
+        ("--view", "noise:2", "amount"),
+        ("--teacher", "resnet9", "near names"),
+        ("--limit", "3", "--limit"),
+        ("--device", "nowhere", "--device"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    run: Runner, capsys: pytest.CaptureFixture, option: str, value: str, word: str
+):
+    assert run(option, value) == 2
+    said = capsys.readouterr().err
+    assert word in said
+    assert len(said.splitlines()) == 1
+
+
+def test_what_takes_more_than_a_day_is_not_begun(
+    run: Runner, capsys: pytest.CaptureFixture, trained: list[str]
+):
+    assert run("--epochs", "100000000") == 2
+    assert "--yes" in capsys.readouterr().err
+    assert not trained
+
+
+def test_a_row_that_is_the_same_for_every_seed_is_marked():
+    runs = [{"method": "table", "accuracy": 34.78, "seed": seed} for seed in range(3)]
+    (row,) = script.rows(runs)
+    assert "lost" in row.accuracy
+
+
+def test_a_recipe_names_an_unknown_option(tmp_path: Path):
+    file = tmp_path / "own.yaml"
+    file.write_text("like: mnist\nepoch: 3\n")
+    file.with_name("mnist.yaml").write_text("reader: mnist\n")
+    with pytest.raises(ValueError, match="did you mean 'epochs'"):
+        script.recipe(str(file))
