@@ -72,7 +72,7 @@ def key(settings: Mapping[str, Any]) -> str:
 
 
 def code_digest(*places: Path) -> str:
-    """Eight hex digits that stand for what Python code does: comments and docstrings don't count."""
+    """Eight hex digits that stand for what Python code does, without comments and docstrings."""
     digest = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

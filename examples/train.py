@@ -57,7 +57,7 @@ from structkd.diagnostics import filter_collapse
 from table import Row, result_table, rows, table
 
 __all__ = ["METHODS", "Method", "Options", "Row", "Session", "evaluate", "fit", "rows", "table"]
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 _CRITERION_SEED = 1_000_000  # apart from the students', so that these start alike in all rows
 _FAILURES = (ValueError, TypeError, RuntimeError, FloatingPointError)  # of one row, not of the job
 _ENDED_LONG = 24 * 3600  # seconds of training that are not begun without --yes
@@ -517,7 +517,7 @@ class Session:
         return [run for run in (self._found(*item) for item in items) if run is not None]
 
     def _preflight(self, missing: list[tuple[Any, int]]) -> None:
-        """A step and a look at test images of every missing row: what fails is stored, time told."""
+        """A step of every missing row, and a look at test images: failures and the time."""
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]

@@ -149,7 +149,8 @@ def open_source(options: Options) -> Source:
                 given[one.name] = value
         elif value != one.default:
             raise ValueError(
-                f"--{one.name.replace('_', '-')} has no effect on {options.recipe}; fix: leave it out"
+                f"--{one.name.replace('_', '-')} has no effect on {options.recipe}; fix: "
+                "leave it out"
             )
     folder = None if options.data is None else options.data.expanduser()
     source = read(folder, options.download, **given)

@@ -1,4 +1,4 @@
-"""A tiny data set in memory, and a recipe of it: four classes told apart by where they are bright."""
+"""A tiny data set in memory, and its recipe: four classes, each bright in another place."""
 
 from __future__ import annotations
 

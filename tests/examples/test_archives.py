@@ -7,16 +7,16 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from crossmodal.recipes import data_sets
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, utils
 
-from data import Views, Wanted, open_views
+from data import Views
+from tests.examples.entries import opened
 from tests.examples.files import values, write
 from tests.examples.layouts import write_cifar100, write_stl10
 
 
 def opened(name: str, root: Path, **wanted: object) -> Views:
-    return open_views(data_sets()[name], Wanted(data_dir=root, **wanted)).loaded()
+    return opened(name, data=root, **wanted).loaded()
 
 
 @pytest.fixture

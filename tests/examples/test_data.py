@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crossmodal.recipes import data_sets
 from PIL import Image
 from tests.examples.tiny import opened
 from torchvision.datasets import CIFAR10
 
-from data import NO_LABEL, Views, Wanted, open_views
+from data import NO_LABEL, Views
 from data.sources import stratified
 from data.views import halves
+from tests.examples.entries import opened
 
 NAMES = ["airplane", "bird", "cat"]
 
 
 def cifar(root: Path | None, **wanted: object) -> Views:
     """All images of a folder, read."""
-    return open_views(data_sets()["cifar10"], Wanted(data_dir=root, **wanted)).loaded()
+    return opened("cifar10", data=root, **wanted).loaded()
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def batches(tmp_path: Path, photos: dict, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_splits_of_the_digits_are_disjoint_and_complete() -> None:
-    test, val = (open_views(data_sets()["mnist"], Wanted(evaluate=e)) for e in ("test", "val"))
+    test, val = (opened("mnist", evaluate=e) for e in ("test", "val"))
     places = [set(images.index.tolist()) for images in
               (test.rich, test.held_out_rich, val.rich, val.held_out_rich)]  # fmt: skip
     assert [len(found) for found in places] == [4000, 1000, 3600, 400]

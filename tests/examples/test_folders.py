@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crossmodal.recipes import data_sets
 
-from data import Views, Wanted, open_views
+from data import Views
+from tests.examples.entries import opened
 from tests.examples.files import values, write
 from tests.examples.layouts import WNIDS, classes_of, write_imagenet, write_tiny_imagenet
 
 
 def opened(name: str, root: Path | None, **options: object) -> Views:
-    return open_views(data_sets()[name], Wanted(data_dir=root, options=options)).loaded()
+    return opened(name, data=root, **options).loaded()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_imagenet_is_cut_to_size(imagenet: Path) -> None:
     assert (len(views.rich), len(views.held_out_rich)) == (6, 3)
     assert views.rich.shape == views.held_out_rich.shape == (3, 32, 32)
     with pytest.raises(ValueError, match=r"--download is not for imagenet: .* registration"):
-        open_views(data_sets()["imagenet"], Wanted(data_dir=imagenet, download=True))
+        opened("imagenet", data=imagenet, download=True)
 
 
 def test_imagenet_by_a_list_of_classes(imagenet: Path) -> None:

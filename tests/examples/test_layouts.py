@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from crossmodal.recipes import data_sets
 
-from data import Wanted, open_views
 from data.layouts import looks_like
 from tests.examples import layouts
+from tests.examples.entries import opened
 from tests.examples.files import two_sides, values, write
 
 
@@ -55,10 +54,10 @@ def test_a_reader_of_class_folders_says_what_lies_there(
     options = {"rich": str(found), "poor": str(poor)} if wanted == "pairs" else {}
     place = None if wanted == "pairs" else found
     with pytest.raises(ValueError, match=f"looks like {name}.*; fix:"):
-        open_views(data_sets()[wanted], Wanted(data_dir=place, options=options))
+        opened(wanted, data=place, **options)
 
 
 def test_imagenet_can_be_read_as_a_folder(tmp_path: Path) -> None:
     layouts.write_imagenet(tmp_path)
-    views = open_views(data_sets()["folder"], Wanted(data_dir=tmp_path, options={"size": 16}))
+    views = opened("folder", data=tmp_path, size=16)
     assert len(views.rich.classes) == 3

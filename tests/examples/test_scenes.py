@@ -11,14 +11,14 @@ import pytest
 import torch
 from crossmodal import cli, models
 from crossmodal.methods import Setup, variants
-from crossmodal.recipes import data_sets
 from PIL import Image
 from scipy.io import savemat
 
-from data import Views, Wanted, open_views
+from data import Views
 from data.scenes import read_multispectral
 from data.sources import read_rgb
 from structkd import FeatureCapture
+from tests.examples.entries import opened
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -59,7 +59,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def opened(root: Path | None, **wanted: object) -> Views:
-    return open_views(data_sets()["s2s_eu"], Wanted(data_dir=root, **wanted)).loaded()
+    return opened("s2s_eu", data=root, **wanted).loaded()
 
 
 def test_both_modalities_are_read_and_split(original: Path) -> None:
