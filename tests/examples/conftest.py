@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import train as script
-from data import sources
+from data import sources, views
+from tests.examples import entries
 
 CLASSES = ["north", "east", "south", "west"]
 RECIPE = """
@@ -37,12 +38,15 @@ def half(count: int, seed: int) -> sources.Images:
     return sources._in_memory(images, labels.astype(np.int64))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     source = sources.Source(CLASSES, half(80, seed=1), half(40, seed=2))
     monkeypatch.setattr(sources, "open_tiny", lambda folder, download: source, raising=False)
     file = tmp_path / "tiny.yaml"
     file.write_text(RECIPE)
+    monkeypatch.setattr(entries, "TINY", str(file))
+    # The readers' tests have parts of the published sets.
+    monkeypatch.setattr(views, "_CLASSES", {"mnist": 10, "tiny": 4})
     return file
 
 

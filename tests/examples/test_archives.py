@@ -10,13 +10,13 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, utils
 
 from data import Views
-from tests.examples.entries import opened
+from tests.examples.entries import recipe_views
 from tests.examples.files import values, write
 from tests.examples.layouts import write_cifar100, write_stl10
 
 
 def opened(name: str, root: Path, **wanted: object) -> Views:
-    return opened(name, data=root, **wanted).loaded()
+    return recipe_views(name, data=root, **wanted).loaded()
 
 
 @pytest.fixture

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.examples.tiny import opened
 from torchvision.datasets import CIFAR10
 
 from data import NO_LABEL, Views
 from data.sources import stratified
 from data.views import halves
-from tests.examples.entries import opened
+from tests.examples.entries import recipe_views
 
 NAMES = ["airplane", "bird", "cat"]
 
 
 def cifar(root: Path | None, **wanted: object) -> Views:
     """All images of a folder, read."""
-    return opened("cifar10", data=root, **wanted).loaded()
+    return recipe_views("cifar10", data=root, **wanted).loaded()
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def batches(tmp_path: Path, photos: dict, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_splits_of_the_digits_are_disjoint_and_complete() -> None:
-    test, val = (opened("mnist", evaluate=e) for e in ("test", "val"))
+    test, val = (recipe_views("mnist", evaluate=e) for e in ("test", "val"))
     places = [set(images.index.tolist()) for images in
               (test.rich, test.held_out_rich, val.rich, val.held_out_rich)]  # fmt: skip
     assert [len(found) for found in places] == [4000, 1000, 3600, 400]
@@ -85,7 +84,7 @@ def test_splits_of_the_digits_are_disjoint_and_complete() -> None:
 
 
 def test_a_limit_takes_a_stratified_part_of_train_and_keeps_each_samples_noise() -> None:
-    whole, part = opened(amount=0.5), opened(amount=0.5, limit=20)
+    whole, part = recipe_views(view="noise:0.5"), recipe_views(view="noise:0.5", limit=20)
     assert part.rich.labels.bincount().tolist() == [5] * 4
     rows = torch.tensor([whole.rich.index.tolist().index(i) for i in part.rich.index.tolist()])
     assert torch.equal(part.poor.pixels, whole.poor.pixels[rows])
@@ -93,7 +92,7 @@ def test_a_limit_takes_a_stratified_part_of_train_and_keeps_each_samples_noise()
 
 
 def test_a_larger_choice_of_labels_holds_a_smaller_and_the_teacher_knows_no_more() -> None:
-    few, many = (opened(labels=count) for count in (8, 40))
+    few, many = (recipe_views(labels=count) for count in (8, 40))
     known = [set((v.poor.known() != NO_LABEL).nonzero()[:, 0].tolist()) for v in (few, many)]
     assert [len(found) for found in known] == [8, 40]
     assert known[0] < known[1]
@@ -101,29 +100,29 @@ def test_a_larger_choice_of_labels_holds_a_smaller_and_the_teacher_knows_no_more
     assert few.poor.fingerprint != many.poor.fingerprint
     assert "8 of the poor training images have labels" in few.summary()
     with pytest.raises(ValueError, match="--labels must lie between 4"):
-        opened(labels=3)
+        recipe_views(labels=3)
 
 
 def test_without_pairs_the_labels_are_the_students_own() -> None:
-    views = opened("unpaired-tiny", labels=8)
+    views = recipe_views("unpaired-tiny", labels=8)
     assert int((views.poor.known() != NO_LABEL).sum()) == 8
     assert torch.equal(views.rich.known(), views.rich.labels)
 
 
 def test_free_pairs_may_be_made_poor_otherwise_than_the_students_images() -> None:
-    views = opened("unpaired-tiny", pseudo="noise:0.9")
+    views = recipe_views("unpaired-tiny", pseudo="noise:0.9")
     kept = [float((i.pixels % 255 > 0).float().mean()) for i in (views.poor, views.pseudo)]
     assert kept[0] == pytest.approx(0.8, abs=0.05)
     assert kept[1] == pytest.approx(0.1, abs=0.05)
     with pytest.raises(ValueError, match="--pseudo says how the teacher's images are made poor"):
-        opened(pseudo="noise:0.9")
+        recipe_views(pseudo="noise:0.9")
 
 
 def test_halves_share_no_image_and_keep_their_classes() -> None:
     labels = torch.tensor(np.random.default_rng(0).integers(0, 5, 501))
     first, second = halves(labels)
     assert sorted([*first.tolist(), *second.tolist()]) == list(range(501))
-    views, paired = opened("unpaired-tiny"), opened()
+    views, paired = recipe_views("unpaired-tiny"), recipe_views()
     assert not set(views.rich.index.tolist()) & set(views.poor.index.tolist())
     assert torch.equal(views.pseudo.index, views.rich.index)
     assert torch.equal(views.originals.index, views.poor.index)
@@ -134,7 +133,7 @@ def test_halves_share_no_image_and_keep_their_classes() -> None:
 
 
 def test_the_summary_counts_and_warns() -> None:
-    views = opened()
+    views = recipe_views()
     assert "rich: 80 training and 40 held-out images, 1x12x12, 4 classes of 20 to 20" in (
         views.summary()
     )
@@ -155,14 +154,14 @@ def test_a_larger_stratified_choice_holds_a_smaller() -> None:
 
 
 def test_statistics_are_the_images_own() -> None:
-    rich = opened().rich
+    rich = recipe_views().rich
     pixels = rich.pixels.double()
     assert rich.statistics.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
     assert rich.statistics.std.item() == pytest.approx(pixels.std().item(), rel=1e-6)
 
 
 def test_both_cifar10_layouts_read_the_same(folder: Path, batches: Path, photos: dict) -> None:
-    found = [cifar(root, amount=0.3) for root in (folder, batches)]
+    found = [cifar(root, view="noise:0.3") for root in (folder, batches)]
     for views in found:
         assert views.rich.classes == NAMES
         for images, half in ((views.rich, "train"), (views.held_out_rich, "test")):
@@ -175,7 +174,7 @@ def test_both_cifar10_layouts_read_the_same(folder: Path, batches: Path, photos:
 @pytest.mark.parametrize("limit", [0, 3, 81])
 def test_a_limit_out_of_range(limit: int) -> None:
     with pytest.raises(ValueError, match=r"limit must lie between 4 .* and 80"):
-        opened(limit=limit)
+        recipe_views(limit=limit)
 
 
 def test_no_data_directory(tmp_path: Path) -> None:
@@ -240,7 +239,7 @@ def test_batches_that_are_no_pickle(batches: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_gap_of_free_pairs_is_measured_on_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.views._LOOKED_AT", 8)
-    views = opened("unpaired-tiny")
+    views = recipe_views("unpaired-tiny")
     order = views.poor.labels.argsort()  # as folders are read, class by class
     dark = views.poor.pixels.clone()
     dark[views.poor.labels > 0] = 0

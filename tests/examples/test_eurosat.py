@@ -9,7 +9,7 @@ import pytest
 
 from data import splits
 from data.eurosat import neighbourhoods, place
-from tests.examples.entries import opened
+from tests.examples.entries import recipe_views
 from tests.examples.files import values, write
 from tests.examples.layouts import EUROSAT_CLASSES, geotiff, write_eurosat
 
@@ -21,7 +21,7 @@ def eurosat(tmp_path: Path) -> Path:
 
 def test_rich_are_all_bands_and_poor_its_photographs(eurosat: Path) -> None:
     for folder in (eurosat, eurosat.parent):
-        views = opened("eurosat", data=folder).loaded()
+        views = recipe_views("eurosat", data=folder).loaded()
         assert views.rich.classes == EUROSAT_CLASSES
         assert (views.rich.shape, views.poor.shape) == ((13, 64, 64), (3, 64, 64))
     shown = views.rich.pixels[:, [3, 2, 1]] * 255 / 2750
@@ -31,12 +31,12 @@ def test_rich_are_all_bands_and_poor_its_photographs(eurosat: Path) -> None:
 
 def test_no_neighbourhood_lies_on_both_sides(eurosat: Path) -> None:
     for evaluate in ("test", "val"):
-        views = opened("eurosat", data=eurosat, evaluate=evaluate)
+        views = recipe_views("eurosat", data=eurosat, evaluate=evaluate)
         assert np.bincount(views.held_out_rich.labels).min() >= 1
         # With an even number of images a place, all sides have whole places.
         sides = [set(_places(images)) for images in (views.rich, views.held_out_rich)]
         assert not sides[0] & sides[1]
-    test = opened("eurosat", data=eurosat)
+    test = recipe_views("eurosat", data=eurosat)
     assert np.bincount(test.held_out_rich.labels).tolist() == [4, 4]
 
 
@@ -47,10 +47,10 @@ def _places(images: object) -> list[tuple[float, ...]]:
 
 
 def test_without_pairs_the_teacher_has_ten_bands(eurosat: Path) -> None:
-    views = opened("unpaired-eurosat", data=eurosat).loaded()
+    views = recipe_views("unpaired-eurosat", data=eurosat).loaded()
     assert not views.paired
     assert (views.rich.shape[0], views.poor.shape[0], views.pseudo.shape[0]) == (10, 3, 3)
-    whole = opened("eurosat", data=eurosat).loaded()
+    whole = recipe_views("eurosat", data=eurosat).loaded()
     rows = {index: row for row, index in enumerate(whole.rich.index.tolist())}
     for index, image in zip(views.poor.index.tolist(), views.poor.pixels, strict=True):
         assert np.array_equal(image, whole.poor.pixels[rows[index]])
@@ -91,20 +91,20 @@ def test_whole_groups_are_held_out_in_proportion() -> None:
 def test_what_is_wrong_with_a_folder(eurosat: Path, tmp_path: Path) -> None:
     entry = "eurosat"
     with pytest.raises(ValueError, match="'eurosat' needs a data directory"):
-        opened(entry)
+        recipe_views(entry)
     with pytest.raises(ValueError, match=r"zenodo.*; fix: fetch it"):
-        opened(entry, data=eurosat, download=True)
+        recipe_views(entry, data=eurosat, download=True)
     for folder in ("MS", "RGB"):
         (tmp_path / "scenes" / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"has no <class>/<class>_<n>\.tif; it looks like s2s_eu"):
-        opened(entry, data=tmp_path / "scenes")
+        recipe_views(entry, data=tmp_path / "scenes")
     bad = eurosat / "River" / "River_7.tif"
     geotiff(bad, 32630, 1e6, 5e6, bands=12)
     with pytest.raises(ValueError, match=r"River_7\.tif has 12 band\(s\), .*Forest_1\.tif has 13"):
-        opened(entry, data=eurosat).loaded()
+        recipe_views(entry, data=eurosat).loaded()
     bad.write_bytes(b"II*\0junk")
     with pytest.raises(ValueError, match=r"image .*River_7\.tif cannot be read"):
-        opened(entry, data=eurosat)
+        recipe_views(entry, data=eurosat)
 
 
 def test_the_photographs_alone_are_told_apart(tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ def test_the_photographs_alone_are_told_apart(tmp_path: Path) -> None:
         for number in range(3):
             write(tmp_path / name / f"{name}_{number}.tif", values(64, 64, 3))
     with pytest.raises(ValueError, match=r"has 3 band\(s\), EuroSAT's have 13; fix: .*'folder'"):
-        opened("eurosat", data=tmp_path)
+        recipe_views("eurosat", data=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from data.layouts import looks_like
 from tests.examples import layouts
-from tests.examples.entries import opened
+from tests.examples.entries import recipe_views
 from tests.examples.files import two_sides, values, write
 
 
@@ -54,10 +54,10 @@ def test_a_reader_of_class_folders_says_what_lies_there(
     options = {"rich": str(found), "poor": str(poor)} if wanted == "pairs" else {}
     place = None if wanted == "pairs" else found
     with pytest.raises(ValueError, match=f"looks like {name}.*; fix:"):
-        opened(wanted, data=place, **options)
+        recipe_views(wanted, data=place, **options)
 
 
 def test_imagenet_can_be_read_as_a_folder(tmp_path: Path) -> None:
     layouts.write_imagenet(tmp_path)
-    views = opened("folder", data=tmp_path, size=16)
+    views = recipe_views("folder", data=tmp_path, size=16)
     assert len(views.rich.classes) == 3

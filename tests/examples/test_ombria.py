@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.ombria import CLASSES, patches
-from tests.examples.entries import opened
+from tests.examples.entries import recipe_views
 from tests.examples.files import values, write
 from tests.examples.layouts import LABELS, write_ombria
 
@@ -20,7 +20,7 @@ def ombria(tmp_path: Path) -> Path:
 
 def test_patches_and_classes(ombria: Path) -> None:
     for folder in (ombria, ombria.parent):
-        views = opened("ombria", data=folder).loaded()
+        views = recipe_views("ombria", data=folder).loaded()
         assert views.rich.classes == CLASSES
     assert (views.rich.shape, views.poor.shape) == ((8, 32, 32), (1, 32, 32))
     assert (len(views.rich), len(views.held_out_poor)) == (12 * 16, 3 * 16)
@@ -37,14 +37,14 @@ def test_patches_and_classes(ombria: Path) -> None:
 
 
 def test_rows_in_any_order_are_the_same(ombria: Path) -> None:
-    views = opened("ombria", data=ombria)
+    views = recipe_views("ombria", data=ombria)
     rows = np.array([170, 3, 40, 3, 41])
     whole = views.rich.read(np.arange(12 * 16))
     assert np.array_equal(views.rich.read(rows), whole[rows])
 
 
 def test_validation_is_by_scene(ombria: Path) -> None:
-    views = opened("ombria", data=ombria, evaluate="val")
+    views = recipe_views("ombria", data=ombria, evaluate="val")
     scenes = [set((images.index // 16).tolist()) for images in (views.rich, views.held_out_rich)]
     assert not scenes[0] & scenes[1]
     assert len(scenes[0] | scenes[1]) == 12
@@ -61,19 +61,19 @@ def test_patches_of_a_scene() -> None:
 def test_what_is_wrong_with_a_folder(ombria: Path, tmp_path: Path) -> None:
     entry = "ombria"
     with pytest.raises(ValueError, match="'ombria' needs a data directory"):
-        opened(entry)
+        recipe_views(entry)
     with pytest.raises(ValueError, match=r"states no licence; fix: fetch it by hand"):
-        opened(entry, data=ombria, download=True)
+        recipe_views(entry, data=ombria, download=True)
     (ombria / "train" / "s2_after" / "0003.png").unlink()
     with pytest.raises(
         ValueError, match=r"1 scene\(s\) of .*train are not in all of .*: 0003\.png"
     ):
-        opened(entry, data=ombria)
+        recipe_views(entry, data=ombria)
     write(ombria / "train" / "s2_after" / "0003.png", values(128, 128))
     with pytest.raises(ValueError, match=r"0003\.png has 1 band\(s\), expected 3"):
-        opened(entry, data=ombria).loaded()
+        recipe_views(entry, data=ombria).loaded()
     (tmp_path / "radar").mkdir()
     (tmp_path / "optics").mkdir()
     ombria.rename(tmp_path / "flood")
     with pytest.raises(ValueError, match="does not exist; it looks like cml; fix:"):
-        opened(entry, data=tmp_path)
+        recipe_views(entry, data=tmp_path)

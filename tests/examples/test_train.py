@@ -16,6 +16,7 @@ import torch
 
 import store
 import train as script
+from data import views
 
 HERE = Path(__file__).parents[2]
 Runner = Callable[..., int]
@@ -207,3 +208,11 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
     file.with_name("mnist.yaml").write_text("reader: mnist\n")
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
         script.recipe(str(file))
+
+
+def test_a_data_set_of_another_number_of_classes_is_refused(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(views, "_CLASSES", {"tiny": 100})
+    assert run() == 2
+    assert "100 classes" in capsys.readouterr().err
