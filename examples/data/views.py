@@ -124,6 +124,10 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
             refuse_sizes(half.read), refuse_sizes(half.read_poor)
         own = source.train.read_poor is not None
         made = None if own else poverty(options.view)
+        if pseudo and (made is None or not unpaired):
+            raise ValueError(
+                f"--pseudo is for poor images that are made, and nothing paired: not {options.recipe}"
+            )
         views = _paired(source, options, made)
         if unpaired:
             free = poverty(pseudo, "--pseudo") if pseudo else made

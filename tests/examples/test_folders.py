@@ -26,16 +26,16 @@ def tiny_imagenet(tmp_path: Path) -> Path:
 def test_a_folder_with_halves(tmp_path: Path, test: str) -> None:
     classes_of(tmp_path / "train", ["a", "b"], 3)
     classes_of(tmp_path / test, ["a", "b"], 2)
-    views = recipe_views("folder", tmp_path)
+    views = opened("folder", tmp_path)
     assert (len(views.rich), len(views.held_out_rich)) == (6, 4)
     assert views.rich.shape == (3, 8, 8)
     assert np.array_equal(views.rich.pixels[4], values(8, 8, 3, seed=11).transpose(2, 0, 1))
-    assert recipe_views("folder", tmp_path, size=6).rich.shape == (3, 6, 6)
+    assert opened("folder", tmp_path, size=6).rich.shape == (3, 6, 6)
 
 
 def test_a_folder_of_classes_is_split_by_fraction(tmp_path: Path) -> None:
     classes_of(tmp_path, ["a", "b"], 10, suffix=".jpg")
-    views = recipe_views("folder", tmp_path, test_fraction=0.3)
+    views = opened("folder", tmp_path, test_fraction=0.3)
     assert np.bincount(views.rich.labels).tolist() == [7, 7]
     assert np.bincount(views.held_out_rich.labels).tolist() == [3, 3]
     assert not set(views.rich.index.tolist()) & set(views.held_out_rich.index.tolist())
@@ -43,24 +43,24 @@ def test_a_folder_of_classes_is_split_by_fraction(tmp_path: Path) -> None:
 
 def test_what_a_folder_can_lack(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'folder' needs a data directory; fix: add --data DIR"):
-        recipe_views("folder", None)
+        opened("folder", None)
     with pytest.raises(ValueError, match="nowhere does not exist or is a file"):
-        recipe_views("folder", tmp_path / "nowhere")
+        opened("folder", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has 0 class folders, at least 2 are needed; fix:"):
-        recipe_views("folder", tmp_path)
+        opened("folder", tmp_path)
     classes_of(tmp_path / "train", ["a", "b"], 2)
     with pytest.raises(ValueError, match="has train alone"):
-        recipe_views("folder", tmp_path)
+        opened("folder", tmp_path)
     classes_of(tmp_path / "test", ["a", "c"], 2)
     with pytest.raises(ValueError, match="differ: b, c in one alone"):
-        recipe_views("folder", tmp_path)
+        opened("folder", tmp_path)
     (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
     write(tmp_path / "train" / "a" / "9.png", values(8, 10, 3))
-    with pytest.raises(ValueError, match=r"a/9\.png is 8x10, .*a/0\.png is 8x8; fix: --size N"):
-        recipe_views("folder", tmp_path)
+    with pytest.raises(ValueError, match=r"2 sizes: .*fix: --size N"):
+        opened("folder", tmp_path)
     (tmp_path / "train" / "a" / "9.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=r"image .*a/9\.png cannot be read"):
-        recipe_views("folder", tmp_path)
+        opened("folder", tmp_path)
 
 
 @pytest.mark.parametrize("inside", [True, False])
