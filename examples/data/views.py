@@ -126,7 +126,8 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
         made = None if own else poverty(options.view)
         if pseudo and (made is None or not unpaired):
             raise ValueError(
-                f"--pseudo is for poor images that are made, and nothing paired: not {options.recipe}"
+                "--pseudo is for poor images that are made, and nothing paired: not "
+                f"{options.recipe}"
             )
         views = _paired(source, options, made)
         if unpaired:

@@ -114,7 +114,7 @@ def test_free_pairs_may_be_made_poor_otherwise_than_the_students_images() -> Non
     kept = [float((i.pixels % 255 > 0).float().mean()) for i in (views.poor, views.pseudo)]
     assert kept[0] == pytest.approx(0.8, abs=0.05)
     assert kept[1] == pytest.approx(0.1, abs=0.05)
-    with pytest.raises(ValueError, match="--pseudo says how the teacher's images are made poor"):
+    with pytest.raises(ValueError, match="--pseudo is for poor images that are made"):
         recipe_views(pseudo="noise:0.9")
 
 
