@@ -100,7 +100,7 @@ def test_imagenet_is_cut_to_size(imagenet: Path) -> None:
     assert (len(views.rich), len(views.held_out_rich)) == (6, 3)
     assert views.rich.shape == views.held_out_rich.shape == (3, 32, 32)
     with pytest.raises(ValueError, match=r"--download is not for imagenet: .* registration"):
-        opened("imagenet", data=imagenet, download=True)
+        opened("imagenet", imagenet, download=True)
 
 
 def test_imagenet_by_a_list_of_classes(imagenet: Path) -> None:
