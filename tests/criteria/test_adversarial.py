@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from structkd import Features
+from structkd import Criterion, Features
+from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from tests.cases.adversarial import afkd, afkd_terms, alkd, alkd_terms
 from tests.cases.case import Example
 
@@ -79,6 +81,69 @@ def test_student_and_discriminator_pull_against_each_other(game: str) -> None:
         assert after["AFKD-discriminator"] > before["AFKD-discriminator"]
 
 
+def test_student_gradient_does_not_vanish_where_the_discriminator_wins() -> None:
+    criterion = AdversarialFeatureLoss(blocks=0, hidden_dim=2)
+    criterion(torch.ones(1, 2), torch.zeros(1, 2))
+    with torch.no_grad():
+        criterion.discriminator.stem.weight.copy_(torch.eye(2))
+        criterion.discriminator.stem.bias.zero_()
+        criterion.discriminator.head.weight.copy_(torch.tensor([[-30.0, -30.0]]))
+        criterion.discriminator.head.bias.zero_()
+    student = torch.ones(1, 2, requires_grad=True)
+    criterion(student, torch.zeros(1, 2)).backward()
+    # D(s) = -60: sigmoid(-60) of the saturating loss would leave 1e-26 of this.
+    torch.testing.assert_close(student.grad, torch.full((1, 2), 30.0))
+
+
+def test_source_decides_what_is_read_and_equal_widths_need_no_adapter() -> None:
+    feats_s = Features(embedding=torch.randn(4, 5), intermediate=[torch.randn(4, 6, 3, 3)] * 2)
+    feats_t = Features(embedding=torch.randn(4, 5), intermediate=[torch.randn(4, 8, 5, 5)] * 2)
+    for source, adapts in (("embedding", False), ("intermediate", True)):
+        criterion = AdversarialFeatureLoss(source=source, layer=0)
+        assert criterion.reads == (source,)
+        criterion(feats_s, feats_t)
+        assert any(name.startswith("adapter") for name in criterion.state_dict()) == adapts
+
+
+@pytest.mark.parametrize("kind", ["alkd", "afkd"])
+def test_one_optimizer_trains_the_game(kind: str) -> None:
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 6, generator=rng)
+    teacher = 2 + torch.randn(64, 5, generator=rng)
+    target = torch.randint(0, 5, (64,), generator=rng)
+    criterion: Criterion
+    if kind == "alkd":
+        criterion = AdversarialLogitsLoss(hidden_dim=16, l1_weight=0.0)
+    else:
+        criterion = AdversarialFeatureLoss(hidden_dim=16)
+    net = nn.Linear(6, 5)
+    adversarial, own = (f"{kind.upper()}-{part}" for part in ("adversarial", "discriminator"))
+
+    # A student that stands still: the discriminator learns to tell it apart.
+    still = torch.optim.Adam(criterion.parameters(), lr=0.02)
+    rows = net(inputs).detach()
+    first = criterion.terms(rows, teacher, target)
+    for _ in range(60):
+        still.zero_grad()
+        criterion(rows, teacher, target).backward()
+        still.step()
+    beaten = criterion.terms(rows, teacher, target)
+    assert beaten[own] < 0.7 * first[own]
+    assert beaten[adversarial] > first[adversarial]
+
+    # A student that plays: it fools the discriminator again, one backward a step.
+    distance = lambda: (net(inputs).mean(0) - teacher.mean(0)).norm()  # noqa: E731
+    apart = distance()
+    both = torch.optim.Adam([*net.parameters(), *criterion.parameters()], lr=0.02)
+    for _ in range(200):
+        both.zero_grad()
+        criterion(net(inputs), teacher, target).backward()
+        both.step()
+    assert criterion.terms(net(inputs), teacher, target)[adversarial] < beaten[adversarial]
+    assert distance() < 0.6 * apart
+
+
 @every_game
 def test_every_parameter_learns_under_an_optimizer_and_is_saved(game: str) -> None:
     make, _, field, _ = GAMES[game]
@@ -90,3 +155,47 @@ def test_every_parameter_learns_under_an_optimizer_and_is_saved(game: str) -> No
     criterion(example.student, example.teacher, example.target).backward()
     optimizer.step()
     assert all((value != before[name]).any() for name, value in criterion.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: AdversarialLogitsLoss(hidden_dim=0), "hidden_dim must be at least 1"),
+        (lambda: AdversarialLogitsLoss(blocks=-1), "blocks must be at least 0"),
+        (lambda: AdversarialLogitsLoss(l1_weight=-1), "l1_weight must be finite >= 0"),
+        (lambda: AdversarialLogitsLoss(adversarial_weight=-1), "adversarial_weight must be"),
+        (
+            lambda: AdversarialFeatureLoss(source="logits"),
+            "source must be one of embedding, intermediate, got 'logits'",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("labelled", [[0, 2, 3], []], ids=len)
+def test_only_the_parts_that_read_labels_leave_rows_out(labelled: list[int]) -> None:
+    torch.manual_seed(0)
+    criterion = AdversarialLogitsLoss()
+    student, teacher = torch.randn(2, 5, 3)
+    student.requires_grad_()
+    target = torch.tensor([0, 1, 2, 0, 1])
+    some = torch.full((5,), -100)
+    some[labelled] = target[labelled]
+    full, got = (criterion.terms(student, teacher, labels) for labels in (target, some))
+    for name in ("ALKD-l1", "ALKD-adversarial"):
+        torch.testing.assert_close(got[name], full[name])
+    own = lambda rows: criterion.discriminator(rows, 1 + 3)  # noqa: E731
+    told = nn.functional.softplus(-own(teacher)[:, 0]) + nn.functional.softplus(own(student)[:, 0])
+    want, cross_entropy = told.mean(), nn.functional.cross_entropy
+    if labelled:
+        for logits in (student, teacher):
+            want = want + cross_entropy(own(logits[labelled])[:, 1:], target[labelled])
+        label = cross_entropy(own(student[labelled])[:, 1:], target[labelled])
+    else:
+        label = torch.zeros(())
+    torch.testing.assert_close(got["ALKD-discriminator"], want)
+    torch.testing.assert_close(got["ALKD-label"], label)
+    assert torch.autograd.grad(sum(got.values()), student)[0].isfinite().all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from structkd import Features
 from structkd.criteria.flow import FlowMatrixLoss, _flow
@@ -32,6 +34,26 @@ def test_networks_of_other_sizes_are_compared_as_they_are() -> None:
         value.repeat_interleave(2, 2).repeat_interleave(2, 3) for value in student.intermediate
     ]
     assert float(FlowMatrixLoss()(student, doubled)) < 1e-12
+
+
+def test_equal_channels_need_no_parameters() -> None:
+    feats = _maps((2, 3, 4, 4), (2, 5, 4, 4))
+    criterion = FlowMatrixLoss()
+    assert list(criterion.parameters())
+    criterion(feats, feats)
+    assert not list(criterion.parameters())
+    assert not criterion.state_dict()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_the_order_of_positions_does_not_matter(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.randperm(16, generator=rng)
+    maps = [torch.randn(2, c, 4, 4, generator=rng) for c in (3, 5, 3, 5)]
+    moved = [value.flatten(2)[..., order].unflatten(2, (4, 4)) for value in maps[:2]]
+    value = FlowMatrixLoss()(maps[:2], maps[2:])
+    torch.testing.assert_close(FlowMatrixLoss()(moved, maps[2:]), value)
 
 
 @pytest.mark.peer
