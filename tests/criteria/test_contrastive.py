@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 
@@ -74,7 +75,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path) -> None:
     assert _train(resumed, again, range(3, 7)) == wanted
     for name, value in unbroken.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    assert int(unbroken.draws - start) == 7  # the counter alone moves the draws
+    assert (unbroken.draws - start).tolist() == [0, 7]  # the counter alone moves the draws
 
 
 def test_a_checkpoint_holds_tensors_alone_of_sizes_that_never_change(tmp_path) -> None:
@@ -140,7 +141,7 @@ def test_draws_are_those_of_splitmix(seed: int, step: int) -> None:
     """To the bit, so that a run can be resumed on another device or by a later version."""
     start = reference.splitmix(step + reference.splitmix(seed))
     wanted = [reference.splitmix(start + place) % 2**63 for place in range(6)]
-    assert counted(seed, torch.tensor(step), (2, 3)).flatten().tolist() == wanted
+    assert counted(torch.tensor(seed), torch.tensor(step), (2, 3)).flatten().tolist() == wanted
 
 
 def test_splitmix_gives_the_published_numbers() -> None:
@@ -153,7 +154,7 @@ def test_splitmix_gives_the_published_numbers() -> None:
 @given(seed=st.integers(0, 2**40), step=st.integers(0, 10**7), size=st.sampled_from([16, 1001]))
 def test_draws_are_uniform_and_independent(seed: int, step: int, size: int) -> None:
     def draw(seed: int, step: int) -> torch.Tensor:
-        return counted(seed, torch.tensor(step), (4, 10_000)) % size
+        return counted(torch.tensor(seed), torch.tensor(step), (4, 10_000)) % size
 
     here, later, other = draw(seed, step), draw(seed, step + 1), draw(seed + 1, step)
     assert here.min() >= 0
@@ -391,7 +392,7 @@ def test_bad_arguments_are_named(options, match: str) -> None:
 
 @pytest.mark.peer
 def test_equals_torchdistill() -> None:
-    mid_level = pytest.importorskip("torchdistill.losses.mid_level")
+    mid_level = importlib.import_module("torchdistill.losses.mid_level")
     criterion = _shaped(torch.float64)
     peer = mid_level.CRDLoss("s", "e", "t", 4, SIZE, 9, SIZE, eps=0.0).double()
     peer.memory_v1.copy_(criterion.bank_s)
