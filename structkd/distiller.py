@@ -282,17 +282,24 @@ class Distiller(nn.Module):
             if self._reads_teacher:
                 feats_t = self._frozen.features(x_t, of_example=is_pair)
             self._check_features(feats_s, feats_t)
+            first = _tensors(feats_s)[0]
+            wide = torch.float64 if first.dtype == torch.float64 else None
+            self.criterion.to(device=first.device, dtype=wide)
             if not is_unshaped(self.criterion):
                 return
             count = _batch_of(feats_s)
-            enough = max(count, 2, *(leaf.min_batch for leaf in leaves_of(self.criterion)))
+            leaves = leaves_of(self.criterion)
+            enough = max(count, 2, *(leaf.min_batch for leaf in leaves))
+            for leaf in leaves:  # one criterion is made for a size of the batch
+                enough = getattr(leaf, "batch_size", None) or enough
             rows = torch.arange(enough) % count
             feats_s = feats_s.rows(rows).replace(index=torch.zeros_like(rows))
             feats_t = feats_t.rows(rows)
             place = next(iter(_tensors(feats_s)))
             no_labels = torch.full_like(rows, -100, device=place.device)
             feats_s = feats_s.replace(index=torch.zeros_like(no_labels))
-            self.criterion.terms(feats_s, feats_t, no_labels)
+            alone = Shards.alone(enough)  # no process waits for another here
+            self.criterion.terms(feats_s, feats_t, no_labels, shards=alone)
 
     def _paired_terms(
         self, student: Features, teacher: Features | None, target: Tensor | None, paired: Tensor

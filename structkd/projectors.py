@@ -294,8 +294,10 @@ class StackedLinear(LazyHead):
         super().__init__()
         self.weight: nn.Parameter | None = _unshaped()
         self.bias: nn.Parameter | None = _unshaped() if bias else None
+        self.widths: list[tuple[int, int]] = []
 
     def initialize_parameters(self, widths: Sequence[tuple[int, int]], example: Tensor) -> None:
+        self.widths = [(into, out) for into, out in widths]
         if not isinstance(self.weight, UninitializedParameter):
             return  # loaded
         if not widths:  # no stage needs one
@@ -320,7 +322,8 @@ class StackedLinear(LazyHead):
         if self.weight is None:
             return []
         wanted = (sum(out for _, out in widths), max(into for into, _ in widths))
-        if tuple(self.weight.shape) != wanted:
+        # Stages in another order would have as many weights, and the wrong ones.
+        if tuple(self.weight.shape) != wanted or [tuple(w) for w in widths] != self.widths:
             raise ValueError(
                 f"the stages are {list(widths)} wide (student, teacher), but this criterion took "
                 f"its shape {tuple(self.weight.shape)} from others at its first call: make a new "

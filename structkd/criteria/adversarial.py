@@ -185,7 +185,7 @@ class AdversarialFeatureLoss(Criterion):
         self.hidden_dim = whole("hidden_dim", hidden_dim)
         self.blocks = whole("blocks", blocks, at_least=0)
         self.adversarial_weight = number("adversarial_weight", adversarial_weight, at_least=0)
-        self.adapter = adapter or Projector(layers=1, skip_equal=True)
+        self.adapter = Projector(layers=1, skip_equal=True) if adapter is None else adapter
         self.discriminator = _ResidualMLP(self.hidden_dim, blocks=self.blocks)
 
     def compute(

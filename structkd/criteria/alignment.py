@@ -102,7 +102,7 @@ class SemanticAlignmentLoss(Criterion):
     ) -> None:
         super().__init__(gather=gather)
         self.heads = None if heads is None else whole("heads", heads)
-        self.adapter = adapter or ConvAdapter(skip_equal=True)
+        self.adapter = ConvAdapter(skip_equal=True) if adapter is None else adapter
         self.scores_s = Projector(layers=1, bias=False)
         self.scores_t = Projector(layers=1, bias=False)
         self.planner = None if planner is None else _check_planner(planner)

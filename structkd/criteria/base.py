@@ -193,6 +193,8 @@ class Criterion(nn.Module):
         """Returns what is read of both, checked and in one dtype, and the device they are on."""
         features_s = self._read(student, "student")
         features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
+        if not self._has_met and not torch.compiler.is_compiling() and is_unshaped(self):
+            self._join(_named(features_s, "student")[0][1])
         self._has_met = True
         tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device = self._check_together(tensors)
@@ -200,6 +202,35 @@ class Criterion(nn.Module):
         features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
         features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
         return features_s, features_t, device
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        version = local_metadata.get("version")  # None where tensors alone were saved
+        if version == self._version:
+            return
+        inner = tuple(
+            f"{prefix}{name}."
+            for name, part in self.named_modules()
+            if part is not self and isinstance(part, Criterion)
+        )
+        # Those without a shape too, which state_dict() leaves out.
+        own = (*self.named_parameters(), *self.named_buffers())
+        known = {prefix + name for name, _ in own}
+        if any(
+            key.startswith(prefix) and not key.startswith(inner) and key not in known
+            for key in state_dict
+        ):
+            perhaps = "may be" if version is None else "is"
+            rest[-1].append(  # the errors, beside which the raw names of keys are told
+                f"this state dict {perhaps} of structkd 0.1.0, whose {type(self).__name__} kept "
+                "its state under other names: go on with that release, or train a new criterion"
+            )
+
+    def _join(self, first: Tensor) -> None:
+        """Goes where the first features are, and to float64 where they are that."""
+        self.to(device=first.device, dtype=torch.float64 if first.dtype == torch.float64 else None)
 
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""

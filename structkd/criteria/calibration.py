@@ -98,9 +98,7 @@ class SemanticCalibrationLoss(Criterion):
     ) -> dict[str, Tensor]:
         maps_s = picked_maps(student, self.layer, "student")
         maps_t = picked_maps(teacher, self.layer, "teacher")
-        if self.batch_size is None:
-            self.batch_size = len(maps_s[0])
-        if len(maps_s[0]) != self.batch_size:
+        if self.batch_size not in (None, len(maps_s[0])):
             raise ValueError(
                 f"SemanticCalibrationLoss was made for a batch of {self.batch_size}, the first that"
                 f" it met or its batch_size, got {len(maps_s[0])}: its attention reads a similarity"
@@ -111,6 +109,7 @@ class SemanticCalibrationLoss(Criterion):
             reduce((projected - map_t).square(), "b c h w -> b", "mean")
             for projected, map_t in self.projections(maps_s, maps_t)
         ]
+        self.batch_size = len(maps_s[0])  # its networks have their shape now
         weighted = attention.flatten(1) * torch.stack(gaps, dim=1)
         return {"SemCKD": weighted.sum(dim=1).mean() / len(maps_s)}
 

@@ -41,11 +41,11 @@ class ContrastiveRepresentationLoss(Criterion):
     move before ``backward()`` runs, the gradient is taken in the forward pass; a second derivative
     is an error.
 
-    Banks, Z and the number of draws are in ``state_dict()``: a resumed run draws the same negatives
-    and gives the same values as an unbroken one on the same batches. Draws come from a counter, so
-    they are independent of torch's global seed and the same on every device. A negative may be the
-    sample itself,
-    with chance 1/N, as in the published memory; the published CIFAR-100 script draws from other
+    Banks, Z, the seed and the number of draws are in ``state_dict()``: a resumed run draws the same
+    negatives and gives the same values as an unbroken one on the same batches. Draws come from a
+    counter, so they are independent of torch's global seed and the same on every device. A negative
+    may be the sample itself, with chance 1/N, as in the published memory; the published CIFAR-100
+    script draws from other
     classes instead, which needs the labels of the whole set.
 
     Memory: the banks take 2 N 128 4 bytes, 51 MB for 50,000 images and 1.3 GB for 1.3 million (and
@@ -133,7 +133,7 @@ class ContrastiveRepresentationLoss(Criterion):
         self.register_buffer("log_normalizer", torch.zeros(2))
         # Numbers, not truths: torch's average of weights with its buffers subtracts them.
         self.register_buffer("normalized", torch.zeros(2))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("draws", torch.tensor([self.seed, 0]))  # the seed, and how many
 
     def sample_negatives(self, batch: int) -> Tensor:
         """Returns the negatives of the next call, ``(batch, K)`` int64; it moves nothing.
@@ -141,7 +141,8 @@ class ContrastiveRepresentationLoss(Criterion):
         Args:
             batch: The samples of that call, of all processes together where it trains.
         """
-        drawn = counted(self.seed, self.draws, (batch, self.negatives))
+        seed, done = self.draws.unbind()
+        drawn = counted(seed, done, (batch, self.negatives))
         return drawn % self.dataset_size
 
     def compute(
@@ -171,7 +172,7 @@ class ContrastiveRepresentationLoss(Criterion):
             ]
             if learns:
                 self._remember(index, unit_s, unit_t, shards)
-                self.draws += 1
+                self.draws[1] += 1
         values = torch.stack(
             [
                 _known_gradient(values, *value_and_gradient)
@@ -250,14 +251,14 @@ class ContrastiveRepresentationLoss(Criterion):
             bank.index_copy_(0, index, torch.where(usable, moved, old).to(bank.dtype))
 
 
-def counted(seed: int, draws: Tensor, shape: tuple[int, int]) -> Tensor:
+def counted(seed: Tensor, draws: Tensor, shape: tuple[int, int]) -> Tensor:
     """Returns random whole numbers >= 0 that a seed, a draw and a place determine.
 
     The mixing function of SplitMix64 (Steele, Lea & Flood, 2014) of a counter, in tensors alone: it
     has no state of its own, is the same on every device and can be part of a compiled graph.
     """
     place = torch.arange(shape[0] * shape[1], device=draws.device)
-    mixed = _mix(_mix(draws + _mix(draws.new_full((), seed))) + place)
+    mixed = _mix(_mix(draws + _mix(seed)) + place)
     return (mixed & (2**63 - 1)).view(shape)
 
 

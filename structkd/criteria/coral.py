@@ -69,7 +69,9 @@ class CORALLoss(Criterion):
         gather: bool = False,
     ) -> None:
         super().__init__(gather=gather)
-        self.student_projector = student_projector or Projector(layers=1, skip_equal=True)
+        self.student_projector = (
+            Projector(layers=1, skip_equal=True) if student_projector is None else student_projector
+        )
         self.form = choice("form", form, FORMS)
 
     def compute(

@@ -134,11 +134,11 @@ class CrossCorrelationLoss(Criterion):
                 "projector and projector_dim say which projectors to make, but student_projector "
                 "or teacher_projector was given: leave one of them out"
             )
-        self.projector = choice("projector", projector or "linear", PROJECTORS)
+        self.projector: str | None = None
         self.projector_dim = None
-        if own:
-            self.projector = "none"
-        elif self.projector == "linear":
+        if not own:
+            self.projector = choice("projector", projector or "linear", PROJECTORS)
+        if self.projector == "linear":
             student_projector = Projector(layers=1)
         elif self.projector == "mlp":
             student_projector, teacher_projector = Projector(), Projector()
@@ -150,8 +150,8 @@ class CrossCorrelationLoss(Criterion):
                 )
         _check_projectors(student_projector, teacher_projector, train_teacher_projector)
         self.train_teacher_projector = train_teacher_projector
-        self.student_projector = student_projector or nn.Identity()
-        self.teacher_projector = teacher_projector or nn.Identity()
+        self.student_projector = nn.Identity() if student_projector is None else student_projector
+        self.teacher_projector = nn.Identity() if teacher_projector is None else teacher_projector
         for parameter in self.teacher_projector.parameters():
             parameter.requires_grad = train_teacher_projector  # as an attribute: it may be lazy
 
@@ -162,10 +162,9 @@ class CrossCorrelationLoss(Criterion):
         alone = Shards.alone(shards.total)
         if not (_is_row_wise(self.student_projector) and _is_row_wise(self.teacher_projector)):
             rows_s, rows_t, shards = shards.gather(rows_s), shards.gather(rows_t), alone
-        width = rows_t.shape[1] if self.projector == "linear" else 4 * rows_t.shape[1]
-        width = self.projector_dim or width
-        projected_s = project(self.student_projector, rows_s, width)
+        width = self.projector_dim or (4 if self.projector == "mlp" else 1) * rows_t.shape[1]
         projected_t = project(self.teacher_projector, rows_t, width)
+        projected_s = project(self.student_projector, rows_s, projected_t.shape[1])
         if projected_s.shape[1] != projected_t.shape[1]:
             raise ValueError(
                 "student and teacher embeddings must have one width after projection, got "

@@ -98,7 +98,7 @@ class FitNetLoss(Criterion):
         # The mean of the squared form needs the rows of nobody else.
         self.over_ranks = "sums" if form == "log" else "rows"
         self.layer = checked_layer(layer)
-        self.regressor = adapter or ConvAdapter(kernel_size=kernel_size)
+        self.regressor = ConvAdapter(kernel_size=kernel_size) if adapter is None else adapter
 
     def compute(
         self,

@@ -100,7 +100,7 @@ class UniformityCalibrationLoss(Criterion):
             if isinstance(sigma, str)
             else number("sigma", sigma, above=0)
         )
-        self.adapter = adapter or ConvAdapter(skip_equal=True)
+        self.adapter = ConvAdapter(skip_equal=True) if adapter is None else adapter
         self.normalize = normalize
         self.pool = choice("pool", pool, POOLS) if isinstance(pool, str) else whole("pool", pool)
         self.cross_sign = choice("cross_sign", cross_sign, CROSS_SIGNS)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from structkd import Criterion, Features
+from structkd import Features
 from structkd.criteria.adversarial import AdversarialFeatureLoss, AdversarialLogitsLoss
 from tests.cases.adversarial import afkd, afkd_terms, alkd, alkd_terms
 from tests.cases.case import Example
@@ -82,13 +82,11 @@ def test_student_and_discriminator_pull_against_each_other(game: str) -> None:
 
 
 def test_student_gradient_does_not_vanish_where_the_discriminator_wins() -> None:
-    criterion = AdversarialFeatureLoss(2, 2, blocks=0, hidden_dim=2)
-    with torch.no_grad():
-        criterion.discriminator.stem.weight.copy_(torch.eye(2))
-        criterion.discriminator.stem.bias.zero_()
-        criterion.discriminator.head.weight.copy_(torch.tensor([[-30.0, -30.0]]))
-        criterion.discriminator.head.bias.zero_()
+    criterion = AdversarialFeatureLoss(blocks=0, hidden_dim=2)
     student = torch.ones(1, 2, requires_grad=True)
+    weights = {"stem.weight": torch.eye(2), "head.weight": torch.tensor([[-30.0, -30.0]])}
+    biases = {"stem.bias": torch.zeros(2), "head.bias": torch.zeros(1)}
+    criterion.discriminator.load_state_dict({**weights, **biases})  # gives them their shape
     criterion(student, torch.zeros(1, 2)).backward()
     # D(s) = -60: sigmoid(-60) of the saturating loss would leave 1e-26 of this.
     torch.testing.assert_close(student.grad, torch.full((1, 2), 30.0))
@@ -101,16 +99,15 @@ def test_one_optimizer_trains_the_game(kind: str) -> None:
     inputs = torch.randn(64, 6, generator=rng)
     teacher = 2 + torch.randn(64, 5, generator=rng)
     target = torch.randint(0, 5, (64,), generator=rng)
-    criterion: Criterion
     if kind == "alkd":
-        criterion = AdversarialLogitsLoss(5, hidden_dim=16, l1_weight=0.0)
+        criterion = AdversarialLogitsLoss(hidden_dim=16, l1_weight=0.0)
     else:
-        criterion = AdversarialFeatureLoss(5, 5, hidden_dim=16)
+        criterion = AdversarialFeatureLoss(hidden_dim=16)
     net = nn.Linear(6, 5)
     adversarial, own = (f"{kind.upper()}-{part}" for part in ("adversarial", "discriminator"))
 
     # A student that stands still: the discriminator learns to tell it apart.
-    still = torch.optim.Adam(criterion.parameters(), lr=0.02)
+    still = torch.optim.Adam(criterion.parameters(), lr=0.02)  # before the heads have a shape
     rows = net(inputs).detach()
     first = criterion.terms(rows, teacher, target)
     for _ in range(60):
@@ -147,75 +144,67 @@ def test_every_parameter_learns_under_an_optimizer_and_is_saved(game: str) -> No
 
 
 def test_adapter_only_where_widths_differ() -> None:
-    assert isinstance(AdversarialFeatureLoss(4, 4).adapter, nn.Identity)
-    assert isinstance(AdversarialFeatureLoss(4, 6).adapter, nn.Linear)
+    teacher = torch.zeros(2, 6)
+    for width, parameters in ((4, ["net.0.weight", "net.0.bias"]), (6, [])):
+        criterion = AdversarialFeatureLoss()
+        criterion(torch.zeros(2, width), teacher)
+        assert [name for name, _ in criterion.adapter.named_parameters()] == parameters
+    own = nn.Linear(4, 6)
+    assert AdversarialFeatureLoss(adapter=own).adapter is own
 
 
 def test_alkd_l1_is_the_norm_of_a_row() -> None:
     target = torch.zeros(4, dtype=torch.int64)
-    terms = AdversarialLogitsLoss(3).terms(torch.zeros(4, 3), torch.full((4, 3), 2.0), target)
+    terms = AdversarialLogitsLoss().terms(torch.zeros(4, 3), torch.full((4, 3), 2.0), target)
     assert float(terms["ALKD-l1"]) == 6.0
 
 
-def test_from_features_takes_every_width() -> None:
-    maps_s, maps_t = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 5, 5)
-    feats_s = Features(torch.randn(4, 3), torch.randn(4, 5), (maps_s, maps_s[:, :2]))
-    feats_t = Features(torch.randn(4, 3), torch.randn(4, 7), (maps_t, maps_t[:, :4]))
-    target = torch.tensor([0, 1, 2, 0])
-    logits = AdversarialLogitsLoss.from_features(feats_s, feats_t, hidden_dim=9)
-    assert logits.discriminator.stem.weight.shape == (9, 3)
-    embedding = AdversarialFeatureLoss.from_features(feats_s, feats_t)
-    assert (embedding.student_dim, embedding.teacher_dim) == (5, 7)
-    first = AdversarialFeatureLoss.from_features(feats_s, feats_t, source="intermediate", layer=0)
-    assert (first.student_dim, first.teacher_dim) == (6, 8)
-    assert (logits + embedding + first)(feats_s, feats_t, target).isfinite()
-
-
 def test_bad_input_is_named() -> None:
-    logits = torch.zeros(2, 3)
-    criterion = AdversarialLogitsLoss(3)
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    criterion = AdversarialLogitsLoss()
     with pytest.raises(ValueError, match="AdversarialLogitsLoss needs target"):
         criterion(logits, logits)
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.2 \(or be -100"):
         criterion(logits, logits, torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="logits must have one width, got 3 and 4"):
-        criterion(logits, torch.zeros(2, 4), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"num_classes=3 columns, got 4; build.*from_features"):
-        criterion(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1]))
-    with pytest.raises(
-        ValueError, match=r"embedding must have student_dim=3 and teacher_dim=5 .*got 3 and 4"
-    ):
-        AdversarialFeatureLoss(3, 5)(logits, torch.zeros(2, 4))
-    deep = AdversarialFeatureLoss(3, 3, source="intermediate", layer=2)
+        criterion(logits, torch.zeros(2, 4), target)
+    criterion(logits, logits, target)
+    feature = AdversarialFeatureLoss()
+    feature(logits, logits)
+    wide = torch.zeros(2, 4)
+    for met, more in ((criterion, (target,)), (feature, ())):
+        with pytest.raises(ValueError, match=r"rows of 3 numbers.* got 4: make a new criterion"):
+            met(wide, wide, *more)
+    deep = AdversarialFeatureLoss(source="intermediate", layer=2)
     with pytest.raises(ValueError, match=r"layer=2, but student\.intermediate holds 1 map"):
         deep(torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2))
 
 
+@pytest.mark.parametrize("kind", [AdversarialLogitsLoss, AdversarialFeatureLoss])
 @pytest.mark.parametrize(
-    ("make", "match"),
+    ("options", "match"),
     [
-        (lambda: AdversarialLogitsLoss(0), "num_classes must be at least 1, got 0"),
-        (lambda: AdversarialLogitsLoss(3, hidden_dim=0), "hidden_dim must be at least 1"),
-        (lambda: AdversarialLogitsLoss(3, blocks=-1), "blocks must be at least 0"),
-        (lambda: AdversarialLogitsLoss(3, l1_weight=-1), "l1_weight must be finite >= 0"),
-        (lambda: AdversarialLogitsLoss(3, adversarial_weight=-1), "adversarial_weight must be"),
-        (lambda: AdversarialFeatureLoss(0, 3), "student_dim must be at least 1"),
-        (lambda: AdversarialFeatureLoss(3, 0), "teacher_dim must be at least 1"),
-        (
-            lambda: AdversarialFeatureLoss(3, 3, source="logits"),
-            "source must be one of embedding, intermediate, got 'logits'",
-        ),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"blocks": -1}, "blocks must be at least 0"),
+        ({"adversarial_weight": -1}, "adversarial_weight must be finite >= 0"),
     ],
 )
-def test_bad_arguments_are_named(make, match: str) -> None:
+def test_bad_arguments_are_named(kind, options, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        make()
+        kind(**options)
+
+
+def test_bad_options_of_one_are_named() -> None:
+    with pytest.raises(ValueError, match="l1_weight must be finite >= 0"):
+        AdversarialLogitsLoss(l1_weight=-1)
+    with pytest.raises(ValueError, match="one of embedding, intermediate, got 'logits'"):
+        AdversarialFeatureLoss(source="logits")
 
 
 @pytest.mark.parametrize("labelled", [[0, 2, 3], []], ids=len)
 def test_only_the_parts_that_read_labels_leave_rows_out(labelled: list[int]) -> None:
     torch.manual_seed(0)
-    criterion = AdversarialLogitsLoss(3)
+    criterion = AdversarialLogitsLoss()
     student, teacher = torch.randn(2, 5, 3)
     student.requires_grad_()
     target = torch.tensor([0, 1, 2, 0, 1])
@@ -224,7 +213,7 @@ def test_only_the_parts_that_read_labels_leave_rows_out(labelled: list[int]) -> 
     full, got = (criterion.terms(student, teacher, labels) for labels in (target, some))
     for name in ("ALKD-l1", "ALKD-adversarial"):
         torch.testing.assert_close(got[name], full[name])
-    own = criterion.discriminator
+    own = lambda logits: criterion.discriminator(logits, 4)  # noqa: E731
     told = nn.functional.softplus(-own(teacher)[:, 0]) + nn.functional.softplus(own(student)[:, 0])
     want, cross_entropy = told.mean(), nn.functional.cross_entropy
     if labelled:

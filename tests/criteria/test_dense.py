@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structkd.criteria._closed_form import cut_at
 from torch import Tensor, nn
 
-from structkd import CrossCorrelationLoss, DenseStructureLoss, DSLoss, Features
-from tests.cases.case import generator
+from structkd import CrossCorrelationLoss, DenseStructureLoss, Features
+from structkd.criteria.dense import _cut_at
+from tests.cases.case import generator, shaped
+from tests.largest import Largest
 
 seeds = st.integers(0, 2**16)
 CLOSED = {"adapter": "closed_form"}
@@ -29,9 +30,17 @@ def value_and_gradient(criterion: nn.Module, student: Tensor, teacher: Tensor):
     return value.detach(), gradient
 
 
-def build(width_s: int, width_t: int, **options) -> DenseStructureLoss:
+def build(student, teacher, **options) -> DenseStructureLoss:
+    """A criterion of these maps' shape, always with the same weights."""
     torch.manual_seed(0)
-    return DenseStructureLoss(width_s, width_t, **options)
+    pair = (Features(intermediate=value) for value in (student, teacher))
+    return shaped(DenseStructureLoss(**options), *pair)
+
+
+def as_identity(criterion: DenseStructureLoss) -> DenseStructureLoss:
+    if criterion.convs is not None:
+        nn.init.eye_(criterion.convs.weight)
+    return criterion
 
 
 every_form = pytest.mark.parametrize(
@@ -45,10 +54,12 @@ every_form = pytest.mark.parametrize(
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_one_position_a_sample_is_the_form_of_embeddings(widths, floor: float) -> None:
     student, teacher = randn(0, 9, widths[0]), randn(1, 9, widths[1])
-    dense = build(*widths, diagonal="squared", lambd=0.3, floor=floor)
+    dense = build(student, teacher, diagonal="squared", lambd=0.3, floor=floor)
     linear = nn.Linear(*widths)
-    linear.weight = nn.Parameter(dense.convs[0].weight.detach()[:, :, 0, 0])
-    sem = CrossCorrelationLoss(linear, center=True, reduction="mean", lambd=0.3, floor=floor)
+    linear.weight = dense.convs.weight
+    sem = CrossCorrelationLoss(
+        student_projector=linear, center=True, reduction="mean", lambd=0.3, floor=floor
+    )
     want = value_and_gradient(sem, student, teacher)
     for maps in (
         (student, teacher),
@@ -64,7 +75,7 @@ def test_one_position_a_sample_is_the_form_of_embeddings(widths, floor: float) -
 def test_positions_are_samples_whatever_map_they_lie_in(options) -> None:
     """One sample of many positions, and many samples of one, are the same rows."""
     student, teacher = randn(0, 1, 3, 4, 6), randn(1, 1, 4, 4, 6)
-    criterion = build(3, 4, **options)
+    criterion = build(student, teacher, **options)
     rows = [value[0].flatten(1).T for value in (student, teacher)]
     torch.testing.assert_close(criterion(student, teacher), criterion(*rows))
 
@@ -72,7 +83,7 @@ def test_positions_are_samples_whatever_map_they_lie_in(options) -> None:
 @every_form
 def test_a_single_position_is_named(options) -> None:
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
-        build(3, 4, **options)(randn(0, 1, 3, 1, 1), randn(1, 1, 4, 5, 5))
+        DenseStructureLoss(**options)(randn(0, 1, 3, 1, 1), randn(1, 1, 4, 5, 5))
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,7 +91,7 @@ def test_a_single_position_is_named(options) -> None:
 @every_form
 def test_the_scale_and_the_level_of_maps_do_not_matter(options, seed, scale, shift) -> None:
     student, teacher = randn(seed, 4, 3, 3, 3).double(), randn(seed + 1, 4, 5, 3, 3).double()
-    criterion = build(3, 5, **options).double()
+    criterion = build(student, teacher, **options)
     moved = criterion(student * scale + shift, teacher / scale - 3 * shift)
     torch.testing.assert_close(moved, criterion(student, teacher))
 
@@ -89,7 +100,7 @@ def test_the_scale_and_the_level_of_maps_do_not_matter(options, seed, scale, shi
 @given(seed=seeds, width=st.integers(1, 6), positions=st.integers(2, 9))
 def test_the_information_form_lies_between_its_bounds(seed, width, positions) -> None:
     student, teacher = randn(seed, 2, positions, width), randn(seed + 1, 2, positions, width)
-    criterion = build(width, width)
+    criterion = build(student, teacher)
     for value in (
         criterion.terms(student, teacher)["Dense-1"],
         DenseStructureLoss(**CLOSED, split=False)(student, teacher),
@@ -102,12 +113,23 @@ def test_the_information_form_pulls_hardest_on_what_is_nearly_predicted() -> Non
     noise = randn(1, 256, 2) * torch.tensor([0.3, 3.0])
 
     def pulls(diagonal: str) -> Tensor:
-        criterion = build(2, 2, diagonal=diagonal, terms=["Dense-1"])
-        nn.init.dirac_(criterion.convs[0].weight)
+        criterion = build(teacher, teacher, diagonal=diagonal, terms=["Dense-1"])
+        as_identity(criterion)
         return value_and_gradient(criterion, teacher + noise, teacher)[1].norm(dim=0) * noise.std(0)
 
     information, squared = pulls("information"), pulls("squared")
     assert information[0] / information[1] > squared[0] / squared[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds)
+@pytest.mark.parametrize("options", [{}, {"diagonal": "squared"}, {**CLOSED, "split": False}])
+def test_positions_have_no_order(options, seed) -> None:
+    student, teacher = randn(seed, 4, 6, 3).double(), randn(seed + 1, 4, 6, 5).double()
+    order = torch.randperm(24, generator=generator(seed))
+    moved = [value.flatten(0, 1)[order].view(value.shape) for value in (student, teacher)]
+    criterion = build(student, teacher, **options)
+    torch.testing.assert_close(criterion(*moved), criterion(student, teacher))
 
 
 # --- closed form ----------------------------------------------------------------------------------
@@ -121,6 +143,17 @@ def test_the_closed_form_sees_no_invertible_map_of_the_students_channels(seed, s
     mixed = torch.einsum("ij,bjhw->bihw", mix, student)
     criterion = DenseStructureLoss(**CLOSED, ridge=1e-12, split=split)
     torch.testing.assert_close(criterion(mixed, teacher), criterion(student, teacher))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, split=st.booleans())
+def test_the_closed_form_takes_the_teachers_channels_in_any_order(seed, split) -> None:
+    student, teacher = randn(seed, 6, 4, 3, 3).double(), randn(seed + 1, 6, 5, 3, 3).double()
+    criterion = DenseStructureLoss(**CLOSED, split=split)
+    order = torch.randperm(5, generator=generator(seed))
+    torch.testing.assert_close(criterion(student, teacher[:, order]), criterion(student, teacher))
+    found, moved = criterion.shares(student, teacher), criterion.shares(student, teacher[:, order])
+    torch.testing.assert_close(moved[0], found[0][order])
 
 
 def test_the_closed_form_finds_any_linear_map() -> None:
@@ -141,10 +174,10 @@ def test_halves_do_not_take_overfitting_for_knowledge() -> None:
 
 
 def test_few_positions_are_cut_in_halves() -> None:
-    assert cut_at(159, 16, None) == 79
-    assert cut_at(160, 16, None) is None
-    assert cut_at(160, 16, True) == 80
-    assert cut_at(3, 16, False) is None
+    assert _cut_at(159, 16, None) == 79
+    assert _cut_at(160, 16, None) is None
+    assert _cut_at(160, 16, True) == 80
+    assert _cut_at(3, 16, False) is None
 
 
 def test_the_closed_form_has_nothing_to_train_or_save() -> None:
@@ -164,8 +197,8 @@ def test_the_closed_form_has_nothing_to_train_or_save() -> None:
 
 @every_form
 def test_constant_maps_and_dead_channels_say_nothing_and_stay_finite(options) -> None:
-    criterion = build(3, 4, **options)
     student, teacher = randn(0, 4, 3, 3, 3), randn(1, 4, 4, 3, 3)
+    criterion = build(student, teacher, **options)
     nothing = 1.0 if options.get("diagonal") == "squared" else math.log(1.01)
     for constant in (torch.zeros(3), torch.tensor([0.1, 300.0, -7.0])):
         flat = constant.view(3, 1, 1).expand(4, 3, 3, 3)
@@ -185,22 +218,20 @@ def test_constant_maps_and_dead_channels_say_nothing_and_stay_finite(options) ->
 def test_one_nan_is_enough(options, side: int) -> None:
     maps = [randn(0, 4, 3, 3, 3), randn(1, 4, 4, 3, 3)]
     maps[side][2, 1, 0, 1] = math.nan
-    assert build(3, 4, **options)(*maps).isnan()
+    assert DenseStructureLoss(**options)(*maps).isnan()
 
 
 @every_form
 def test_fewer_positions_than_channels_are_taken(options) -> None:
-    value, gradient = value_and_gradient(
-        build(24, 40, **options), randn(0, 3, 24, 1, 2), randn(1, 3, 40, 1, 2)
-    )
+    student, teacher = randn(0, 3, 24, 1, 2), randn(1, 3, 40, 1, 2)
+    value, gradient = value_and_gradient(DenseStructureLoss(**options), student, teacher)
     assert value.isfinite()
     assert gradient.isfinite().all()
 
 
 @every_form
 def test_sizes_that_do_not_divide_and_grids_of_tokens(options) -> None:
-    criterion = build(3, 4, **options)
-    student = randn(0, 2, 3, 7, 5)
+    criterion, student = DenseStructureLoss(**options), randn(0, 2, 3, 7, 5)
     value = criterion(student, randn(1, 2, 4, 3, 8))
     assert value.isfinite()
     patches = randn(1, 2, 16, 4)  # a ViT's, on their grid
@@ -218,11 +249,12 @@ def test_the_floor_bounds_the_gradient_of_a_nearly_dead_channel(gap: float) -> N
         return float(value_and_gradient(criterion, student, teacher)[1][:, 2].abs().max())
 
     def dense(floor: float) -> DenseStructureLoss:
-        criterion = build(4, 4, diagonal="squared", floor=floor)
-        nn.init.dirac_(criterion.convs[0].weight)
-        return criterion
+        return as_identity(build(student, teacher, diagonal="squared", floor=floor))
 
-    for make in (dense, lambda floor: CrossCorrelationLoss(center=True, floor=floor)):
+    def sem(floor: float) -> CrossCorrelationLoss:
+        return CrossCorrelationLoss(projector="none", center=True, floor=floor)
+
+    for make in (dense, sem):
         others = value_and_gradient(make(0.0), student, teacher)[1][:, [0, 1, 3]].abs().max()
         assert steepest(make(0.0)) > 0.05 / gap * float(others)
         # 1 / sqrt(floor) is ten times what a column of mean variance is multiplied by.
@@ -234,9 +266,7 @@ def test_the_floor_bounds_the_gradient_of_a_nearly_dead_channel(gap: float) -> N
 def test_float32_keeps_its_digits_beside_the_optimum(options, level: float) -> None:
     teacher = randn(0, 32, 6, 8, 8) * torch.logspace(-1, 1, 6).view(6, 1, 1) + level
     student = teacher + 0.01 * randn(1, 32, 6, 8, 8)
-    criterion = build(6, 6, **options)
-    for conv in criterion.convs:
-        nn.init.dirac_(conv.weight)
+    criterion = as_identity(build(student, teacher, **options))
     value, gradient = value_and_gradient(criterion, student, teacher)
     exact, wanted = value_and_gradient(criterion.double(), student.double(), teacher.double())
     torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-6)
@@ -250,33 +280,23 @@ def test_float32_keeps_its_digits_beside_the_optimum(options, level: float) -> N
 def test_the_gradient_is_differentiable_itself(options, widths) -> None:
     student = randn(0, 3, widths[0], 2, 2).double().requires_grad_()
     teacher = randn(1, 3, widths[1], 2, 2).double()
-    criterion = build(*widths, **options).double()
+    criterion = build(student, teacher, **options)
     assert torch.autograd.gradgradcheck(lambda value: criterion(value, teacher), student)
 
 
-def test_channels_last_changes_nothing() -> None:
-    student, teacher = randn(0, 4, 3, 5, 5), randn(1, 4, 6, 5, 5)
-    last = [value.to(memory_format=torch.channels_last) for value in (student, teacher)]
-    for widths in ((3, 6), (6, 3)):
-        pair = (student, teacher) if widths == (3, 6) else (teacher, student)
-        moved = last if widths == (3, 6) else last[::-1]
-        torch.testing.assert_close(build(*widths)(*moved), build(*widths)(*pair))
+@every_form
+@pytest.mark.parametrize("widths", [(3, 6), (6, 3)])
+def test_channels_last_changes_nothing(options, widths) -> None:
+    pair = [randn(width, 4, width, 5, 5) for width in widths]
+    last = [value.to(memory_format=torch.channels_last) for value in pair]
+    criterion = build(*pair, **options)
+    torch.testing.assert_close(criterion(*last), criterion(*pair))
 
 
 @every_form
 def test_nothing_larger_than_the_maps_and_the_channels_is_built(options) -> None:
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for value in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(value, Tensor):
-                    self.numel = max(self.numel, value.numel())
-            return out
-
     student, teacher = randn(0, 8, 16, 20, 20).requires_grad_(), randn(1, 8, 16, 20, 20)
-    criterion = build(16, 16, **options)
+    criterion = build(student, teacher, **options)
     with Largest() as largest:
         criterion(student, teacher).backward()
     assert largest.numel <= student.numel() + teacher.numel()  # one buffer for both
@@ -287,7 +307,7 @@ def test_nothing_larger_than_the_maps_and_the_channels_is_built(options) -> None
 def test_the_graph_keeps_the_columns_and_no_wide_copy_of_the_maps(options, widths) -> None:
     student = randn(0, 4, widths[0], 24, 24).bfloat16().requires_grad_()
     teacher = randn(1, 4, widths[1], 24, 24).bfloat16()
-    criterion, kept = build(*widths, **options), {}
+    criterion, kept = build(student, teacher, **options), {}
 
     def note(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
@@ -308,7 +328,7 @@ def test_the_graph_keeps_the_columns_and_no_wide_copy_of_the_maps(options, width
 @every_form
 def test_a_map_that_is_overwritten_after_the_loss_changes_no_gradient(options) -> None:
     leaf, teacher = randn(0, 3, 3, 4, 4).requires_grad_(), randn(1, 3, 4, 4, 4)
-    criterion = build(3, 4, **options)
+    criterion = build(leaf, teacher, **options)
     (wanted,) = torch.autograd.grad(criterion(leaf, teacher), leaf)
     student = 1.0 * leaf
     value = criterion(student, teacher)
@@ -320,7 +340,7 @@ def test_a_map_that_is_overwritten_after_the_loss_changes_no_gradient(options) -
 @every_form
 def test_function_transforms_give_the_same_gradient(options) -> None:
     student, teacher = randn(0, 3, 3, 4, 4).requires_grad_(), randn(1, 3, 4, 4, 4)
-    criterion = build(3, 4, **options)
+    criterion = build(student, teacher, **options)
     (wanted,) = torch.autograd.grad(criterion(student, teacher), student)
     found = torch.func.grad(lambda value: criterion(value, teacher))(student.detach())
     torch.testing.assert_close(found, wanted)
@@ -329,158 +349,60 @@ def test_function_transforms_give_the_same_gradient(options) -> None:
 def test_stages_are_summed_and_layer_picks_them() -> None:
     maps_s = (randn(0, 4, 3, 6, 6), randn(1, 4, 5, 3, 3), randn(2, 4, 6, 2, 2))
     maps_t = (randn(3, 4, 4, 6, 6), randn(4, 4, 4, 3, 3), randn(5, 4, 8, 1, 1))
-    feats = Features(intermediate=maps_s), Features(intermediate=maps_t)
-    every = DenseStructureLoss.from_features(*feats)
-    assert len(every.convs) == 3
-    singles = 0.0
-    for stage in range(3):
-        one = DenseStructureLoss.from_features(*feats, layer=stage)
-        one.load_state_dict({"convs.0.weight": every.convs[stage].weight})
-        singles = singles + one(*feats)
-    torch.testing.assert_close(every(*feats), singles)
-    assert len(DenseStructureLoss.from_features(*feats, layer=[0, -1]).convs) == 2
+    every, singles = build(maps_s, maps_t), []
+    assert every.convs.weight.shape == (4 + 4 + 8, 6)
+    for stage, rows in enumerate(every.convs.weight.split([4, 4, 8])):
+        one = DenseStructureLoss(layer=stage)
+        one.load_state_dict({"convs.weight": rows[:, : maps_s[stage].shape[1]]})
+        singles.append(one(maps_s, maps_t))
+    torch.testing.assert_close(every(maps_s, maps_t), sum(singles))
+    two = DenseStructureLoss(layer=[0, -1])
+    two.load_state_dict({"convs.weight": every.convs.weight[[0, 1, 2, 3, *range(8, 16)]]})
+    torch.testing.assert_close(two(maps_s, maps_t), singles[0] + singles[2])
 
 
 def test_terms_switch_apart() -> None:
     pair = randn(0, 6, 3, 2, 2), randn(1, 6, 4, 2, 2)
-    both = build(3, 4).terms(*pair)
+    both = build(*pair).terms(*pair)
     assert list(both) == ["Dense-1", "Dense-2"]
     for name, value in both.items():
-        alone = build(3, 4, terms=[name]).terms(*pair)
+        alone = build(*pair, terms=[name]).terms(*pair)
         assert list(alone) == [name]
         torch.testing.assert_close(alone[name], value)
     assert list(DenseStructureLoss(**CLOSED).terms(*pair)) == ["Dense-1"]
-    assert build(3, 4, lambd=0).terms(*pair)["Dense-2"].item() == 0
-
-
-PAIR = randn(0, 4, 3, 2, 2), randn(1, 4, 4, 2, 2)
-EMBEDDED = tuple(Features(embedding=value.mean((2, 3)), intermediate=value) for value in PAIR)
+    assert DenseStructureLoss(lambd=0).terms(*pair)["Dense-2"].item() == 0
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("options", "message"),
     [
-        (lambda: DenseStructureLoss(), ValueError, "are needed for adapter='conv'; build"),
-        (lambda: DenseStructureLoss([3, 4], [5]), ValueError, "as many stages.* got 2 and 1"),
-        (lambda: DenseStructureLoss(3, 0), ValueError, "teacher_channels must be at least 1"),
-        (lambda: DenseStructureLoss(3, 4, adapter="mlp"), ValueError, "adapter must be one of con"),
-        (lambda: DenseStructureLoss(3, 4, diagonal="log"), ValueError, "diagonal must be one of i"),
-        (lambda: DenseStructureLoss(3, 4, floor=-1), ValueError, "floor must be finite >= 0"),
-        (lambda: DenseStructureLoss(3, 4, lambd=-1), ValueError, "lambd must be finite >= 0"),
-        (lambda: DenseStructureLoss(**CLOSED, ridge=0), ValueError, "ridge must be finite > 0"),
-        (lambda: DenseStructureLoss(**CLOSED, split="half"), ValueError, "split must be True, Fal"),
-        (
-            lambda: DenseStructureLoss(**CLOSED, diagonal="squared"),
-            ValueError,
-            "goes with adapter='conv'",
-        ),
-        (lambda: DenseStructureLoss(**CLOSED, terms=["Dense-2"]), ValueError, "got 'Dense-2'"),
-        (lambda: build(5, 4)(*PAIR), ValueError, "student's map of stage 0 has 3 channels, expe"),
-        (lambda: build(3, 5)(*PAIR), ValueError, "teacher's map of stage 0 has 4 channels, expe"),
-        (
-            lambda: build(3, 4)([PAIR[0], PAIR[0]], [PAIR[1]]),
-            ValueError,
-            r"in order, got 2 and 1 map\(s\); capture as many",
-        ),
-        (
-            lambda: build(3, 4)([PAIR[0]] * 2, [PAIR[1]] * 2),
-            ValueError,
-            r"was built for 1 stage\(s\), got 2; build it with",
-        ),
-        (
-            lambda: build([3, 3], [4, 4], layer=[0, 1])([PAIR[0]] * 2, [PAIR[1]]),
-            ValueError,
-            "layer=1, but teacher.intermediate holds 1",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, diagonal="squared"),
-            ValueError,
-            "diagonal belong to the dense part.*aligned=True",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, terms=["SEM-1", "Dense-1"]),
-            ValueError,
-            "Dense-1 belong to the dense part",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, aligned=True, variant="printed"),
-            ValueError,
-            "'printed' has no dense terms",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, aligned=True, terms=["SEM-1"]),
-            ValueError,
-            "names none of Dense-1, Dense-2",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, adapter="closed_form"),
-            ValueError,
-            "adapter belong to the dense part",
-        ),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, aligned=True, sigma=1.0),
-            ValueError,
-            "sigma belong to the UniformityCalibrationLoss, which aligned=True leaves out",
-        ),
-        (lambda: DSLoss.from_features(*EMBEDDED, aligned="yes"), TypeError, "aligned must be True"),
-        (
-            lambda: DSLoss.from_features(*EMBEDDED, aligned=True, gamma=(1, 2)),
-            ValueError,
-            "a number or a triple",
-        ),
-        (
-            lambda: DSLoss(dense=CrossCorrelationLoss(), gamma=1),
-            TypeError,
-            "dense must be a DenseStructureLoss or None, got CrossCorrelationLoss",
-        ),
+        ({"adapter": "mlp"}, "adapter must be one of con"),
+        ({"diagonal": "log"}, "diagonal must be one of i"),
+        ({"floor": -1}, "floor must be finite >= 0"),
+        ({"lambd": -1}, "lambd must be finite >= 0"),
+        ({**CLOSED, "ridge": 0}, "ridge must be finite > 0"),
+        ({**CLOSED, "split": "half"}, "split must be True, Fal"),
+        ({**CLOSED, "diagonal": "squared"}, "goes with adapter='conv'"),
+        ({**CLOSED, "terms": ["Dense-2"]}, "got 'Dense-2'"),
     ],
 )
-def test_bad_input_is_named(call, error, message) -> None:
-    with pytest.raises(error, match=message):
-        call()
+def test_a_bad_option_is_named(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenseStructureLoss(**options)
 
 
-# --- DSLoss(aligned=True) -------------------------------------------------------------------------
-
-
-def test_aligned_pairs_are_compared_densely_and_alone() -> None:
-    criterion = DSLoss.from_features(*EMBEDDED, aligned=True)
-    assert criterion.sem is None
-    assert criterion.dcm is None
-    assert criterion.reads == ("intermediate",)
-    torch.manual_seed(0)
-    dense = DenseStructureLoss.from_features(*EMBEDDED)
-    criterion.dense.load_state_dict(dense.state_dict())
-    want = {name: 20 * value for name, value in dense.terms(*EMBEDDED).items()}
-    found = criterion.terms(*EMBEDDED)
-    assert list(found) == list(want)
-    for name, value in want.items():
-        torch.testing.assert_close(found[name], value)
-
-
-def test_sem_and_dcm_stand_beside_it_if_asked() -> None:
-    names = ["SEM-1", "SEM-2", "DCM-1", "DCM-2", "Dense-1", "Dense-2"]
-    criterion = DSLoss.from_features(
-        *EMBEDDED, aligned=True, terms=names, gamma=(1, 2, 3), lambd=0.5, floor=0.1, layer=[0]
-    )
-    assert list(criterion.terms(*EMBEDDED)) == names
-    assert criterion.gamma == (1, 2, 3)
-    assert (criterion.dense.lambd, criterion.dense.floor, criterion.dense.layer) == (0.5, 0.1, (0,))
-    assert (criterion.sem.lambd, criterion.sem.floor, criterion.dcm.layer) == (5e-3, 0.0, -1)
-
-
-def test_aligned_takes_the_closed_form_without_parameters() -> None:
-    criterion = DSLoss.from_features(*EMBEDDED, aligned=True, adapter="closed_form")
-    assert not list(criterion.parameters())
-    assert list(criterion.terms(*EMBEDDED)) == ["Dense-1"]
-
-
-def test_pairs_that_are_not_aligned_stay_as_they_were() -> None:
-    torch.manual_seed(0)
-    said = DSLoss.from_features(*EMBEDDED, aligned=False)
-    torch.manual_seed(0)
-    unsaid = DSLoss.from_features(*EMBEDDED)
-    assert said.dense is None
-    assert list(DSLoss.from_features(*EMBEDDED, terms="SEM-1").terms(*EMBEDDED)) == ["SEM-1"]
-    assert said.gamma == (5.0, 0.02)
-    torch.testing.assert_close(said(*EMBEDDED), unsaid(*EMBEDDED))
+def test_maps_that_do_not_fit_are_named() -> None:
+    three, four, five = (randn(width, 4, width, 2, 2) for width in (3, 4, 5))
+    criterion = build([three, five], [four, four])
+    for maps in (
+        ([four, three], [four, four]),
+        ([three, five], [four, five]),
+        ([three], [four]),
+        ([five, three], [four, four]),  # as many weights, of other stages
+    ):
+        with pytest.raises(ValueError, match=r"took\b.*\bshape .*first call: make a new"):
+            criterion(*maps)
+    with pytest.raises(ValueError, match=r"in order, got 2 and 1 map\(s\); capture as many"):
+        criterion([three, five], [four])
+    with pytest.raises(ValueError, match=r"layer=1, but teacher.intermediate holds 1"):
+        DenseStructureLoss(layer=[0, 1])([three, three], [four])

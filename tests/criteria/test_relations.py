@@ -8,20 +8,23 @@ import weakref
 
 import pytest
 import torch
-from structkd.criteria._geometry import angle_gap, pair_distances, poincare_distances
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from structkd import Criterion, Features
+from structkd.criteria import relations as ours
 from structkd.criteria.relations import (
     CorrelationCongruenceLoss,
     DistilVPRLoss,
     RelationalLoss,
 )
+from tests.cases.case import generator, normal, pick, shaped
 from tests.reference import relations
 
-GEOMETRY = importlib.import_module("structkd.criteria._geometry")
+both = pytest.mark.parametrize("kind", [RelationalLoss, DistilVPRLoss])
 
 
 class _Memory(TorchDispatchMode):
@@ -60,9 +63,9 @@ def _measure(criterion: Criterion, batch: int, width: int) -> _Memory:
     return memory
 
 
-@pytest.mark.parametrize("criterion", [RelationalLoss(), DistilVPRLoss()])
-def test_memory_grows_with_the_square_of_the_batch(criterion: Criterion) -> None:
-    small, large = _measure(criterion, 96, 8), _measure(criterion, 256, 8)
+@both
+def test_memory_grows_with_the_square_of_the_batch(kind) -> None:
+    small, large = _measure(kind(), 96, 8), _measure(kind(), 256, 8)
     # The budget of a chunk, under which nothing need be cut.
     assert small.largest <= 2**20
     assert large.largest <= 2**20 < 256**3 / 15
@@ -71,7 +74,7 @@ def test_memory_grows_with_the_square_of_the_batch(criterion: Criterion) -> None
 
 
 def test_chunks_beyond_the_budget_grow_with_the_square(monkeypatch) -> None:
-    monkeypatch.setattr(GEOMETRY, "_BUDGET", 1)
+    monkeypatch.setattr(ours, "_BUDGET", 1)
     for batch in (48, 96):
         memory = _measure(RelationalLoss(), batch, 16)
         assert memory.largest <= 8 * batch**2
@@ -81,7 +84,7 @@ def test_chunks_beyond_the_budget_grow_with_the_square(monkeypatch) -> None:
 def test_chunks_change_nothing(monkeypatch) -> None:
     results = []
     for budget in (2**20, 1):
-        monkeypatch.setattr(GEOMETRY, "_BUDGET", budget)
+        monkeypatch.setattr(ours, "_BUDGET", budget)
         torch.manual_seed(0)
         student = torch.randn(21, 3, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(21, 5, dtype=torch.float64)
@@ -99,9 +102,9 @@ def test_weights_of_zero_leave_a_term_out() -> None:
         torch.testing.assert_close(doubled[name], 2 * value)
 
 
-@pytest.mark.parametrize("criterion", [RelationalLoss(), DistilVPRLoss()])
-def test_samples_that_coincide_have_finite_gradients(criterion: Criterion) -> None:
-    student = torch.randn(6, 4)
+@both
+def test_samples_that_coincide_have_finite_gradients(kind) -> None:
+    criterion, student = kind(), torch.randn(6, 4)
     student[3] = student[1]
     student[5] = 0
     student.requires_grad_()
@@ -118,12 +121,12 @@ def test_samples_that_coincide_have_finite_gradients(criterion: Criterion) -> No
         assert (collapsed.grad == 0).all()
 
 
-@pytest.mark.parametrize("criterion", [RelationalLoss(), DistilVPRLoss()])
+@both
 @pytest.mark.parametrize("side", [0, 1])
-def test_one_nan_passes_through(criterion: Criterion, side: int) -> None:
+def test_one_nan_passes_through(kind, side: int) -> None:
     rows = [torch.randn(5, 3), torch.randn(5, 3)]
     rows[side][2, 1] = math.nan
-    assert all(term.isnan() for term in criterion.terms(*rows).values())
+    assert all(term.isnan() for term in kind().terms(*rows).values())
 
 
 def test_coinciding_samples_count_as_in_the_definition() -> None:
@@ -147,26 +150,26 @@ def test_near_samples_far_from_the_origin_keep_their_distance() -> None:
     rows[1] = rows[0] + 1e-3
     rows = rows.float()
     wanted = torch.cdist(rows.double(), rows.double())
-    torch.testing.assert_close(pair_distances(rows).double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours._pair_distances(rows).double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_geodesics_equal_the_poincare_formula_and_its_limits() -> None:
     rows = torch.randn(5, 3, dtype=torch.float64)
     wanted = torch.tensor(relations.geodesics(rows, 0.3))
-    torch.testing.assert_close(poincare_distances(rows, 0.3), wanted)
+    torch.testing.assert_close(ours._poincare_distances(rows, 0.3), wanted)
     # From the centre, d = 2 |x|; for short rows the space is flat and all distances are doubled.
     centred = torch.cat([torch.zeros(1, 3), rows])
-    torch.testing.assert_close(poincare_distances(centred, 0.3)[0, 1:], 2 * rows.norm(dim=1))
+    torch.testing.assert_close(ours._poincare_distances(centred, 0.3)[0, 1:], 2 * rows.norm(dim=1))
     tiny = (1e-4 * rows).float()
     torch.testing.assert_close(
-        poincare_distances(tiny, 0.3), 2 * pair_distances(tiny), rtol=1e-4, atol=0
+        ours._poincare_distances(tiny, 0.3), 2 * ours._pair_distances(tiny), rtol=1e-4, atol=0
     )
 
 
 def test_geodesics_beyond_the_rim_are_exact() -> None:
     """tanh(30) is 1 in float64: there the ball's own formula gives infinity."""
     rows = torch.tensor([[30.0, 0.0], [0.0, 30.0], [-50.0, 0.0], [55.0, 0.0]]).requires_grad_()
-    table = poincare_distances(rows, 1.0)
+    table = ours._poincare_distances(rows, 1.0)
     # On a line through the centre lengths add up; across a right angle sinh^2 is halved twice.
     torch.testing.assert_close(table[0, 2], torch.tensor(160.0))
     torch.testing.assert_close(table[0, 3], torch.tensor(50.0))
@@ -178,15 +181,58 @@ def test_geodesics_beyond_the_rim_are_exact() -> None:
 def test_angle_gap_without_a_gradient_is_the_same() -> None:
     student, teacher = torch.randn(6, 3), torch.randn(6, 4)
     with torch.no_grad():
-        value = angle_gap(student, teacher)
-    torch.testing.assert_close(value, angle_gap(student.requires_grad_(), teacher).detach())
+        value = ours._angle_gap(student, teacher)
+    torch.testing.assert_close(value, ours._angle_gap(student.requires_grad_(), teacher).detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [(RelationalLoss, 3), (CorrelationCongruenceLoss, 2)], ids=["rkd", "cc"]
+)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_the_order_of_the_batch_does_not_matter(kind, least: int, seed: int) -> None:
+    rng = generator(seed)
+    batch = pick(rng, least, 9)
+    student, teacher = normal(rng, batch, pick(rng, 1, 5)), normal(rng, batch, pick(rng, 1, 5))
+    order = torch.randperm(batch, generator=rng)
+    criterion = kind()
+    wanted = criterion(student, teacher)
+    torch.testing.assert_close(criterion(student[order], teacher[order]), wanted)
+
+
+@pytest.mark.parametrize(
+    "make", [RelationalLoss, lambda: DistilVPRLoss(1, 2, 0)], ids=["rkd", "vpr"]
+)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), log_scale=st.floats(-4, 4))
+def test_only_the_shape_of_the_embeddings_counts(make, seed: int, log_scale: float) -> None:
+    """Neither side's scale, rotation or place changes a distance's share or an angle."""
+    rng = generator(seed)
+    batch, width = pick(rng, 3, 8), pick(rng, 1, 5)
+    sides = [normal(rng, batch, width) for _ in range(2)]
+    wanted = make()(*sides)
+    for side in range(2):
+        turn = torch.linalg.qr(normal(rng, width, width))[0]
+        moved = list(sides)
+        moved[side] = 10**log_scale * (sides[side] @ turn + normal(rng, width))
+        torch.testing.assert_close(make()(*moved), wanted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_geodesics_depend_on_the_scale_and_not_on_the_rotation(seed: int) -> None:
+    rng = generator(seed)
+    rows, turn = normal(rng, 6, 4), torch.linalg.qr(normal(rng, 4, 4))[0]
+    geodesics = DistilVPRLoss(0, 0, 1)
+    assert geodesics(rows @ turn, rows) < 1e-20
+    assert geodesics(3 * rows, rows) > 1e-6
 
 
 def test_congruence_learns_and_is_saved() -> None:
     torch.manual_seed(0)
     student = Features(embedding=torch.randn(16, 4))
     teacher = Features(embedding=torch.randn(16, 6))
-    criterion = CorrelationCongruenceLoss.from_features(student, teacher)
+    criterion = shaped(CorrelationCongruenceLoss(), student, teacher)
     before = {name: value.clone() for name, value in criterion.state_dict().items()}
     assert set(before) == {name for name, _ in criterion.named_parameters()}
     optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
@@ -198,8 +244,8 @@ def test_congruence_learns_and_is_saved() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-    for name, value in criterion.state_dict().items():
-        assert not torch.equal(value, before[name]), name
+    after = criterion.state_dict()
+    assert all(not torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_bad_arguments_are_named() -> None:
@@ -212,11 +258,13 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="curvature must be finite > 0, got 0"):
         DistilVPRLoss(curvature=0)
     with pytest.raises(ValueError, match="gamma must be finite > 0"):
-        CorrelationCongruenceLoss(3, 4, gamma=0)
+        CorrelationCongruenceLoss(gamma=0)
     with pytest.raises(ValueError, match="embedding_dim must be at least 1"):
-        CorrelationCongruenceLoss(3, 4, embedding_dim=0)
-    with pytest.raises(ValueError, match=r"takes \(B, 3\), got float32 \(5, 7\)"):
-        CorrelationCongruenceLoss(3, 4)(torch.randn(5, 7), torch.randn(5, 4))
+        CorrelationCongruenceLoss(embedding_dim=0)
+    congruence, rows = CorrelationCongruenceLoss(), torch.randn(5, 4)
+    congruence(torch.randn(5, 3), rows)
+    with pytest.raises(ValueError, match=r"its shape from \(B, 3\), got float32 \(5, 7\)"):
+        congruence(torch.randn(5, 7), rows)
     with pytest.raises(ValueError, match="needs a batch of at least 3, got 2"):
         RelationalLoss()(torch.randn(2, 3), torch.randn(2, 3))
 
@@ -229,21 +277,22 @@ def test_congruence_equals_torchdistill() -> None:
     1.1 leaves the norm unsquared and the rows as they come; the expansion of the Gaussian kernel
     holds for unit rows only.
     """
-    peer = pytest.importorskip("torchdistill.losses.mid_level")
+    peer = importlib.import_module("torchdistill.losses.mid_level")
     kernel = {"type": "gaussian", "gamma": 0.4, "max_p": 2}
     theirs = peer.CCKDLoss("linear", "linear", kernel, "none")
-    ours = CorrelationCongruenceLoss(4, 6)
     student, teacher = torch.randn(8, 4), torch.randn(8, 6)
-    unit_s = torch.nn.functional.normalize(ours.student_embedding(student), dim=1)
-    unit_t = torch.nn.functional.normalize(ours.teacher_embedding(teacher), dim=1)
+    criterion = CorrelationCongruenceLoss()
+    value = criterion(student, teacher)
+    unit_s = torch.nn.functional.normalize(criterion.student_embedding(student), dim=1)
+    unit_t = torch.nn.functional.normalize(criterion.teacher_embedding(teacher), dim=1)
     norm = theirs({"linear": {"output": unit_s}}, {"linear": {"output": unit_t}})
-    torch.testing.assert_close(ours(student, teacher), norm.square() / 8**2)
+    torch.testing.assert_close(value, norm.square() / 8**2)
 
 
 @pytest.mark.peer
 def test_relations_equal_torchdistill() -> None:
     """The same means over all pairs and triples."""
-    peer = pytest.importorskip("torchdistill.losses.mid_level")
+    peer = importlib.import_module("torchdistill.losses.mid_level")
     theirs = peer.RKDLoss("x", "x", 25.0, 50.0, "mean")
     student, teacher = torch.randn(8, 4), torch.randn(8, 6)
     value = theirs({"x": {"output": student}}, {"x": {"output": teacher}})

@@ -38,7 +38,10 @@ def test_blocks_find_what_a_table_of_all_has(seed, count, k, block):
     for row, best in enumerate(expected):
         found = ids[row][ids[row] >= 0].tolist()
         assert len(set(found)) == len(found) == min(k, count)
-        torch.testing.assert_close(scores[row, : len(best)], torch.tensor(best), rtol=1e-6, atol=0)
+        # The KL of a teacher with itself is 0 but for the rounding of its terms.
+        torch.testing.assert_close(
+            scores[row, : len(best)], torch.tensor(best), rtol=1e-6, atol=1e-12
+        )
         # Equal teachers stand by id.
         for one, other in pairwise(found):
             assert one < other or not torch.equal(vectors[one], vectors[other])

@@ -75,3 +75,11 @@ def crd(criterion: nn.Module, student: Tensor, teacher: Tensor, index: Tensor) -
             z = normalizer(table, size)
         found[name] = nce(table, z, size)
     return found
+
+
+def splitmix(place: int) -> int:
+    """The output at a place of SplitMix64 seeded with 0, in Python's unbounded numbers."""
+    value = (place + 1) * 0x9E3779B97F4A7C15 % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
