@@ -207,7 +207,7 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
     file.write_text("like: mnist\nepoch: 3\n")
     file.with_name("mnist.yaml").write_text("reader: mnist\n")
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        script.recipe(str(file))
+        script.recipe(str(file), script.Options)
 
 
 def test_a_data_set_of_another_number_of_classes_is_refused(
