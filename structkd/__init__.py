@@ -18,7 +18,11 @@ from structkd.criteria.logits import (
     LogitMSELoss,
     LogitStandardizationLoss,
 )
-from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
+from structkd.criteria.maps import (
+    AttentionTransferLoss,
+    ChannelWiseLoss,
+    NeuronSelectivityLoss,
+)
 from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
 from structkd.criteria.relations import (
     CorrelationCongruenceLoss,
@@ -26,7 +30,7 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
-from structkd.criteria.supervision import SupervisionLoss
+from structkd.criteria.supervision import DiceLoss, SupervisionLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distiller import Distiller, falling
 from structkd.features import Features
@@ -44,6 +48,7 @@ __all__ = [
     "AdversarialLogitsLoss",
     "AttentionTransferLoss",
     "CORALLoss",
+    "ChannelWiseLoss",
     "ContrastiveRepresentationLoss",
     "ConvAdapter",
     "ConvergenceWarning",
@@ -55,6 +60,7 @@ __all__ = [
     "DKDLoss",
     "DSLoss",
     "DenseStructureLoss",
+    "DiceLoss",
     "DistilVPRLoss",
     "Distiller",
     "FeatureCapture",

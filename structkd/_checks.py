@@ -108,8 +108,8 @@ def labels(
     """
     if target is None:
         raise ValueError(
-            f"{reader} needs {name}, the class indices (B,) with {NO_LABEL} where a row has none: "
-            f"pass {name}=labels"
+            f"{reader} needs {name}, the class indices (B,), or (B, H, W) of pixels, with "
+            f"{NO_LABEL} where there is none: pass {name}=labels"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 tensor of class indices, got {describe(target)}")

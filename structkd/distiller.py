@@ -155,7 +155,8 @@ class Distiller(nn.Module):
 
         Args:
             x: The student's input: a tensor, a tuple of arguments or a dict of keywords.
-            target: Labels ``(B,)`` for criteria that read them, -100 where a row has none.
+            target: Labels ``(B,)``, or ``(B, H, W)`` of pixels, for criteria that read them, -100
+                where there is none.
             x_teacher: The teacher's input, the same samples in the same order: ``x_teacher=x``
                 where both networks see the same. With ``paired`` the samples that it names alone,
                 which may be none.
@@ -296,8 +297,9 @@ class Distiller(nn.Module):
             feats_s = feats_s.rows(rows).replace(index=torch.zeros_like(rows))
             feats_t = feats_t.rows(rows)
             place = next(iter(_tensors(feats_s)))
-            no_labels = torch.full_like(rows, -100, device=place.device)
-            feats_s = feats_s.replace(index=torch.zeros_like(no_labels))
+            feats_s = feats_s.replace(index=torch.zeros_like(rows, device=place.device))
+            size = () if feats_s.logits is None else feats_s.logits.shape[2:]  # of pixels
+            no_labels = torch.full((enough, *size), -100, device=place.device)
             alone = Shards.alone(enough)  # no process waits for another here
             self.criterion.terms(feats_s, feats_t, no_labels, shards=alone)
 

@@ -19,7 +19,7 @@ class Features:
     """The named results of one forward pass; criteria read the fields they need.
 
     Attributes:
-        logits: Class scores ``(B, K)``.
+        logits: Class scores ``(B, K)``, or of pixels ``(B, K, H, W)``; continuous predictions too.
         embedding: What goes into the classifier, ``(B, D)``.
         intermediate: Maps ``(B, C, H, W)``, tokens ``(B, N, C)`` without a grid, or rows
             ``(B, C)``, which are maps without positions; shallow to deep. A single tensor becomes

@@ -21,7 +21,7 @@ from structkd.capture.layout import MapReader, stated_layouts
 from structkd.distributed import world_size
 from structkd.features import Features
 
-ALL = "all"  # every stage of a timm model
+ALL = "all"  # every stage that the network tells
 
 
 class FeatureCapture:
@@ -51,12 +51,15 @@ class FeatureCapture:
 
     Args:
         module: The network; it is neither copied nor changed beyond its hooks.
-        intermediate: Layer name, or names shallow to deep; ``"all"`` takes every stage of a timm
-            model, an empty list none.
+        intermediate: Layer name, or names shallow to deep; ``"all"`` takes every stage of a network
+            that tells them: timm's (with ``features_only`` too), and the encoder stages and decoder
+            blocks of segmentation networks of segmentation_models_pytorch, torchvision and
+            transformers. An empty list takes none.
         embedding: Layer name giving ``(B, D)`` (or ``(B, D, 1, 1)``, which is flattened); an empty
             string for none.
-        logits: Layer name giving ``(B, K)``; by default the module's own output where that is a
-            2-D tensor, or its ``logits``.
+        logits: Layer name giving ``(B, K)``, or ``(B, K, H, W)`` of pixels; by default the module's
+            own output where that is such a tensor, or the ``logits`` (``out`` in torchvision's
+            dicts) in it.
         layout: The layout of the intermediate layers where it cannot be found out, one for all or
             one each: ``NCHW``, ``NHWC``, ``NCL`` (audio), ``NLC`` (tokens) or ``NC``.
 
@@ -222,8 +225,8 @@ class FeatureCapture:
             logits = fetched("logits", named, lambda value: self._as_logits(value, named))
         else:
             logits = _flat(_logits_in(output))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                absent["logits"] = _without_logits(output, logits, self._logits_cure)
+            if not isinstance(logits, Tensor) or logits.dim() not in (2, 4):
+                absent["logits"] = _without_logits(output, self._logits_cure)
                 logits = None
         return Features(
             logits=logits,
@@ -243,11 +246,9 @@ class FeatureCapture:
 
     def _as_logits(self, value: Tensor, name: str) -> Tensor:
         value = _flat(value)
-        if value.dim() == 4:
-            raise ValueError(f"layer {name!r} gives {describe(value)}: {_PIXELS}")
-        if value.dim() != 2:
+        if value.dim() not in (2, 4):
             raise ValueError(
-                f"layer {name!r} must give logits, 2-D (B, K), got {describe(value)}; "
+                f"layer {name!r} must give logits, (B, K) or (B, K, H, W), got {describe(value)}; "
                 f"{self._logits_cure}"
             )
         return value
@@ -505,11 +506,12 @@ def _layer_names(
         )
         return (), {"intermediate": reason}
     if intermediate == ALL and ALL not in layers:
-        names = tuple(stage.name for stage in backbone.stages(inner))
+        names = backbone.all_stages(inner)
         if not names:
             raise ValueError(
-                "intermediate='all' needs a model with timm's feature_info; name the layers: "
-                f"{_suggestion(likely, ['intermediate'])}"
+                "intermediate='all' needs a network that tells its stages, by timm's feature_info "
+                "or as segmentation networks of smp, torchvision and transformers do; name the "
+                f"layers: {_suggestion(likely, ['intermediate'])}"
             )
         return names, {}
     return ((intermediate,) if isinstance(intermediate, str) else tuple(intermediate)), {}
@@ -571,28 +573,19 @@ def _flat(value: Any) -> Any:
     return value
 
 
-_PIXELS = (
-    "logits of pixels (B, K, H, W) are not taken yet, only those of images (B, K); distil such "
-    "maps as intermediate=... (in a Distiller, layers=dict(intermediate=...)) with a criterion "
-    "that reads intermediate"
-)
-
-
 def _logits_in(output: Any) -> Any:
-    """Returns a network's output, or the ``logits`` in it."""
+    """Returns a network's output, or the ``logits`` in it; torchvision's dicts say ``out``."""
     if isinstance(output, dict):
-        return output.get("logits")
+        return output.get("logits", output.get("out"))
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
 
-def _without_logits(output: Any, logits: Any, cure: str) -> str:
-    """Says what a network gave in which there are no logits ``(B, K)``, and what to do."""
-    parts = list(_parts(output).values()) if logits is None else [logits]
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    came = f"the network gave {_came(output)}"
-    if any(t.dim() == 4 for t in tensors) and not any(t.dim() == 2 for t in tensors):
-        return f"{came}: {_PIXELS}; where a layer gives (B, K), {cure}"
-    return f"{came}, in which no logits (B, K) are marked as such; {cure}"
+def _without_logits(output: Any, cure: str) -> str:
+    """Says what a network gave in which there are no logits, and what to do."""
+    return (
+        f"the network gave {_came(output)}, in which no logits (B, K) or (B, K, H, W) are marked "
+        f"as such; {cure}"
+    )
 
 
 def _parts(output: Any) -> dict[str, Any]:

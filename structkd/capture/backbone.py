@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,15 +95,51 @@ class Stage:
 
 def stages(module: nn.Module) -> list[Stage]:
     """Returns a timm model's stages, shallow to deep, nothing for others."""
-    info = getattr(module, "feature_info", None)
+    info: Any = getattr(module, "feature_info", None)
+    if hasattr(info, "get_dicts"):  # of features_only, which cuts off what is not asked for
+        info = info.get_dicts()
     entries = getattr(info, "info", info)
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         return []
     return [
-        Stage(entry["module"], entry.get("num_chs"), entry.get("reduction"))
+        Stage(_name_in(module, entry["module"]), entry.get("num_chs"), entry.get("reduction"))
         for entry in entries
         if isinstance(entry, dict) and entry.get("module")
     ]
+
+
+def _name_in(module: nn.Module, name: str) -> str:
+    """Returns a stage's name in a timm network, which ``features_only`` flattens or moves."""
+    names = (name, name.replace(".", "_"), f"model.{name}")
+    return next((n for n in names if layers_at(module, n)), name)
+
+
+def all_stages(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of all stages, shallow to deep, that a network tells by its package's ways.
+
+    Those are timm's ``feature_info``; smp's ``encoder`` and ``decoder.blocks``; the layers of
+    torchvision's segmentation ``backbone``; the ``stages`` of transformers' SegFormer.
+    """
+    found = [stage.name for stage in stages(module)]
+    for prefix in () if found else ("encoder", "encoder.model", "backbone", "segformer"):
+        part = layers_at(module, prefix)
+        if not part:
+            continue
+        told = getattr(part[0], "return_layers", {})  # of torchvision's IntermediateLayerGetter
+        found = [stage.name for stage in stages(part[0])] or [
+            name
+            for name, child in part[0].named_children()
+            if name in told or re.fullmatch(r"layer\d", name)
+        ]
+        if not found:
+            several = getattr(part[0], "stages", nn.ModuleList())
+            found = [f"stages.{name}" for name, _ in several.named_children()]
+        if found:
+            found = [f"{prefix}.{name}" for name in found]
+            break
+    blocks = layers_at(module, "decoder.blocks") if found else []
+    found += [f"decoder.blocks.{name}" for part in blocks for name, _ in part.named_children()]
+    return tuple(found)
 
 
 def default_intermediate(module: nn.Module) -> tuple[str, ...]:

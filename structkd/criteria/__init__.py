@@ -23,7 +23,11 @@ from structkd.criteria.logits import (
     LogitMSELoss,
     LogitStandardizationLoss,
 )
-from structkd.criteria.maps import AttentionTransferLoss, NeuronSelectivityLoss
+from structkd.criteria.maps import (
+    AttentionTransferLoss,
+    ChannelWiseLoss,
+    NeuronSelectivityLoss,
+)
 from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
 from structkd.criteria.relations import (
     CorrelationCongruenceLoss,
@@ -31,7 +35,7 @@ from structkd.criteria.relations import (
     RelationalLoss,
 )
 from structkd.criteria.structure import DSLoss
-from structkd.criteria.supervision import SupervisionLoss
+from structkd.criteria.supervision import DiceLoss, SupervisionLoss
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 
 CRITERIA: Mapping[str, type[Criterion]] = {
@@ -39,6 +43,7 @@ CRITERIA: Mapping[str, type[Criterion]] = {
     "AdversarialLogitsLoss": AdversarialLogitsLoss,
     "AttentionTransferLoss": AttentionTransferLoss,
     "CORALLoss": CORALLoss,
+    "ChannelWiseLoss": ChannelWiseLoss,
     "ContrastiveRepresentationLoss": ContrastiveRepresentationLoss,
     "CorrelationCongruenceLoss": CorrelationCongruenceLoss,
     "CrossCorrelationLoss": CrossCorrelationLoss,
@@ -46,6 +51,7 @@ CRITERIA: Mapping[str, type[Criterion]] = {
     "DKDLoss": DKDLoss,
     "DSLoss": DSLoss,
     "DenseStructureLoss": DenseStructureLoss,
+    "DiceLoss": DiceLoss,
     "DistilVPRLoss": DistilVPRLoss,
     "FitNetLoss": FitNetLoss,
     "FlowMatrixLoss": FlowMatrixLoss,

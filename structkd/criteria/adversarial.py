@@ -55,8 +55,9 @@ class AdversarialLogitsLoss(Criterion):
         gather: Take the means of the label's parts over the labelled rows of all processes.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; target ``(B,)`` int64 in ``[0, K)`` or
-        -100; output a scalar in float32 (float64 for float64 inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype; target ``(B,)`` or
+        ``(B, H, W)`` int64 in ``[0, K)`` or -100; output a scalar in float32 (float64 for float64
+        inputs).
 
     Raises:
         ValueError: If the target is missing or out of range, the class counts differ, from those of
@@ -79,6 +80,7 @@ class AdversarialLogitsLoss(Criterion):
 
     reads = ("logits",)
     over_ranks = "sums"
+    pixels = "labelled"
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -20,7 +21,7 @@ CriterionT = TypeVar("CriterionT", bound="Criterion")
 Input: TypeAlias = Features | Mapping[str, Any] | Tensor | Sequence[Tensor]
 
 _RANKS: Mapping[str, tuple[tuple[int, ...], str]] = {
-    "logits": ((2,), "2-D (B, K)"),
+    "logits": ((2, 4), "2-D (B, K), or 4-D (B, K, H, W) of pixels"),
     "embedding": ((2,), "2-D (B, D)"),
     "intermediate": ((2, 3, 4), "4-D (B, C, H, W), 3-D (B, N, C) or 2-D (B, C)"),
 }
@@ -51,6 +52,12 @@ class Criterion(nn.Module):
     No criterion adds the labels' cross-entropy unless it is asked to. Labels may be missing: a
     target of -100 marks a row without one.
 
+    A pixel is a row: logits ``(B, K, H, W)`` reach :meth:`compute` as ``(B H W, K)``, a target
+    ``(B, H, W)`` as ``(B H W,)``. Logits of another size are brought to the student's by bilinear
+    interpolation (``align_corners=False``) of the logits, before any softmax; a criterion that
+    reads labels brings both networks' logits to the target's size where that is larger. Labels
+    themselves are never resized.
+
     To write one, name the fields it ``reads`` and implement :meth:`compute`. If it compares the
     samples of a batch with each other, say ``over_ranks = "gathered"``: under ``gather`` it is then
     given the rows of all processes. Parts that depend on the networks are torch's lazy modules.
@@ -78,6 +85,9 @@ class Criterion(nn.Module):
     # adds up what it needs. "always": as "sums", and a training call exchanges without gather too,
     # so that no rank may miss it; its buffers are then equal on all ranks.
     over_ranks: Literal["rows", "gathered", "sums", "always"] = "rows"
+    # What logits of pixels become. "rows": a row each, at the student's size. "labelled": likewise,
+    # at the target's size. "maps": they stay (B, K, H, W), at the student's size.
+    pixels: Literal["rows", "labelled", "maps"] = "rows"
     min_batch: ClassVar[int] = 1
     _version = 2  # of the state dict; 1 is structkd 0.1.0
     _has_met = False  # whether a batch was looked at closely
@@ -113,7 +123,8 @@ class Criterion(nn.Module):
         Args:
             student: The student's features, or the tensor that this criterion reads.
             teacher: The teacher's, of the same batch in the same order.
-            target: Labels ``(B,)`` where the criterion uses them, -100 where a row has none.
+            target: Labels ``(B,)``, or ``(B, H, W)`` of pixels, where the criterion uses them, -100
+                where there is none.
             shards: The rows that every process holds, where the caller knows them; a process may
                 hold none then. Otherwise a criterion that needs them asks.
 
@@ -137,6 +148,8 @@ class Criterion(nn.Module):
             target = None if target is None else shards.gather(target)
         more = (shards,) if self.over_ranks in ("sums", "always") else ()
         with torch.autocast(device.type, enabled=False):
+            if "logits" in self.reads:
+                features_s, features_t, target = _of_pixels(features_s, features_t, target, self)
             return self.compute(features_s, features_t, target, *more)
 
     @property
@@ -498,6 +511,69 @@ def as_features(given: Input, name: str, reader: Criterion) -> Features:
             f"{name} must be Features, a dict of their names or a tensor, got {describe(given)}"
         )
     return Features(**{field: given})  # type: ignore[arg-type]
+
+
+def _of_pixels(
+    student: Features, teacher: Features, target: Tensor | None, reader: Criterion
+) -> tuple[Features, Features, Tensor | None]:
+    """Returns logits of pixels and their target in the form that ``reader.pixels`` names."""
+    found = [side.logits for side in (student, teacher) if side.logits is not None]
+    if all(logits.dim() == 2 for logits in found):
+        return student, teacher, target
+    if any(logits.dim() == 2 for logits in found):
+        raise ValueError(
+            "student and teacher logits must both be of images (B, K) or both of pixels "
+            f"(B, K, H, W), got {describe(found[0])} and {describe(found[1])}: distil what both "
+            "networks give alike, or intermediate maps"
+        )
+    size = found[0].shape[2:]
+    if target is not None and reader.pixels == "labelled":
+        size = _labelled_size(found[0], target)
+    found = [_resized(logits, size) for logits in found]
+    if reader.pixels != "maps":
+        found = [_rows(logits) for logits in found]
+        # A criterion that reads no labels is not asked for their size.
+        if target is not None and target.dim() in (3, 4) and target.shape[-2:] == size:
+            target = target.flatten() if target.dim() == 3 else _rows(target)
+    student = student.replace(logits=found[0])
+    return student, teacher.replace(logits=found[1]) if len(found) > 1 else teacher, target
+
+
+def _rows(pixels: Tensor) -> Tensor:
+    """Returns ``(B H W, K)`` of ``(B, K, H, W)``."""
+    return pixels.movedim(1, -1).flatten(0, 2)
+
+
+def _labelled_size(logits: Tensor, target: Tensor) -> torch.Size:
+    """Returns the size of a target of pixels, which logits at a fraction of it are brought to."""
+    given = f"beside logits of pixels {tuple(logits.shape)}"
+    whole = not target.is_floating_point()
+    if target.dim() != 3 and (whole or target.dim() != 4):
+        raise ValueError(
+            f"target must be (B, H, W) {given}, got {describe(target)}; of masks (B, 1, H, W) take "
+            "target[:, 0], of one-hot masks target.argmax(1)"
+        )
+    size = target.shape[-2:]
+    if len(target) != len(logits):
+        raise ValueError(f"target must hold {len(logits)} samples {given}, got {len(target)}")
+    # Strides divide rounding up or down: SegFormer's quarter of 130 pixels is 33.
+    stride = max(1, round(size[0] / logits.shape[2]))
+    for all_, some in zip(size, logits.shape[2:], strict=True):
+        if some not in (all_ // stride, -(-all_ // stride)):
+            raise ValueError(
+                f"target must be of the size of the logits or a whole multiple of it {given}, got "
+                f"{tuple(target.shape)}: labels are not resized, so crop or resize image and mask "
+                "alike (masks by the nearest neighbour)"
+            )
+    return size
+
+
+def _resized(logits: Tensor, size: torch.Size) -> Tensor:
+    if logits.shape[2:] == size:
+        return logits
+    # A class that is masked out by -inf would be NaN at a weight of 0.
+    finite = logits.clamp_min(torch.finfo(logits.dtype).min)
+    return F.interpolate(finite, size=size, mode="bilinear", align_corners=False)
 
 
 def _check_tensor(tensor: Tensor, name: str, field: str) -> None:

@@ -1,4 +1,4 @@
-"""Criteria on class scores."""
+"""Criteria on class scores and predictions, of images or of pixels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from structkd._checks import choice, labels, number, whole
 from structkd.criteria.base import Criterion, pair
+from structkd.criteria.moments import log_error
 from structkd.criteria.numerics import is_rounding, labelled_mean, mean_of_rows
 from structkd.distributed import Shards
 from structkd.features import Features
 
 FORMS = ("softmax", "sigmoid")
+ERRORS = ("squared", "absolute", "log")
 # What is lower is a class that is masked out, whether with -inf or with the lowest number.
 _CLOSED = -1e30
 # Where the published code starts: sigmoid(1), which is a temperature of 15.6 in (1, 21).
@@ -43,8 +45,8 @@ class KDLoss(Criterion):
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype, K >= 2 for ``softmax``; output a scalar in
-        float32 (float64 for float64 inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype, K >= 2 for ``softmax``;
+        output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: If the class counts differ, there is one class only for ``softmax``, or an
@@ -73,7 +75,7 @@ class KDLoss(Criterion):
     ) -> dict[str, Tensor]:
         if self.form == "softmax":
             logits_s, logits_t = _scores(student, teacher, type(self).__name__)
-            return {"KD": _softened_divergence(logits_s, logits_t, self.temperature)}
+            return {"KD": softened_divergence(logits_s, logits_t, self.temperature)}
         logits_s, logits_t = pair(student, teacher, "logits")
         divergence = _divergence(
             _yes_no(logits_s / self.temperature), _yes_no(logits_t / self.temperature)
@@ -82,43 +84,113 @@ class KDLoss(Criterion):
 
 
 class LogitMSELoss(Criterion):
-    r"""Regression of the teacher's logits.
+    r"""Regression of the teacher's logits, or of any continuous prediction of images or pixels.
 
     .. math::
         L = \frac{1}{B K} \sum_{b,k} (s_{bk} - t_{bk})^2
 
-    the mean over samples and classes. The paper's Eq. 1 is :math:`K / 2` times this: it sums over
-    classes and halves. Classes that either masks out, by a logit of -inf, do not count. Term:
-    ``Logits``.
+    the mean over samples and classes, ``form="squared"``. The paper's Eq. 1 is :math:`K / 2` times
+    this: it sums over classes and halves. ``form="absolute"`` is the mean of
+    :math:`|s_{bk} - t_{bk}|`, which a few wild pixels of a depth map do not rule.
+    ``form="log"`` is the logarithm of the squared error's share of the teacher's variance,
+
+    .. math::
+        L = \log \Big( \frac{\mathrm{mean} \, (s - t)^2}{\mathrm{mean}_k \, \mathrm{var}(t_k)}
+            + 0.01 \Big)
+
+    with the variance of each channel over all rows, so that one weight means the same for metres
+    and for degrees, as in :class:`FitNetLoss`. Classes that either masks out, by a logit of -inf,
+    do not count. Term: ``Logits``.
 
     Args:
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        form: ``squared``, ``absolute`` or ``log``.
+        ignore: Value of the target whose rows or elements do not count: ``float("nan")`` for depth
+            without a measurement, -100 for pixels without a class. By default the target is not
+            read, and all count: the teacher answers where there are no labels.
+        gather: Take the means over what counts on all processes, and the variances of ``log``.
+            Without effect where neither ``ignore`` nor ``log`` is asked for.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
-        inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype; with ``ignore`` a target
+        ``(B,)`` or ``(B, H, W)``, or one of the shape of the logits; output a scalar in float32
+        (float64 for float64 inputs), of ``log`` not below log 0.01; 0 where nothing counts.
 
     Raises:
-        ValueError: If the class counts differ.
+        ValueError: If the class counts differ, ``ignore`` is given and the target is missing or of
+            another shape, ``log`` meets one row only, or ``form`` is unknown.
+        TypeError: If ``ignore`` is no number.
 
     References:
-        Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, 2014, Eq. 1.
+        Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, 2014, Eq. 1. The logarithm is this
+        library's own.
 
     Example:
         >>> import torch
         >>> LogitMSELoss()(torch.zeros(4, 3), torch.full((4, 3), 2.0))
         tensor(4.)
+        >>> depth = torch.tensor([[[1.5, float("nan")]]])  # (B, H, W): one pixel was measured
+        >>> criterion = LogitMSELoss(form="absolute", ignore=float("nan"))
+        >>> criterion(torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 9.0]]]]), depth)
+        tensor(2.)
     """
 
     reads = ("logits",)
 
+    def __init__(
+        self, *, form: str = "squared", ignore: float | None = None, gather: bool = False
+    ) -> None:
+        super().__init__(gather=gather)
+        self.form = choice("form", form, ERRORS)
+        self.ignore = ignore
+        if ignore is not None:
+            is_nan = isinstance(ignore, float) and math.isnan(ignore)
+            self.ignore = ignore if is_nan else number("ignore", ignore)
+            self.pixels = "labelled"
+        # The mean of all rows needs those of nobody else.
+        self.over_ranks = "rows" if form != "log" and ignore is None else "sums"
+
     def compute(
-        self, student: Features, teacher: Features, target: Tensor | None
+        self,
+        student: Features,
+        teacher: Features,
+        target: Tensor | None,
+        shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        open_ = (logits_s > _CLOSED) & (logits_t > _CLOSED) | logits_s.isnan() | logits_t.isnan()
-        gaps = torch.where(open_, logits_s, 0) - torch.where(open_, logits_t, 0)
-        return {"Logits": gaps.square().sum() / open_.sum().clamp_min(1)}
+        counted = (logits_s > _CLOSED) & (logits_t > _CLOSED) | logits_s.isnan() | logits_t.isnan()
+        if self.ignore is not None:
+            counted = counted & self._measured(target, logits_s)
+        gaps = torch.where(counted, logits_s, 0) - torch.where(counted, logits_t, 0)
+        if self.form == "log":
+            assert shards is not None
+            if len(logits_s) < 2 and shards.total < 2:
+                raise ValueError(
+                    "LogitMSELoss(form='log') measures the teacher's variance over rows: it needs "
+                    "at least 2, got 1; use drop_last=True in the DataLoader"
+                )
+            gaps, logits_t, counted = (v[:, :, None, None] for v in (gaps, logits_t, counted))
+            return {"Logits": log_error(gaps, logits_t, shards, counted)}
+        total = (gaps.square() if self.form == "squared" else gaps.abs()).sum()
+        count = counted.sum()
+        if shards is not None:
+            total, count = shards.sum(torch.stack([total, count.to(total.dtype)])).unbind()
+        return {"Logits": total / count.clamp_min(1)}
+
+    def _measured(self, target: Tensor | None, logits: Tensor) -> Tensor:
+        """Returns where the target holds something else than ``ignore``, ``(B, 1)`` or (B, K)``."""
+        if target is None:
+            raise ValueError(
+                f"LogitMSELoss(ignore={self.ignore}) needs target, whose values say what does not "
+                "count: pass target=labels"
+            )
+        if target.shape not in (logits.shape, logits.shape[:1]):
+            raise ValueError(
+                f"target must have a value for each row of logits, ({len(logits)},), or for each "
+                f"element, {tuple(logits.shape)}, got {tuple(target.shape)}"
+            )
+        assert self.ignore is not None
+        gone = target.isnan() if math.isnan(self.ignore) else torch.eq(target, self.ignore)
+        return ~(gone if target.dim() == 2 else gone[:, None])
 
 
 class DKDLoss(Criterion):
@@ -146,8 +218,9 @@ class DKDLoss(Criterion):
         gather: Take means over the labelled rows of all processes.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype, K >= 2; target ``(B,)`` int64 in ``[0, K)`` or
-        -100; output a scalar in float32 (float64 for float64 inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype, K >= 2; target ``(B,)`` or
+        ``(B, H, W)`` int64 in ``[0, K)`` or -100; output a scalar in float32 (float64 for float64
+        inputs).
 
     Raises:
         ValueError: If the target is missing or out of range, the class counts differ, there is one
@@ -167,6 +240,7 @@ class DKDLoss(Criterion):
 
     reads = ("logits",)
     over_ranks = "sums"
+    pixels = "labelled"
 
     def __init__(
         self,
@@ -224,8 +298,8 @@ class LogitStandardizationLoss(Criterion):
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
-        inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype; output a scalar in float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: If the class counts differ or an argument is out of range.
@@ -251,7 +325,7 @@ class LogitStandardizationLoss(Criterion):
     ) -> dict[str, Tensor]:
         logits_s, logits_t = _scores(student, teacher, type(self).__name__)
         rows = _standardized(logits_s), _standardized(logits_t)
-        return {"LSKD": _softened_divergence(*rows, self.temperature)}
+        return {"LSKD": softened_divergence(*rows, self.temperature)}
 
 
 class CurriculumTemperatureLoss(Criterion):
@@ -283,8 +357,8 @@ class CurriculumTemperatureLoss(Criterion):
         gather: Accepted by every criterion; without effect here, where no sample meets another.
 
     Shape:
-        logits ``(B, K)`` of both, any float dtype; output a scalar in float32 (float64 for float64
-        inputs).
+        logits ``(B, K)`` or ``(B, K, H, W)`` of both, any float dtype; output a scalar in float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: If the class counts differ, the bounds are not in order, or an argument is out
@@ -345,7 +419,7 @@ class CurriculumTemperatureLoss(Criterion):
         constant = bounded.detach()
         # The bracket is exactly 0: the value is T's, the gradient is -reversal times T's.
         reversed_ = constant - self.reversal * (bounded - constant)
-        return {"CTKD": _softened_divergence(logits_s, logits_t, reversed_)}
+        return {"CTKD": softened_divergence(logits_s, logits_t, reversed_)}
 
     def _bounded(self) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(self.raw_temperature)
@@ -363,7 +437,7 @@ def _scores(student: Features, teacher: Features, reader: str) -> tuple[Tensor, 
     return logits_s, logits_t
 
 
-def _softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
+def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns tau^2 KL(softmax(t / tau) || softmax(s / tau)), averaged over the batch."""
     divergence = _divergence(
         _log_softmax(logits_s, temperature), _log_softmax(logits_t, temperature)

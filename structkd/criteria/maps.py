@@ -1,25 +1,31 @@
-"""Criteria on what maps say together: attention transfer and neuron selectivity."""
+"""Criteria on what maps say together: attention, neuron selectivity, channels over positions."""
 
 from __future__ import annotations
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
-from structkd._checks import number
+from structkd._checks import choice, describe, number
 from structkd.criteria._maps import (
     Layers,
+    adapted,
     check_positions,
+    checked_layer,
     checked_layers,
+    common_pair,
     common_positions,
     map_pairs,
     on_one_grid,
     to_common_size,
 )
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, pair
+from structkd.criteria.logits import softened_divergence
 from structkd.criteria.numerics import unit
 from structkd.features import Features
+from structkd.projectors import ConvAdapter
 
+SOURCES = ("logits", "intermediate")
 _NAMES = "student and teacher intermediate"
 
 
@@ -156,6 +162,87 @@ class NeuronSelectivityLoss(Criterion):
             else:
                 gaps.append(_by_positions(unit_s, unit_t))
         return {"NST": torch.stack(gaps).sum()}
+
+
+class ChannelWiseLoss(Criterion):
+    r"""Matches where every channel looks: a softmax over positions, channel by channel (CWD).
+
+    With :math:`\phi_c = \mathrm{softmax}_{positions}(z_c / \tau)` the share of a channel's mass
+    that lies at each position,
+
+    .. math::
+        L = \frac{\tau^2}{C} \sum_c KL(\phi_c(t) \,\|\, \phi_c(s))
+
+    the mean over the batch. It is for dense predictions: what a channel says of a position against
+    the other positions, whatever its level. Term: ``CWD``.
+
+    Args:
+        temperature: tau > 0.
+        source: ``logits`` of pixels, of the same classes on both sides, or ``intermediate``, a map
+            brought to the teacher's channels.
+        layer: Position in ``Features.intermediate`` of the map to read.
+        adapter: Module that brings the student's map ``(B, C, H, W)`` to the teacher's channels; by
+            default a :class:`ConvAdapter` where the channels of the first call differ.
+        gather: Accepted by every criterion; without effect here, where no sample meets another.
+
+    Shape:
+        logits ``(B, K, H, W)`` of both, the teacher's brought to the student's size by bilinear
+        interpolation; or maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of any two kinds, which are
+        average-pooled to a common size; any float dtype. Output a scalar in float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: If the logits are those of images, the class counts differ, the maps share one
+            position only, or an argument is out of range.
+
+    References:
+        Shu et al., *Channel-wise Knowledge Distillation for Dense Prediction*, 2021, Eq. 3-5; the
+        authors' weight is 3 on logits and 50 on maps.
+
+    Example:
+        >>> logits = torch.randn(2, 19, 8, 8)
+        >>> round(float(ChannelWiseLoss()(logits, logits + 5)), 5)  # the level does not count
+        0.0
+    """
+
+    pixels = "maps"
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        source: str = "logits",
+        layer: int = -1,
+        adapter: nn.Module | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
+        self.temperature = number("temperature", temperature, above=0)
+        self.source = choice("source", source, SOURCES)
+        self.reads = (self.source,)
+        self.layer = checked_layer(layer)
+        of_maps = self.source == "intermediate"
+        self.adapter = ConvAdapter(skip_equal=True) if of_maps and adapter is None else adapter
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.source == "logits":
+            map_s, map_t = pair(student, teacher, "logits")
+            if map_s.dim() == 2:
+                raise ValueError(
+                    "ChannelWiseLoss compares positions: it needs logits of pixels (B, K, H, W), "
+                    f"got {describe(map_s)}; take KDLoss on logits of images, or "
+                    "ChannelWiseLoss(source='intermediate') on maps"
+                )
+        else:
+            map_s, map_t = common_pair(student, teacher, self.layer)
+            if self.adapter is not None:
+                map_s = adapted(self.adapter, map_s, map_t)
+        check_positions(map_s, map_t, type(self).__name__)
+        # A channel of a sample is a row, and its positions are what the rows are softmaxes over.
+        rows = [rearrange(value, "b c h w -> (b c) (h w)") for value in (map_s, map_t)]
+        return {"CWD": softened_divergence(rows[0], rows[1], self.temperature)}
 
 
 def _channels_pay(unit_s: Tensor, unit_t: Tensor) -> bool:

@@ -89,28 +89,46 @@ def moments(
     return found
 
 
-def error_and_variance(error: Tensor, teacher: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Returns the mean squared error of all elements, and every channel's variance ``(C,)``.
+def log_error(
+    error: Tensor, teacher: Tensor, shards: Shards, counted: Tensor | None = None
+) -> Tensor:
+    """Returns the logarithm of the mean squared error's share of the teacher's variance, + 0.01.
 
-    As in :func:`moments`, channels are shifted by their mean first, and one whose deviations are
-    the rounding of its mean has a variance of 0.
+    The variance is the mean of the channels'. As in :func:`moments`, channels are shifted by their
+    mean first, and one whose deviations are the rounding of its mean has a variance of 0. Where all
+    have, the share counts as 1, without a gradient; where nothing counts, the result is 0.
 
     Args:
         error: ``(B, C, H, W)``.
         teacher: ``(B, C, H, W)``, a constant.
         shards: Over the samples of all its processes, of which each may hold another number: one
             all-reduce of the means and one of the sums, and backward one of the error's gradient.
+        counted: Which elements count, ``(B, C, H, W)`` bool; all by default.
     """
-    channels = teacher.shape[1]
-    count = teacher.new_full((1,), teacher.numel() // channels)
-    ((count, level),) = _total([[count, teacher.sum(dim=(0, 2, 3))]], shards)
-    level = level / count
+    samples = (0, 2, 3)
+    if counted is None:
+        count = teacher.new_full((teacher.shape[1],), teacher.numel() // teacher.shape[1])
+    else:
+        count = counted.sum(dim=samples).to(teacher.dtype)
+        error, teacher = torch.where(counted, error, 0), torch.where(counted, teacher, 0)
+    ((count, level),) = _total([[count, teacher.sum(dim=samples)]], shards)
+    number = count.clamp_min(1)
+    level = level / number
     shifted = teacher - level[:, None, None]
-    own = [shifted.square().sum(dim=(0, 2, 3)), shifted.sum(dim=(0, 2, 3))]
+    if counted is not None:
+        shifted = torch.where(counted, shifted, 0)
+    own = [shifted.square().sum(dim=samples), shifted.sum(dim=samples)]
     ((wrong, second, first),) = _total([[error.square().sum(), *own]], shards)
-    variance = (second / count - (first / count).square()).clamp_min(0)
-    variance = torch.where(is_rounding(variance.sqrt(), level), 0, variance)
-    return wrong / (count[0] * channels), variance
+    variances = (second / number - (first / number).square()).clamp_min(0)
+    variance = torch.where(is_rounding(variances.sqrt(), level), 0, variances).mean()
+    share = wrong / count.sum().clamp_min(1)
+    # Written so that NaN stays NaN: a comparison with it is false, and 0 times it is NaN.
+    constant = variance <= 0
+    share = torch.where(constant, 1 + 0 * share, share)
+    variance = torch.where(constant, 1, variance)
+    # No quotient, which would leave float32 where the variance nearly does.
+    found = torch.log(share + UNKNOWABLE * variance) - torch.log(variance)
+    return torch.where(count.sum() > 0, found, 0)
 
 
 def _means(pairs: Sequence[Columns], shards: Shards) -> list[_Level | None]:

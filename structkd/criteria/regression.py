@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
@@ -12,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from structkd._checks import choice, number
 from structkd.criteria._maps import adapted, check_several, checked_layer, common_pair
 from structkd.criteria.base import Criterion
-from structkd.criteria.moments import UNKNOWABLE, error_and_variance
+from structkd.criteria.moments import log_error
 from structkd.distributed import Shards
 from structkd.features import Features
 from structkd.projectors import ConvAdapter, LazyHead, project, shaped
@@ -112,14 +111,7 @@ class FitNetLoss(Criterion):
         if shards is None:
             return {"FitNets": F.mse_loss(predicted, map_t)}
         check_several(map_s, type(self).__name__, shards)
-        error, variance = error_and_variance(predicted - map_t, map_t, shards)
-        variance = variance.mean()
-        # Written so that NaN stays NaN: a comparison with it is false, and 0 times it is NaN.
-        constant = variance <= 0
-        error = torch.where(constant, 1 + 0 * error, error)
-        variance = torch.where(constant, 1, variance)
-        # No quotient, which would leave float32 where the variance nearly does.
-        return {"FitNets": torch.log(error + UNKNOWABLE * variance) - torch.log(variance)}
+        return {"FitNets": log_error(predicted - map_t, map_t, shards)}
 
 
 class VariationalInformationLoss(Criterion):

@@ -1,4 +1,4 @@
-"""Supervision by labels (SRM): the task's own loss, as a criterion."""
+"""Supervision by labels (SRM), of images or of pixels: the task's own losses, as criteria."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from structkd.criteria.numerics import labelled_mean
 from structkd.distributed import Shards
 from structkd.features import Features
 
+_LEAST = 1e-7  # of Dice's denominator, as in segmentation_models_pytorch
+
 
 class SupervisionLoss(Criterion):
     r"""Cross-entropy of the student's logits with the labels, over the rows that have one.
@@ -25,7 +27,8 @@ class SupervisionLoss(Criterion):
 
     It is what ``torch.nn.functional.cross_entropy`` computes, as a criterion that can stand in a
     sum. A batch without a label costs exactly 0, with a gradient of 0, where torch's mean is NaN.
-    It reads the student only: the teacher's features may be empty. Term: ``SRM``.
+    One logit says yes or no: its labels are 0 and 1, and L is the binary cross-entropy of
+    ``sigmoid(s)``. It reads the student only: the teacher's features may be empty. Term: ``SRM``.
 
     Args:
         label_smoothing: Share of a label's mass, in [0, 1], that is spread over all classes.
@@ -37,9 +40,10 @@ class SupervisionLoss(Criterion):
             the others for ever.
 
     Shape:
-        the student's logits ``(B, K)``, any float dtype; target ``(B,)`` int64 in ``[0, K)`` or
-        -100, or probabilities ``(B, K)``, where every row is labelled; output a scalar in float32
-        (float64 for float64 inputs).
+        the student's logits ``(B, K)`` or ``(B, K, H, W)``, any float dtype; target ``(B,)`` or
+        ``(B, H, W)`` int64 in ``[0, K)`` or -100, or probabilities of the shape of the logits,
+        where every row is labelled; output a scalar in float32 (float64 for float64 inputs).
+        Logits at a fraction of the target's size are brought to it by bilinear interpolation.
 
     Raises:
         ValueError: If the target is missing, out of range or of another shape, or
@@ -60,6 +64,7 @@ class SupervisionLoss(Criterion):
     reads = ("logits",)
     reads_teacher: ClassVar[bool] = False
     over_ranks = "sums"
+    pixels = "labelled"
 
     def __init__(self, *, label_smoothing: float = 0.0, gather: bool = False) -> None:
         super().__init__(gather=gather)
@@ -68,16 +73,10 @@ class SupervisionLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits = student.logits
-        if logits is None:
-            raise ValueError(missing("SupervisionLoss", "student.logits", student, "logits"))
-        if logits.shape[1] < 2:
-            raise ValueError(
-                "SupervisionLoss needs logits of at least 2 classes, got 1, of which the "
-                "cross-entropy is always 0: for yes-or-no labels take "
-                "torch.nn.functional.binary_cross_entropy_with_logits in the loop"
-            )
+        logits, binary = _two_or_more(student, "SupervisionLoss")
         if target is not None and target.is_floating_point():
+            if target.shape == (len(logits), 1) and binary:
+                target = torch.cat([1 - target, target], dim=1)
             if target.shape != logits.shape:
                 raise ValueError(
                     f"target probabilities must have shape {tuple(logits.shape)}, "
@@ -91,6 +90,79 @@ class SupervisionLoss(Criterion):
                 logits, wanted, labelled, shards, label_smoothing=self.label_smoothing
             )
         }
+
+
+class DiceLoss(Criterion):
+    r"""One minus the Dice overlap of the student's probabilities with the labels, over classes.
+
+    With :math:`p = \mathrm{softmax}(s)` and the labels y one-hot, over the rows (the pixels of the
+    whole batch) whose target is not -100,
+
+    .. math::
+        L = \frac{1}{K} \sum_{k \,:\, \sum_b y_{bk} > 0} 1 - \frac{2 \sum_b p_{bk} y_{bk} + c}
+            {\sum_b p_{bk} + \sum_b y_{bk} + c}
+
+    with c the ``smooth``. A class that no row has costs nothing, as in segmentation_models_pytorch,
+    whose ``DiceLoss`` this equals. One logit says yes or no, by the sigmoid, and counts as one
+    class. It reads the student only. Rare classes weigh as much as frequent ones, which is why it
+    stands beside a cross-entropy: ``SupervisionLoss() + DiceLoss()``. Term: ``Dice``.
+
+    Args:
+        smooth: c >= 0.
+        gather: Sum over the rows of all processes; otherwise every rank has an overlap of its own.
+
+    Shape:
+        the student's logits ``(B, K)`` or ``(B, K, H, W)``, any float dtype; target ``(B,)`` or
+        ``(B, H, W)`` int64 in ``[0, K)``, 0 or 1 where K = 1, or -100; output a scalar in float32
+        (float64 for float64 inputs), in [0, 1].
+
+    Raises:
+        ValueError: If the target is missing, out of range or of another shape, or ``smooth`` is
+            out of range.
+        TypeError: If the target holds no whole numbers.
+
+    References:
+        Milletari, Navab & Ahmadi, *V-Net: Fully Convolutional Neural Networks for Volumetric
+        Medical Image Segmentation*, 2016, with p in place of its square in the denominator.
+
+    Example:
+        >>> student = Features(logits=torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]]))
+        >>> target = torch.tensor([[[0, 1]]])
+        >>> bool(DiceLoss()(student, Features(), target) < 1e-6)
+        True
+    """
+
+    reads = ("logits",)
+    reads_teacher: ClassVar[bool] = False
+    over_ranks = "sums"
+    pixels = "labelled"
+
+    def __init__(self, *, smooth: float = 0.0, gather: bool = False) -> None:
+        super().__init__(gather=gather)
+        self.smooth = number("smooth", smooth, at_least=0)
+
+    def compute(
+        self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
+    ) -> dict[str, Tensor]:
+        logits, binary = _two_or_more(student, "DiceLoss")
+        index, labelled = labels(target, *logits.shape, reader="DiceLoss")
+        first = 1 if binary else 0
+        classes = torch.arange(first, logits.shape[1], device=logits.device)
+        share = torch.where(labelled[:, None], logits.softmax(dim=1), 0)[:, first:]
+        truth = labelled[:, None] & (index[:, None] == classes)
+        sums = [torch.where(truth, share, 0).sum(0), share.sum(0), truth.sum(0).to(share.dtype)]
+        common, found, wanted = shards.sum(torch.stack(sums)).unbind()
+        scores = (2 * common + self.smooth) / (found + wanted + self.smooth).clamp_min(_LEAST)
+        return {"Dice": torch.where(wanted > 0, 1 - scores, 0).mean()}
+
+
+def _two_or_more(student: Features, reader: str) -> tuple[Tensor, bool]:
+    """Returns the student's logits, and whether one said yes or no: it has a 0 for no before it."""
+    logits = student.logits
+    if logits is None:
+        raise ValueError(missing(reader, "student.logits", student, "logits"))
+    binary = logits.shape[1] == 1
+    return (F.pad(logits, (1, 0)) if binary else logits), binary
 
 
 def labelled_cross_entropy(
