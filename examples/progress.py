@@ -161,7 +161,7 @@ class Running:
         if self._calls is None:
             self._calls = target.new_zeros(logits.shape[1] + 1, logits.shape[1])
         true = torch.where(target < 0, logits.shape[1], target)  # the last row: no label
-        places = true * logits.shape[1] + logits.argmax(1)
+        places = (true * logits.shape[1] + logits.argmax(1)).flatten()  # of images or pixels
         self._calls.view(-1).index_add_(0, places, torch.ones_like(places))
 
     def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
@@ -186,7 +186,7 @@ class Running:
         if predicted[label] < 0.95 or true[label] > 0.9:
             return None
         return (
-            f"{100 * float(predicted[label]):.0f} % of the images are called "
+            f"{100 * float(predicted[label]):.0f} % are called "
             f"{self._classes[label]!r}, which {100 * float(true[label]):.0f} % of them are: the "
             "training may be lost"
         )

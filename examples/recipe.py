@@ -81,6 +81,8 @@ def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
     default = field.default
     if isinstance(default, tuple) or isinstance(value, list):
         values = value if isinstance(value, list | tuple) else [value]
+        if "Path" in str(field.type):
+            return tuple(Path(v).expanduser() for v in values)
         return tuple(v if isinstance(v, str | int | float) else _as_text(v) for v in values)
     if isinstance(default, float):
         return float(value)

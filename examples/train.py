@@ -308,7 +308,7 @@ class Session(job.Job):
             getattr(self.options, role), num_classes=len(images.classes), in_chans=images.shape[0]
         )
 
-    def _batches(self, options: Options, **images: Any) -> Batches:
+    def batches(self, options: Options, **images: Any) -> Batches:
         state = PartialState()
         share = (state.process_index, state.num_processes)
         return Batches(options, device=state.device, share=share, workers=options.workers, **images)
@@ -338,7 +338,7 @@ class Session(job.Job):
             self.options, epochs=self.options.teacher_epochs or self.options.epochs, falling=False
         )
         network = self.network("teacher", 0)
-        batches = self._batches(options, rich=self.views.rich, labelled=1.0)
+        batches = self.batches(options, rich=self.views.rich, labelled=1.0)
         label = f"teacher {options.teacher}"
         return Training(label, network, network, batches, options, supervised("rich"))
 
@@ -346,20 +346,24 @@ class Session(job.Job):
         options, network = self.options, self.network("student", seed)
         label, views = f"{method.label} seed {seed}", self.views
         if not method.parts:  # an image without a label has nothing for it
-            batches = self._batches(options, poor=views.poor, labelled=1.0, seed=seed)
+            batches = self.batches(options, poor=views.poor, labelled=1.0, seed=seed)
             return Training(label, network, network, batches, options, supervised("poor"))
-        batches = self._batches(
+        batches = self.batches(
             options, poor=views.poor, rich=views.rich, labelled=options.labelled, seed=seed
         )
         model = self._distiller(method, network, batches, seed)
         return Training(label, model, network, batches, options, distilled(method.labels))
+
+    def stages(self, method: Method, network: nn.Module) -> list[str]:
+        """Where the criteria look into a network."""
+        return method.stages(models.stage_names(network))
 
     def _distiller(
         self, method: Method, network: nn.Module, batches: Any, seed: int
     ) -> structkd.Distiller:
         teacher = getattr(self, "teacher", None) or self.network("teacher", 0)
         example, size = batches.first(2), self.options.batch_size
-        names = [method.stages(models.stage_names(net)) for net in (network, teacher)]
+        names = [self.stages(method, one) for one in (network, teacher)]
         samples = max(len(self.views.poor), len(self.views.rich))
         data = {"samples": samples, "batch_size": min(size, samples)}
         data["negatives"] = min(16384, samples)

@@ -189,7 +189,7 @@ class Session(train.Session):
             encoders.append(network.train())
         matcher = SemanticMatcher(*encoders, *widths)
         # Poor versions of the same images, each cropped apart.
-        batches = self._batches(
+        batches = self.batches(
             options, poor=self.views.pseudo, rich=self.views.rich, together=False
         )
 
@@ -235,12 +235,12 @@ class Session(train.Session):
         network, label = self.network("student", seed), f"{method.label} seed {seed}"
         batches: Batches | MixedBatches
         if row.made:
-            own = self._batches(options, poor=views.poor, seed=seed)
-            made = self._batches(options, poor=views.pseudo, rich=views.rich, seed=seed)
+            own = self.batches(options, poor=views.poor, seed=seed)
+            made = self.batches(options, poor=views.pseudo, rich=views.rich, seed=seed)
             batches = MixedBatches.of(own, made)
         else:
             rich = views.originals if row.first == "itself" else views.rich
-            batches = self._batches(options, poor=views.poor, rich=rich, together=False, seed=seed)
+            batches = self.batches(options, poor=views.poor, rich=rich, together=False, seed=seed)
         if not method.parts:
             loss = train.supervised("poor")
             return train.Training(label, network, network, batches, options, loss)

@@ -23,7 +23,7 @@ from data.images import NO_LABEL, Images
 from data.options import Options
 
 _ORDER, _CROPS, _OTHER_CROPS, _LABELLED, _UNLABELLED, _MIXED = 21, 22, 23, 24, 25, 26
-_PASS = 1 << 40  # more than any set has samples: parts the draws of an epoch's passes
+PASS = 1 << 40  # more than any set has samples: parts the draws of an epoch's passes
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop, as torchvision's
 
 
@@ -75,7 +75,7 @@ class Batches:
         """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
         rank, count = self.share
         steps = [part.tensor_split(count)[rank] for part in self._order(number)]
-        yield from self._made(_Epoch(self, number, ids), steps)
+        yield from self._made(self._dataset(number, ids), steps)
 
     def _order(self, number: int) -> list[Tensor]:
         """The rows of every batch of an epoch, further by a length of the set with every pass.
@@ -107,11 +107,10 @@ class Batches:
         """This process's share of all images in their order, neither cropped nor flipped."""
         rank, count = self.share
         rows = torch.arange(len(self._led))[rank::count]
-        yield from self._made(_Epoch(self, None, None), list(rows.split(size)))
+        yield from self._made(self._dataset(None, None), list(rows.split(size)))
 
     def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
-        made = _Epoch(self, epoch, ids)[rows.tolist()]
-        return made.to(self.device)
+        return self._dataset(epoch, ids)[rows.tolist()].to(self.device)
 
     def first(self, size: int | None = None) -> Batch:
         """The first rows as they are, each beside some row of ``rich``; a step's where no size."""
@@ -120,7 +119,11 @@ class Batches:
         ids = None if self.rich is None else torch.arange(len(self._led)) % len(self.rich)
         return self.take(torch.arange(size), ids=ids)
 
-    def _made(self, epoch: _Epoch, steps: list[Tensor]) -> Iterator[Batch]:
+    def _dataset(self, number: int | None, ids: Tensor | None) -> Dataset[Batch]:
+        """Makes batches of rows; ``number`` None leaves the images as they are."""
+        return _Epoch(self, number, ids)
+
+    def _made(self, epoch: Dataset[Batch], steps: list[Tensor]) -> Iterator[Batch]:
         in_memory = all(i is None or i.pixels is not None for i in (self.poor, self.rich))
         loader = DataLoader(
             epoch,
@@ -145,7 +148,7 @@ class _Epoch(Dataset[Batch]):
     def __getitem__(self, rows: list[int]) -> Batch:
         of, index = self.of, torch.tensor(rows)
         # An image that comes again in an epoch is drawn anew, or it is learned by heart.
-        passes, index = index // len(of._led) * _PASS, index % len(of._led)
+        passes, index = index // len(of._led) * PASS, index % len(of._led)
         poor, rich = of.poor, of.rich
         images_p = images_t = raw = None
         if poor is not None:

@@ -173,7 +173,7 @@ def _paired(
     labels: list[int] = []
     lonely: list[str] = []
     for label, folder in enumerate(classes[0]):
-        sides = [_by_name(side / folder) for side in (rich, poor)]
+        sides = [by_name(side / folder) for side in (rich, poor)]
         both = sorted(sides[0].keys() & sides[1].keys())
         lonely += [
             str(sides[k][stem]) for k in (0, 1) for stem in sorted(sides[k].keys() - set(both))
@@ -202,7 +202,8 @@ def _classes(folder: Path, name: str) -> list[str]:
     return found
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
+def by_name(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their names without suffix."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
@@ -215,8 +216,8 @@ def _by_name(folder: Path) -> dict[str, Path]:
         found[file.stem] = file
     if not found:
         raise ValueError(
-            f"class folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, "
-            "or remove the folder on both sides"
+            f"folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, or remove "
+            "the folder on both sides"
         )
     return found
 
