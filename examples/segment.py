@@ -237,10 +237,8 @@ def picture(session: Session, methods: Sequence[Any]) -> Path | None:
         network = session.network("student", options.seeds[0])
         if session.student_checkpoint(method, options.seeds[0]).load_into(network) is None:
             continue
-        some = [
-            one for one in (views.held_out_poor.chosen(rows), views.held_out_masks.chosen(rows))
-        ]
-        ((_, told),) = answers(network, some[0], views.poor, some[1], options)
+        images, masks = views.held_out_poor.chosen(rows), views.held_out_masks.chosen(rows)
+        ((_, told),) = answers(network, images, views.poor, masks, options)
         columns.append((_short(method), told.cpu()))
     figure = Figure(figsize=(2 * len(columns), 2 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)

@@ -394,9 +394,9 @@ def _place(options: SceneOptions, folder: Path, half: str) -> Path:
     folder = folder.expanduser()
     place = options.data.expanduser() / half / folder if options.data else folder / half
     if not place.is_dir():
-        fix = (
-            "--data must name the folder that holds it" if options.data else "name an existing one"
-        )
+        fix = "name an existing one"
+        if options.data:
+            fix = "--data must name the folder that holds it"
         raise ValueError(f"folder {place} does not exist; fix: {fix}")
     return place
 

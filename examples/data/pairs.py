@@ -216,8 +216,8 @@ def by_name(folder: Path) -> dict[str, Path]:
         found[file.stem] = file
     if not found:
         raise ValueError(
-            f"folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, or remove "
-            "the folder on both sides"
+            f"folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, or "
+            "remove the folder on both sides"
         )
     return found
 

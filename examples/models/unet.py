@@ -5,6 +5,7 @@ Two 3x3 convolutions with batch norm a level, halved by max pooling, doubled by 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class UNet(nn.Module):
     def __init__(self, widths: tuple[int, ...], num_classes: int = 2, in_chans: int = 3) -> None:
         super().__init__()
         ins = (in_chans, *widths)
-        self.encoder = nn.ModuleList(_block(*pair) for pair in zip(ins, widths, strict=False))
+        self.encoder = nn.ModuleList(_block(*pair) for pair in pairwise(ins))
         up = widths[::-1]
-        self.decoder = nn.ModuleList(_block(a + b, b) for a, b in zip(up, up[1:], strict=False))
+        self.decoder = nn.ModuleList(_block(a + b, b) for a, b in pairwise(up))
         self.head = nn.Conv2d(widths[0], num_classes, 1)
         # The first level is not far from the image, and no stage to distil.
         levels = [(f"encoder.{n}", w, 2**n) for n, w in enumerate(widths) if n]
