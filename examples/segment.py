@@ -106,6 +106,7 @@ class Session(train.Session):
 
     title = "intersection over union on poor images"
     measure = "IoU"
+    resized = "--crop N"
     options: Options
     read = (
         "epochs", "batch_size", "lr", "optimizer", "weight_decay", "clip", "ema", "precision",
@@ -126,6 +127,11 @@ class Session(train.Session):
                 f"{self.options.judged!r}"
             )
         return views.loaded() if views.size <= 1e9 * self.options.memory else views
+
+    def seen(self, images: Any) -> tuple[int, ...]:
+        channels, *size = images.shape
+        crop = self.options.crop
+        return (channels, crop, crop) if crop else (channels, *size)
 
     def batches(self, options: Options, **images: Any) -> SceneBatches:
         state = PartialState()
@@ -247,7 +253,7 @@ def picture(session: Session, methods: Sequence[Any]) -> Path | None:
             axis = axes[down][across]
             axis.set_axis_off()
             if across < 2:
-                axis.imshow(images[down], cmap="gray")
+                axis.imshow(images[down].numpy())
             else:
                 axis.imshow(_coloured(images[down], truth[down] if across > 2 else None))
             if not down:

@@ -285,6 +285,9 @@ class Session(job.Job):
     )  # fmt: skip
     """Options that weights depend on, besides those that choose the images."""
 
+    resized = "--size N"
+    """The option that brings images to another size."""
+
     def rows(self) -> list[Any]:
         return [Method.of(text) for text in self.options.criterion]
 
@@ -419,15 +422,20 @@ class Session(job.Job):
         }
 
     def _check_network(self, role: str, images: Images) -> None:
+        shape = self.seen(images)
         try:
             with torch.no_grad():
-                self.network(role, 0).eval()(torch.zeros(1, *images.shape))
+                self.network(role, 0).eval()(torch.zeros(1, *shape))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"--{role} {getattr(self.options, role)} does not take images of "
-                f"{'x'.join(map(str, images.shape))} ({first_line(error)}); fix: another network, "
-                "or --size N"
+                f"{'x'.join(map(str, shape))} ({first_line(error)}); fix: another network, "
+                f"or {self.resized}"
             ) from error
+
+    def seen(self, images: Images) -> tuple[int, ...]:
+        """The shape of an image in training."""
+        return images.shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
