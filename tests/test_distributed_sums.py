@@ -45,7 +45,26 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "dense-closed": lambda: _dense(adapter="closed_form", split=False),
     "dense-split": lambda: _dense(adapter="closed_form", split=True),
     "fitnet-log": _fitnet_log,
+    # Of pixels, whose labels lie unevenly over the samples.
+    "srm-pixels": lambda: structkd.SupervisionLoss(gather=True),
+    "dice-pixels": lambda: structkd.DiceLoss(gather=True),
+    "dkd-pixels": lambda: structkd.DKDLoss(gather=True),
+    "logits-pixels": lambda: structkd.LogitMSELoss(ignore=-100, gather=True),
+    "logits-log-pixels": lambda: structkd.LogitMSELoss(form="log", ignore=-100, gather=True),
 }
+
+
+def _labels() -> Tensor:
+    """Labels of 12, 10, ..., 2, 0, 0 pixels of the samples."""
+    rng = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 5, (BATCH, 12), generator=rng)
+    for sample in range(BATCH):
+        labels[sample, max(0, 12 - 2 * sample) :] = -100
+    return labels.view(BATCH, 3, 4)
+
+
+def _features(maps: Tensor) -> Features:
+    return Features(logits=maps[:, :5], embedding=maps.mean((2, 3)), intermediate=maps)
 
 
 def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -53,18 +72,13 @@ def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Te
     torch.manual_seed(0)
     criterion = CRITERIA[name]().double()
     examples = [torch.ones(BATCH, c, 3, 4).double() for c in (7 if name == "dense-wide" else 5, 6)]
-    shaped(
-        criterion,
-        *(Features(embedding=value.mean((2, 3)), intermediate=value) for value in examples),
-    )
+    shaped(criterion, *map(_features, examples))
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     rng = torch.Generator().manual_seed(1)
     widths = (7 if name == "dense-wide" else 5, 6)
     maps = [torch.randn(BATCH, c, 3, 4, generator=rng, dtype=torch.float64) for c in widths]
     own = maps[0][rows].clone().requires_grad_()
-    feats_s = Features(embedding=own.mean((2, 3)), intermediate=own)
-    teacher = maps[1][rows]
-    value = criterion(feats_s, Features(embedding=teacher.mean((2, 3)), intermediate=teacher))
+    value = criterion(_features(own), _features(maps[1][rows]), _labels()[rows])
     value.backward()
     average_gradients(criterion)
     grads = {key: p.grad for key, p in criterion.named_parameters() if p.grad is not None}

@@ -58,8 +58,8 @@ class FeatureCapture:
         embedding: Layer name giving ``(B, D)`` (or ``(B, D, 1, 1)``, which is flattened); an empty
             string for none.
         logits: Layer name giving ``(B, K)``, or ``(B, K, H, W)`` of pixels; by default the module's
-            own output where that is such a tensor, or the ``logits`` (``out`` in torchvision's
-            dicts) in it.
+            own output where that is such a tensor, or the ``logits`` (of pixels, torchvision's
+            ``out``) in it.
         layout: The layout of the intermediate layers where it cannot be found out, one for all or
             one each: ``NCHW``, ``NHWC``, ``NCL`` (audio), ``NLC`` (tokens) or ``NC``.
 
@@ -574,9 +574,11 @@ def _flat(value: Any) -> Any:
 
 
 def _logits_in(output: Any) -> Any:
-    """Returns a network's output, or the ``logits`` in it; torchvision's dicts say ``out``."""
+    """Returns a network's output, or the ``logits`` in it, or torchvision's ``out`` of pixels."""
     if isinstance(output, dict):
-        return output.get("logits", output.get("out"))
+        out = output.get("out")
+        pixels = out if isinstance(out, Tensor) and out.dim() == 4 else None
+        return output.get("logits", pixels)
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
 

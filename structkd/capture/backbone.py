@@ -251,8 +251,11 @@ def _running_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.
 
 def prefix_tokens(module: nn.Module) -> int:
     """Returns how many class, distillation and register tokens go before a timm ViT's patches."""
-    count = getattr(module, "num_prefix_tokens", 0)
-    return count if isinstance(count, int) else 0
+    for part in (module, getattr(module, "model", None)):  # where features_only keeps it
+        count = getattr(part, "num_prefix_tokens", None)
+        if isinstance(count, int):
+            return count
+    return 0
 
 
 def says_channels_last(module: nn.Module) -> bool:

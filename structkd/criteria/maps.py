@@ -201,8 +201,8 @@ class ChannelWiseLoss(Criterion):
 
     Example:
         >>> logits = torch.randn(2, 19, 8, 8)
-        >>> round(float(ChannelWiseLoss()(logits, logits + 5)), 5)  # the level does not count
-        0.0
+        >>> bool(ChannelWiseLoss()(logits, logits + 5) < 1e-5)  # the level does not count
+        True
     """
 
     pixels = "maps"

@@ -68,6 +68,7 @@ class FitNetLoss(Criterion):
         the CRD benchmark's weight is 100. The logarithm is this library's own.
 
     Example:
+        >>> import torch
         >>> criterion = FitNetLoss()
         >>> criterion(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)).shape
         torch.Size([])
@@ -146,6 +147,7 @@ class VariationalInformationLoss(Criterion):
         with the authors' code for mu and the floor.
 
     Example:
+        >>> import torch
         >>> criterion = VariationalInformationLoss()
         >>> criterion(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)).shape
         torch.Size([])

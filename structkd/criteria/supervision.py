@@ -99,8 +99,8 @@ class DiceLoss(Criterion):
     whole batch) whose target is not -100,
 
     .. math::
-        L = \frac{1}{K} \sum_{k \,:\, \sum_b y_{bk} > 0} 1 - \frac{2 \sum_b p_{bk} y_{bk} + c}
-            {\sum_b p_{bk} + \sum_b y_{bk} + c}
+        L = \frac{1}{K} \sum_{k \,:\, \sum_b y_{bk} > 0} 1 - \frac{\sum_b p_{bk} y_{bk} + c}
+            {\frac{1}{2} \sum_b (p_{bk} + y_{bk}) + c}
 
     with c the ``smooth``. A class that no row has costs nothing, as in segmentation_models_pytorch,
     whose ``DiceLoss`` this equals. One logit says yes or no, by the sigmoid, and counts as one
@@ -152,7 +152,7 @@ class DiceLoss(Criterion):
         truth = labelled[:, None] & (index[:, None] == classes)
         sums = [torch.where(truth, share, 0).sum(0), share.sum(0), truth.sum(0).to(share.dtype)]
         common, found, wanted = shards.sum(torch.stack(sums)).unbind()
-        scores = (2 * common + self.smooth) / (found + wanted + self.smooth).clamp_min(_LEAST)
+        scores = (common + self.smooth) / ((found + wanted) / 2 + self.smooth).clamp_min(_LEAST)
         return {"Dice": torch.where(wanted > 0, 1 - scores, 0).mean()}
 
 

@@ -63,9 +63,7 @@ OUTPUTS = {
     "logits of None": (lambda y, row, maps: {"logits": None}, r"dict \('logits': NoneType\)"),
     "tokens": (lambda y, row, maps: y[:, None], r"float32 \(2, 1, 10\)"),
     "one number": (lambda y, row, maps: y[:, 0], r"float32 \(2,\)"),
-    "pixels": (lambda y, row, maps: maps, r"float32 \(2, 8, 6, 6\).*pixel"),
-    "dict of pixels": (lambda y, row, maps: {"out": maps}, r"'out': float32 \(2, 8, 6, 6\).*pixel"),
-    "logits of pixels": (lambda y, row, maps: {"logits": maps}, r"'logits': float32 .*pixel"),
+    "list of maps": (lambda y, row, maps: [maps, maps], r"list \(0: float32 \(2, 8, 6, 6\)"),
 }
 
 
@@ -97,11 +95,25 @@ def test_an_output_with_logits_is_taken(gives: Any) -> None:
     assert "logits" not in feats.absent
 
 
+@pytest.mark.parametrize(
+    "gives",
+    [
+        lambda y, row, maps: maps,
+        lambda y, row, maps: {"out": maps, "aux": maps + 1},
+        lambda y, row, maps: Output(logits=maps, loss=None),
+    ],
+    ids=["smp", "torchvision", "transformers"],
+)
+def test_logits_of_pixels_are_taken(gives: Any) -> None:
+    feats = FeatureCapture(Net(gives))(image())
+    assert feats.logits.shape == (2, 8, 6, 6)
+    named = FeatureCapture(Net(), logits="rungs.2")(image())  # a segmentation head by name
+    assert named.logits.shape == (2, 8, 6, 6)
+
+
 def test_a_named_layer_that_gives_no_logits_is_told() -> None:
-    with pytest.raises(ValueError, match=r"'stem' gives float32 \(2, 8, 6, 6\).*pixel.*interm"):
-        FeatureCapture(Net(), logits="stem")(image())
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(36, 2))
-    with pytest.raises(ValueError, match=r"'1' must give logits, 2-D \(B, K\).*logits='2'"):
+    with pytest.raises(ValueError, match=r"'1' must give logits, \(B, K\) or .*logits='2'"):
         FeatureCapture(net, logits="1")(image())
 
 
@@ -115,7 +127,7 @@ def test_distilled_transformers_two_outputs_are_told_in_training_only() -> None:
     assert capture(images).logits.shape == (2, 10)
 
 
-@pytest.mark.parametrize("kind", ["tuple", "dict of pixels", "object"])
+@pytest.mark.parametrize("kind", ["tuple", "list of maps", "object"])
 def test_an_output_without_logits_compiles_where_nobody_reads_them(kind: str) -> None:
     torch.compiler.reset()
     networks = [Net(OUTPUTS[kind][0]) for _ in range(2)]

@@ -72,7 +72,8 @@ def pick(rng: torch.Generator, low: int, high: int) -> int:
 
 def shaped(criterion: Criterion, student: Features, teacher: Features) -> Criterion:
     """Lets a criterion take its shape from features, in float64 as they are."""
-    labels = torch.full((len(next(_tensors(student))),), -100)
+    pixels = () if student.logits is None else student.logits.shape[2:]
+    labels = torch.full((len(next(_tensors(student))), *pixels), -100)
     criterion.eval()
     with torch.no_grad():
         criterion.terms(student, teacher, labels)

@@ -37,12 +37,12 @@ def kd_sigmoid(logits_s: Tensor, logits_t: Tensor, temperature: float) -> Tensor
     return temperature**2 * total / len(logits_s)
 
 
-def logit_mse(logits_s: Tensor, logits_t: Tensor) -> Tensor:
+def logit_mse(logits_s: Tensor, logits_t: Tensor, power: int = 2) -> Tensor:
     """Ba & Caruana, 2014, without the half and averaged over classes."""
     total = torch.zeros((), dtype=logits_s.dtype)
     for row_s, row_t in zip(logits_s, logits_t, strict=True):
         for s, t in zip(row_s, row_t, strict=True):
-            total = total + (s - t) ** 2
+            total = total + abs(s - t) ** power
     return total / (logits_s.shape[0] * logits_s.shape[1])
 
 
@@ -92,3 +92,31 @@ def ctkd_ramp(epoch: int, ramp_epochs: int, strength: float) -> float:
     """Li et al., 2023: cosine from 0 to the full strength; epochs count from 1."""
     progress = min(epoch, ramp_epochs) / ramp_epochs
     return strength * (1 - math.cos(math.pi * progress)) / 2
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    """One minus the overlap of every class that some row has, the mean over all classes."""
+    classes = logits.shape[1]
+    total = torch.zeros((), dtype=logits.dtype)
+    for k in range(classes):
+        common = found = wanted = torch.zeros((), dtype=logits.dtype)
+        for row, label in zip(logits, target.tolist(), strict=True):
+            if label == -100:
+                continue
+            share = softmax(row)[k] if classes > 1 else 1 / (1 + torch.exp(-row[0]))
+            yes = float(label == (k if classes > 1 else 1))
+            common, found, wanted = common + share * yes, found + share, wanted + yes
+        if wanted > 0:
+            total = total + 1 - 2 * common / (found + wanted)
+    return total / classes
+
+
+def channel_wise(maps_s: Tensor, maps_t: Tensor, temperature: float) -> Tensor:
+    """Every channel's softmax over positions, by a loop over samples and channels."""
+    total = torch.zeros((), dtype=maps_s.dtype)
+    for sample_s, sample_t in zip(maps_s, maps_t, strict=True):
+        for channel_s, channel_t in zip(sample_s, sample_t, strict=True):
+            total = total + kl(
+                softmax(channel_t.flatten(), temperature), softmax(channel_s.flatten(), temperature)
+            )
+    return temperature**2 * total / (maps_s.shape[0] * maps_s.shape[1])
