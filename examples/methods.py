@@ -83,6 +83,13 @@ class Method:
         return [names[max(len(names) - 2, 0)]]
 
     @property
+    def reads_maps(self) -> bool:
+        """Whether any part of it reads a network's stages."""
+        return any(
+            "layer" in inspect.signature(loaded(part["type"])).parameters for part in self.parts
+        )
+
+    @property
     def described(self) -> dict[str, Any]:
         """What is minimised, as plain values, with a digest of the user's own code."""
         found = {"labels": self.labels, "criterion": [dict(part) for part in self.parts]}

@@ -141,6 +141,8 @@ class Session(train.Session):
         )  # fmt: skip
 
     def stages(self, method: Method, network: nn.Module) -> list[str]:
+        if not method.reads_maps:
+            return []
         names = models.stage_names(network)
         wanted = self.options.layers
         return [name for name in names if wanted == "both" or name.startswith(wanted)]

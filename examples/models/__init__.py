@@ -12,6 +12,7 @@ import pkgutil
 import timm
 from torch import nn
 
+import structkd
 from models.adapter import Normalised
 
 for _found in pkgutil.iter_modules(__path__):
@@ -58,29 +59,13 @@ def _segmentation(name: str, num_classes: int, in_chans: int) -> nn.Module:
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """Dotted names of a network's stages, first to last.
+    """Dotted names of a network's stages, first to last, that timm or its own package tells.
 
-    A timm model's come from its ``feature_info``; an encoder's of segmentation_models_pytorch and
-    its decoder's blocks from the modules of those names.
+    Raises:
+        ValueError: it tells none.
     """
-    info = getattr(model, "feature_info", None)
-    if not info and hasattr(model, "encoder") and hasattr(model, "decoder"):
-        encoder = [f"encoder.{name}" for name in ("layer1", "layer2", "layer3", "layer4")]
-        blocks = getattr(model.decoder, "blocks", [])
-        decoder = [f"decoder.blocks.{n}" for n in range(len(blocks))]
-        found = [name for name in encoder + decoder if _has(model, name)]
-        if found:
-            return found
-    if not info:
-        raise ValueError(
-            f"{type(model).__name__} has no feature_info to name its stages; use another timm model"
-        )
-    return [stage["module"] for stage in info]
-
-
-def _has(model: nn.Module, name: str) -> bool:
     try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+        with structkd.FeatureCapture(model, intermediate="all", embedding="") as capture:
+            return list(capture.intermediate)
+    except ValueError as error:
+        raise ValueError(f"{type(model).__name__} tells no stages: {error}") from error
