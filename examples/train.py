@@ -136,20 +136,21 @@ class Options(DataOptions):
         return values
 
 
-def parsed(arguments: Sequence[str], kind: type[Options] = Options) -> Options:
+def parsed(arguments: Sequence[str], kind: type[Options] = Options, prog: str = "") -> Options:
     """``RECIPE --option ...``: a recipe's options, and those that are given over them."""
+    prog = prog or Path(sys.argv[0]).name
     if not arguments or arguments[0].startswith("-"):
         known = ", ".join(sorted(file.stem for file in (HERE / "recipes").glob("*.yaml")))
         head = f"RECIPE comes first: a YAML file of your own, or one of\n{known}"
         if arguments and arguments[0] in ("-h", "--help"):
             print(head + "\n")
-            tyro.cli(kind, args=["--help"], prog=f"{Path(sys.argv[0]).name} RECIPE")
+            tyro.cli(kind, args=["--help"], prog=f"{prog} RECIPE")
         raise ValueError(head.replace("\n", " "))
     return tyro.cli(
         kind,
         args=list(arguments[1:]),
         default=recipe(arguments[0], kind),
-        prog=f"{Path(sys.argv[0]).name} {arguments[0]}",
+        prog=f"{prog} {arguments[0]}",
     )
 
 
@@ -349,7 +350,10 @@ class Session:
 
     title = "accuracy on poor images"
 
-    def __init__(self, options: Options, command: str = "", console: Console | None = None) -> None:
+    def __init__(
+        self, options: Options, command: str = "", console: Console | None = None,
+        views: Views | None = None,
+    ) -> None:  # fmt: skip
         options.check()
         self.options, self.command, self.console = options, command, console or Console()
         self.helper = HELPER in os.environ
@@ -359,7 +363,7 @@ class Session:
         self.store = Store(self.out)
         self.show = Show(self.console, self.out, board=options.tensorboard, quiet=not self.leads)
         self.methods = self._rows()
-        self.views = self._views()
+        self.views = views or self._views()
         for line in [] if self.helper else self.views.summary():
             self.show.say(line)
         for role, images in (("teacher", self.views.rich), ("student", self.views.poor)):
@@ -516,8 +520,8 @@ class Session:
             self.store.write(self._header)
         return [run for run in (self._found(*item) for item in items) if run is not None]
 
-    def _preflight(self, missing: list[tuple[Any, int]]) -> None:
-        """A step of every missing row, and a look at test images: failures and the time."""
+    def _preflight(self, missing: list[tuple[Any, int]]) -> float:
+        """A step of every missing row, and a look at test images: failures and the seconds."""
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
@@ -536,6 +540,7 @@ class Session:
         self.show.say(told)
         if total > _ENDED_LONG and not self.options.yes:
             raise ValueError(f"{told}, more than a day; fix: --yes, fewer --epochs, or a GPU")
+        return total
 
     def _shared_missing(self) -> list[Training]:
         return [] if self.teacher_checkpoint().path.exists() else [self.teacher_training()]
