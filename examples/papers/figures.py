@@ -129,7 +129,8 @@ def draw_lines(
                 shown = "black" if name.endswith("(reference)") else colour
                 for number, (xs, ys) in enumerate(seeds):
                     told = textwrap.shorten(name, 44) if number == 0 else None
-                    axes.plot(xs, ys, color=shown, linewidth=1, label=told)
+                    mark = "." if len(xs) == 1 else None
+                    axes.plot(xs, ys, color=shown, marker=mark, linewidth=1, label=told)
             axes.set(title=label, xlabel=across, **axis)
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(_wrapped(title, 8.2), fontsize=9)

@@ -61,16 +61,6 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What train.py trains, with accuracies, curves, samples, self-similarity and t-SNE drawn."""
-
-
-@dataclass(frozen=True)
-class SemBridge:
-    """What unpaired.py trains, beside SemBridge's numbers, with its transport cost drawn."""
-
-
 def compare(arguments: Sequence[str], command: str) -> int:
     own, others = split(Compare, arguments, "papers compare RECIPE")
     options = replace(train.parsed(others, prog="papers compare"), criterion=own.criterion)
@@ -89,12 +79,9 @@ def sweep(arguments: Sequence[str], command: str) -> int:
     session.methods = candidates(own.group or (() if own.criterion else tuple(SWEEPS)))
     session.methods += [Method.of(text) for text in own.criterion]
 
-    def body(found: Sequence[Run]) -> str:
-        best = {row.method: -row.mean if row.accuracies else 0.0 for row in rows(found)}
-        ranked = sorted(found, key=lambda run: best[run["method"]])
-        return result_table(ranked, title=_title(session), more={})
-
-    return finish(session, "sweep", body)
+    return finish(
+        session, "sweep", lambda found: result_table(found, title=title_of(session), more={})
+    )
 
 
 def candidates(groups: Sequence[str]) -> list[Method]:
@@ -111,24 +98,24 @@ def candidates(groups: Sequence[str]) -> list[Method]:
 
 
 def drawn(arguments: Sequence[str], command: str) -> int:
-    _, others = split(Figures, arguments, "papers figures RECIPE")
-    session = train.Session(train.parsed(others, prog="papers figures"), command)
+    session = train.Session(train.parsed(arguments, prog="papers figures"), command)
 
     def body(found: Sequence[Run]) -> str:
-        return result_table(found, title=_title(session), more=_teacher(session)) + _looked(session)
+        return result_table(found, title=title_of(session), more=_teacher(session)) + _looked(
+            session
+        )
 
     return finish(session, "figures", body)
 
 
 def sembridge(arguments: Sequence[str], command: str) -> int:
-    _, others = split(SemBridge, arguments, "papers sembridge RECIPE")
-    options = train.parsed(others, unpaired.Options, prog="papers sembridge")
+    options = train.parsed(arguments, unpaired.Options, prog="papers sembridge")
     session = unpaired.Session(options, command)
 
     def body(found: Sequence[Run]) -> str:
         title = f"{options.recipe}: from the teacher's features to the student's"
         figures.draw_transport(found, session.out / "transport.png", title=title)
-        text = result_table(found, title=_title(session), more=_teacher(session))
+        text = result_table(found, title=title_of(session), more=_teacher(session))
         printed = published.SEMBRIDGE.get(options.recipe, {})
         theirs = ", ".join(f"{row} {value:.1f}" for row, value in printed.items())
         notes = [f"The paper, ResNet-34 to ResNet-34, its own split: {theirs}." if theirs else ""]
@@ -141,33 +128,33 @@ def sembridge(arguments: Sequence[str], command: str) -> int:
 def finish(session: Any, name: str, body: Callable[[Sequence[Run]], str], mark: str = "") -> int:
     """Train what is missing, print the report, write it with its figures; 1 where a row failed.
 
-    ``mark`` tells reports of one command apart.
+    A second command in one folder adds its section and numbers its figures, as does another
+    ``mark``. A sweep has its best row first.
     """
     runs = session.run()
-    if session.leads and not session.helper:
-        write(session, runs, name, body(runs), mark)
-    return int(any("failed" in run for run in runs))
-
-
-def write(session: Any, runs: Sequence[Run], name: str, body: str, mark: str = "") -> None:
-    """Print a report, put it into ``name.md``, and draw accuracies and curves.
-
-    A second command in one folder adds its section, and numbers its figures.
-    """
-    found = rows(runs)
-    failed = [f"- {row.method}: {text}" for row in found for text in row.failures]
-    body += "\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else ""
-    session.console.print(Markdown(body))
-    number = _put(session.out / f"{name}.md", body, session.command, mark)
+    failed = any("failed" in run for run in runs)
+    if not session.leads or session.helper:
+        return int(failed)
+    if name == "sweep":
+        means = {row.method: -row.mean if row.accuracies else 0.0 for row in rows(runs)}
+        runs.sort(key=lambda run: means[run["method"]])
+    text, found, title = body(runs), rows(runs), title_of(session)
+    if failed:
+        told = [f"- {row.method}: {error}" for row in found for error in row.failures]
+        text += "\nFailed:\n\n" + "\n".join(told) + "\n"
+    session.console.print(Markdown(text))
+    number = _put(session.out / f"{name}.md", text, session.command, mark)
     ending = ".png" if number == 1 else f"-{number}.png"
-    title, histories = _title(session), {}
-    figures.draw_accuracy(found, _teacher(session), session.out / f"accuracy{ending}", title=title)
+    place = session.out / f"{name}-accuracy{ending}"
+    figures.draw_accuracy(found, _teacher(session), place, title=title)
+    histories = {}
     for method in session.methods:
         kept = (session.student_checkpoint(method, s).name for s in session.options.seeds)
         paths = (session.out / "history" / f"{one}.csv" for one in kept)
         histories[method.label] = [figures.read_history(path) for path in paths if path.exists()]
-    figures.draw_curves(histories, session.out / f"curves{ending}", title=title)
+    figures.draw_curves(histories, session.out / f"{name}-curves{ending}", title=title)
     session.show.say(f"report and figures: {session.out}")
+    return int(failed)
 
 
 def _put(path: Path, body: str, command: str, mark: str) -> int:
@@ -183,10 +170,11 @@ def _put(path: Path, body: str, command: str, mark: str) -> int:
     return list(texts).index(mark) + 1
 
 
-def _title(session: Any) -> str:
+def title_of(session: Any) -> str:
     options = session.options
-    title = f"{options.recipe}, {session.title}, student {options.student}"
-    return title + (" (validation)" if options.evaluate == "val" else "")
+    kind = "validation images, " if options.evaluate == "val" else ""
+    poor = session.views.poverty
+    return f"{options.recipe}, {session.title} ({kind}{poor}), student {options.student}"
 
 
 def _teacher(session: Any) -> dict[str, float]:
@@ -202,8 +190,8 @@ def compared(session: Any, runs: Sequence[Run]) -> str:
     found = published.column(options.recipe, options.teacher, options.student)
     name, printed = found or ("", {})
     head = ["method", "accuracy % (gain)", "seeds", *([f"paper, {name}"] if found else [])]
-    theirs = [f"{printed['teacher']:.2f}"] if found else []
-    lines = [["Baseline-T, clean images", f"{facts['clean']:.2f}", "1", *theirs]]
+    shown = [f"{printed['teacher']:.2f}"] if found else []
+    lines = [["Baseline-T, clean images", f"{facts['clean']:.2f}", "1", *shown]]
     if "poor" in facts:
         lines.append(["Baseline-T, poor images", f"{facts['poor']:.2f}", "1"])
     for family in ("baseline", *FAMILIES):
@@ -219,7 +207,7 @@ def compared(session: Any, runs: Sequence[Run]) -> str:
             shown = "+".join(METHODS.get(part, {}).get("title", part) for part in names)
             gain = "" if row.gain is None else f" ({_arrow(row.gain)})"
             cells = [shown, row.accuracy + gain, str(len(row.accuracies))]
-            lines.append(cells + ([_theirs(names, printed)] if found else []))
+            lines.append(cells + ([theirs(names, printed)] if found else []))
     networks = f"{options.teacher} -> {options.student}"
     told = (
         f"The paper's column is {name}, {published.PROTOCOL['epochs']} epochs; ours is "
@@ -229,7 +217,7 @@ def compared(session: Any, runs: Sequence[Run]) -> str:
         else f"No published column: the paper has {' -> '.join(published.NETWORKS)}, ours is "
         f"{networks} on {options.recipe}."
     )
-    return f"{table(_title(session), head, lines)}\n{told}\n"
+    return f"{table(title_of(session), head, lines)}\n{told}\n"
 
 
 def parts(label: str) -> list[str]:
@@ -238,7 +226,7 @@ def parts(label: str) -> list[str]:
     return spec if isinstance(spec, list) and all(isinstance(s, str) for s in spec) else [label]
 
 
-def _theirs(names: Sequence[str], printed: Mapping[str, float]) -> str:
+def theirs(names: Sequence[str], printed: Mapping[str, float]) -> str:
     # Table 7 has each sum once; nothing depends on the order of its parts.
     wanted = {name.lower() for name in names}
     accuracy = next((printed[name] for name in printed if set(name.split("+")) == wanted), None)

@@ -14,6 +14,7 @@ import unpaired
 from methods import ALONE
 from papers.figures import LONE, drawing, palette
 from papers.grid import each, opened, split
+from papers.reports import title_of
 from store import write_atomically
 from table import Row, rows, table
 
@@ -82,7 +83,7 @@ def _run(name: str, values: Mapping[str, Any], command: str, across: str) -> int
         failed = failed or any("failed" in run for run in runs)
         most = len(session.views.poor)
     if session.leads and not session.helper:
-        title = f"{first.recipe}, {session.title}, student {first.student}"
+        title = title_of(session)
         body = f"{markdown(name, found, title)}\nMade by `{command}`.\n"
         write_atomically(out / f"{name}.md", lambda file: file.write_text(body))
         logarithmic = name == "labels"

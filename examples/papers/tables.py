@@ -76,7 +76,7 @@ def run(name: str, arguments: Sequence[str], command: str) -> int:
     if own.list:
         print(listed(chosen))
         return 0
-    columns = _columns(chosen, own.columns)
+    columns = chosen_columns(chosen, own.columns)
     methods = [chosen.rows[_known(f"row of {name}", row, chosen.rows)]
                for row in own.rows or chosen.rows]  # fmt: skip
     if any(text.partition("=")[0] == "--criterion" for text in others):
@@ -128,7 +128,7 @@ def _known(kind: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
-def _columns(table: Table, wanted: Sequence[str]) -> list[Column]:
+def chosen_columns(table: Table, wanted: Sequence[str]) -> list[Column]:
     """The columns of these names, data sets or students, in the table's order."""
     names = [name for c in table.columns for name in (c.name, c.dataset, c.student)]
     for name in wanted:
@@ -167,7 +167,7 @@ def _record(session: train.Session, column: Column, out: Path) -> None:
     """
     settings = session.student_settings(Method.of("kd"), 0)
     common = {name: value for name, value in settings.items() if name not in ("loss", "seed")}
-    told, place = differences(session, column), _folder(out, column)
+    told, place = differences(session.options, column), _folder(out, column)
     record(place, column, common, told, session.facts.get("clean"))
 
 
@@ -221,9 +221,9 @@ def _records(place: Path) -> dict[str, Any]:
         raise ValueError(told) from error
 
 
-def differences(session: train.Session, column: Column) -> list[str]:
+def differences(options: train.Options, column: Column) -> list[str]:
     """A line for each setting that is not the paper's, or of which it says nothing."""
-    options, own = session.options, train.recipe(column.dataset)
+    own = train.recipe(column.dataset)
     told = [
         f"{role} `{getattr(options, role)}`, published `{getattr(column, role)}`"
         for role in _ROLES
