@@ -200,7 +200,8 @@ def stored(out: Path, table: Table, column: Column) -> Cells | None:
             and _common(run["config"], wanted) == key(wanted)
             and key(run["config"]["loss"]) == key(method.described)
         ]
-        found |= dict.fromkeys([name], *rows(sorted(own, key=lambda run: run["seed"])))
+        if own:
+            (found[name],) = rows(sorted(own, key=lambda run: run["seed"]))
     return Cells(column, found, entry["teacher"], entry["differences"])
 
 
