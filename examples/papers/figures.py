@@ -6,6 +6,7 @@ import csv
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _INK, _DISTILLED, _RIGHT = "#222222", "#332288", "#117733"
 _STYLE: Any = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
 _STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
 _STYLE |= {"savefig.dpi": 200}
+_DIAMOND: Any = {"marker": "D", "s": 18, "facecolors": "white", "edgecolors": LONE, "zorder": 3}
 Series = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
 
 
@@ -43,36 +45,63 @@ def drawing(path: Path, inches: tuple[float, float]) -> Iterator[Figure]:
         write_atomically(path, figure.savefig)
 
 
-def draw_accuracy(
-    methods: Sequence[Row], teacher: Mapping[str, float], path: Path, *, title: str
-) -> None:
-    """A line a method: every seed a dot, mean and standard deviation; the teacher in the caption.
+@dataclass(frozen=True)
+class Panel:
+    """Accuracies by the name of their line; None for a line that has none."""
+
+    rows: Mapping[str, Row | None]
+    published: Mapping[str, float] = field(default_factory=dict)
+    title: str = ""
+    caption: str = ""
+
+
+def draw_accuracy(panels: Sequence[Panel], path: Path, *, title: str) -> None:
+    """Every seed a dot, mean and standard deviation; what is published beside them.
 
     A method that failed with every seed keeps its place and says so.
     """
-    width = 6.4
-    with drawing(path, (width, 1.5 + 0.32 * len(methods))) as figure:
-        axes = figure.subplots()
-        for place, row in enumerate(methods):
-            if not row.accuracies:
-                axes.text(0.02, place, "failed", transform=axes.get_yaxis_transform(), va="center")
-                continue
+    across, names = min(len(panels), 3), list(panels[0].rows)
+    down = -(-len(panels) // across)
+    inches = (max(1.4 + 2.3 * across, 6.4), 0.5 + down * (1.0 + 0.3 * len(names)))
+    with drawing(path, inches) as figure:
+        places = figure.subplots(down, across, sharey=True, squeeze=False)
+        for axes, panel in zip(places.flat, panels, strict=False):
+            _accuracies(axes, panel, alone=len(panels) == 1)
+        for axes in places.flat[len(panels) :]:
+            axes.set_visible(False)
+        axes = places[0, 0]
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_yticks(range(len(names)), [textwrap.shorten(name, 44) for name in names])
+        if panels[0].published:
+            axes.scatter([], [], s=22, color=_DISTILLED, label="ours")
+            axes.scatter([], [], **_DIAMOND, label="published")
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(_wrapped(title, inches[0]), fontsize=9)
+
+
+def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
+    for place, (name, row) in enumerate(panel.rows.items()):
+        there, theirs = {"transform": axes.get_yaxis_transform(), "va": "center"}, panel.published
+        if row is not None and row.accuracies:
             colour = LONE if row.method == ALONE else _DISTILLED
-            dots = np.full(len(row.accuracies), place)
+            if name in theirs:
+                axes.plot([row.mean, theirs[name]], [place] * 2, color="#BBBBBB", linewidth=1)
             axes.errorbar(row.mean, place, xerr=row.std, fmt="|", color=_INK, capsize=3)
+            dots = np.full(len(row.accuracies), place)
             axes.scatter(row.accuracies, dots, s=22, color=colour, alpha=0.7, linewidths=0)
-            told = (1.02, place)
-            axes.text(*told, row.accuracy, transform=axes.get_yaxis_transform(), va="center")
+            if alone:
+                axes.text(1.02, place, row.accuracy, **there)
             if row.method == ALONE:
                 axes.axvline(row.mean, color=LONE, linestyle=":", linewidth=1, zorder=0)
-        axes.margins(x=0.08)
-        axes.set_ylim(len(methods) - 0.4, -0.6)
-        axes.set_yticks(range(len(methods)), [textwrap.shorten(r.method, 44) for r in methods])
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        caption = "; ".join(f"{name}: {accuracy:.2f}\u00a0%" for name, accuracy in teacher.items())
-        axes.set_xlabel(f"accuracy, %\n{_wrapped(caption, width)}".strip())
-        figure.suptitle(_wrapped(title, width), fontsize=9)
+        elif row is not None:
+            axes.text(0.02, place, "failed", **there)
+        if name in theirs:
+            axes.scatter(theirs[name], place, **_DIAMOND)
+    axes.set_title(panel.title, fontsize=8)
+    axes.set_xlabel(f"accuracy, %\n{_wrapped(panel.caption, 6.4 if alone else 2.6)}".strip())
+    axes.margins(x=0.1)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -25,7 +25,10 @@ _DAY = 24 * 3600
 
 def split(kind: type[Any], arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
     """A subcommand's own options, and those of ``train.py`` that stand among them."""
-    return tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True)
+    told = f"{kind.__doc__}\n\nAnd every option of train.py or unpaired.py: see their --help."
+    return tyro.cli(
+        kind, args=list(arguments), prog=prog, description=told, return_unknown_args=True
+    )
 
 
 def opened(
@@ -80,5 +83,6 @@ def each(sessions: dict[str, Session]) -> Iterator[tuple[str, Session]]:
     for name in list(sessions):
         os.environ[PART] = name
         session = sessions.pop(name)
-        session.console.print(f"[bold]{name}[/bold]", highlight=False)
+        if not session.helper:
+            session.show.say(f"\n{name}")
         yield name, session

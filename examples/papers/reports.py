@@ -146,7 +146,9 @@ def finish(session: Any, name: str, body: Callable[[Sequence[Run]], str], mark: 
     number = _put(session.out / f"{name}.md", text, session.command, mark)
     ending = ".png" if number == 1 else f"-{number}.png"
     place = session.out / f"{name}-accuracy{ending}"
-    figures.draw_accuracy(found, _teacher(session), place, title=title)
+    told = "; ".join(f"{who}: {value:.2f}\u00a0%" for who, value in _teacher(session).items())
+    panel = figures.Panel({row.method: row for row in found}, caption=told)
+    figures.draw_accuracy([panel], place, title=title)
     histories = {}
     for method in session.methods:
         kept = (session.student_checkpoint(method, s).name for s in session.options.seeds)

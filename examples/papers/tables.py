@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 import train
 from methods import Method, near
 from papers import published, reports
-from papers.figures import drawing
+from papers.figures import Panel, draw_accuracy
 from papers.grid import each, opened, split
 from papers.published import TEACHER, Column, Table
 from store import Store, key, lock, write_atomically, write_json
@@ -28,8 +28,6 @@ from table import Row, rows, table
 
 _COLUMNS = "columns.json"
 _NOT_RUN = "—"
-_OURS, _PUBLISHED, _LINK = "#332288", "#CC6677", "#BBBBBB"
-_ACROSS = 3  # panels side by side
 _ROLES = ("teacher", "student")
 _LEARNED = ("epochs", "teacher_epochs", "batch_size", "lr", "optimizer", "weight_decay", "clip",
             "falling", "ema", "precision", "crop", "pad", "flip", "size", "bands")  # fmt: skip
@@ -289,7 +287,8 @@ def _put(
         write_atomically(out / f"{chosen.name}.md", lambda file: file.write_text(body))
         drawn = [own for _, own in shown if own is not None and own.rows]
         if drawn:
-            draw(chosen, drawn, out / f"{chosen.name}.png")
+            panels = [_panel(chosen, own) for own in drawn]
+            draw_accuracy(panels, out / f"{chosen.name}.png", title=chosen.title)
     return body
 
 
@@ -339,45 +338,10 @@ def _line(chosen: Table, column: Column, cells: Cells | None, name: str) -> list
     return [told, ours, seeds, f"{column.accuracies[name]:.2f}", off]
 
 
-def draw(chosen: Table, found: Sequence[Cells], path: Path) -> None:
-    """A panel a column: every row with our mean and spread, and the published number beside it."""
-    across = min(len(found), _ACROSS)
-    down = -(-len(found) // across)
-    inches = (max(1.4 + 2.3 * across, 6.4), 0.8 + down * (1.0 + 0.22 * len(chosen.rows)))
-    with drawing(path, inches) as figure:
-        panels = figure.subplots(down, across, sharey=True, squeeze=False)
-        for axes, cells in zip(panels.flat, found, strict=False):
-            _panel(axes, chosen, cells)
-        for axes in panels.flat[len(found) :]:
-            axes.set_visible(False)
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        figure.suptitle(chosen.title, fontsize=9)
-
-
-def _panel(axes: Any, chosen: Table, cells: Cells) -> None:
-    names, theirs, column = list(chosen.rows), cells.column.accuracies, cells.column
-    ran = {place: row for place, n in enumerate(names) if (row := cells.rows.get(n)) is not None}
-    done = {place: row for place, row in ran.items() if row.accuracies}
-    for place, row in done.items():
-        axes.plot([row.mean, theirs[names[place]]], [place, place], color=_LINK, linewidth=1)
-    axes.errorbar(
-        [row.mean for row in done.values()], list(done), fmt="o", markersize=4, color=_OURS,
-        xerr=[row.std or 0.0 for row in done.values()], capsize=2, label="ours, mean ± std",
-    )  # fmt: skip
-    axes.scatter(
-        [theirs[name] for name in names], range(len(names)), marker="D", s=18, zorder=3,
-        facecolors="white", edgecolors=_PUBLISHED, label="published",
-    )  # fmt: skip
-    for place in ran.keys() - done.keys():
-        axes.text(0.02, place, "failed", transform=axes.get_yaxis_transform(), va="center")
-    caption = "accuracy, %"
+def _panel(chosen: Table, cells: Cells) -> Panel:
+    column, theirs, caption = cells.column, cells.column.accuracies, ""
     if TEACHER in theirs and cells.teacher is not None:
-        caption += f"\nteacher {cells.teacher:.2f}, published {theirs[TEACHER]:.2f}"
-    axes.set_title(f"{column.paper}\n{column.teacher} → {column.student}", fontsize=8)
-    axes.set_xlabel(caption, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names)
-    axes.margins(x=0.1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
+        caption = f"teacher {cells.teacher:.2f}, published {theirs[TEACHER]:.2f}"
+    ours = {name: cells.rows.get(name) for name in chosen.rows}
+    title = f"{column.paper}\n{column.teacher} → {column.student}"
+    return Panel(ours, theirs, title, caption)

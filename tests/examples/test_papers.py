@@ -581,10 +581,9 @@ def test_figures_are_drawn(tmp_path: Path, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     networks = {f"net {n}": torch.randn(30, 8 + n, generator=generator) for n in range(count)}
     failed = {"method": "dkd", "seed": 0, "failed": "dkd seed 0: it failed"}
-    teacher = {"teacher resnet14, clean images": 90.0}
-    figures.draw_accuracy(
-        rows([*RUNS[: 2 * count], failed]), teacher, tmp_path / "a.png", title="T"
-    )
+    ran = {row.method: row for row in rows([*RUNS[: 2 * count], failed])} | {"not run": None}
+    panels = [figures.Panel(ran, {"kd": 70.0} if count > 1 else {}, "T", "teacher 90")] * count
+    figures.draw_accuracy(panels, tmp_path / "a.png", title="T")
     figures.draw_self_similarity(networks, tmp_path / "s.png")
     labels = torch.arange(30) % 3
     figures.draw_tsne(networks, labels, ["x", "y", "z"], tmp_path / "t.png")
