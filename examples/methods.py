@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import sys
@@ -15,6 +14,7 @@ import yaml
 
 import models
 import structkd
+from recipe import near
 from store import code_digest
 from structkd.criteria import CRITERIA, build_criterion
 from structkd.criteria.base import CriterionSum
@@ -142,9 +142,3 @@ def loaded(kind: str) -> type[structkd.Criterion]:
     if not (isinstance(own, type) and issubclass(own, structkd.Criterion)):
         raise ValueError(f"--criterion {kind}: {file.name} has no structkd.Criterion named {name}")
     return own
-
-
-def near(name: str, known: Any) -> str:
-    """A hint; empty where no name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {found[0]!r}? " if found else ""

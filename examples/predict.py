@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import models
 from data.decode import fitted, read_bands, read_colours
+from job import reported
 from store import read_checkpoint
-from train import reported
 
 _CLOSE = 1e-3  # of logits, between two engines
 

@@ -155,12 +155,12 @@ def helpers(count: int) -> list[subprocess.Popen[bytes]]:
 class Store:
     """``results.json``: every finished run with its settings; written again after each run.
 
-    Runs of other settings stay in the file; a run is known by method, seed and settings. A file
-    that is there and is none is a ValueError.
+    Runs of other settings stay in the file; a run is known by method, seed and settings, and has
+    its ``measure`` or says why it failed. A file that is there and is none is a ValueError.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / RESULTS
+    def __init__(self, folder: Path, measure: str = "accuracy") -> None:
+        self.folder, self.path, self.measure = folder, folder / RESULTS, measure
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe.{os.getpid()}"
@@ -213,8 +213,8 @@ class Store:
             content = json.loads(self.path.read_text())
             for run in content["runs"]:
                 _identity(run)
-                if "accuracy" not in run and "failed" not in run:
-                    raise KeyError("accuracy")
+                if self.measure not in run and "failed" not in run:
+                    raise KeyError(self.measure)
             return dict(content)
         except (ValueError, KeyError, TypeError) as error:
             told = f"{self.path} is damaged ({error!r}); fix: move it away and run again"

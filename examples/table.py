@@ -45,12 +45,12 @@ class Row:
         return "" if self.gain is None else f"{self.gain:+.2f}"
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[Run], measure: str = "accuracy") -> list[Row]:
     """One row a method, in the order of the runs."""
     found: dict[str, tuple[list[float], list[str]]] = {}
     for run in runs:
         accuracies, failures = found.setdefault(run["method"], ([], []))
-        failures.append(run["failed"]) if "failed" in run else accuracies.append(run["accuracy"])
+        failures.append(run["failed"]) if "failed" in run else accuracies.append(run[measure])
     base = found.get(ALONE, ([], []))[0]
     made = []
     for name, (own, failures) in found.items():
@@ -67,8 +67,10 @@ def table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> st
     return "\n".join([f"{title}:", "", *(f"| {' | '.join(line)} |" for line in full), ""])
 
 
-def result_table(runs: Sequence[Run], *, title: str, more: Mapping[str, float]) -> str:
+def result_table(
+    runs: Sequence[Run], *, title: str, more: Mapping[str, float], measure: str = "accuracy"
+) -> str:
     """The result in Markdown; ``more`` are rows of one number below, the teacher's."""
-    lines = [[r.method, r.accuracy, r.gained, str(len(r.accuracies))] for r in rows(runs)]
+    lines = [[r.method, r.accuracy, r.gained, str(len(r.accuracies))] for r in rows(runs, measure)]
     lines += [[f"*{name}*", f"*{value:.2f}*", "", "1"] for name, value in more.items()]
-    return table(title, ("method", "accuracy %", "gain", "seeds"), lines)
+    return table(title, ("method", f"{measure} %", "gain", "seeds"), lines)

@@ -20,10 +20,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+import job
 import models
 import train
 from data import Batches, Images, MixedBatches, Views, open_views
 from data.sources import stratified
+from recipe import near
 from store import Checkpoint, Run
 from structkd import (
     LagrangianPlanner,
@@ -100,7 +102,7 @@ class Options(train.Options):
         super().check()
         for name in self.rows:
             if name not in ROWS:
-                hint = train.near(name, ROWS)
+                hint = near(name, ROWS)
                 raise ValueError(f"--rows: unknown {name!r}; {hint}known: {', '.join(ROWS)}")
             if self.labels is not None and ROWS[name].first:
                 raise ValueError(
@@ -156,10 +158,10 @@ class Session(train.Session):
     title = "nothing paired, accuracy on poor images"
     options: Options
 
-    def _rows(self) -> list[Method]:
+    def rows(self) -> list[Method]:
         return [Method.named(name, self.options) for name in self.options.rows]
 
-    def _views(self) -> Views:
+    def opened(self) -> Views:
         options = self.options
         views = open_views(options, unpaired=not options.apart, pseudo=options.pseudo)
         if views.originals is None and any(ROWS[name].first == "itself" for name in options.rows):
@@ -261,8 +263,8 @@ class Session(train.Session):
             found["made"] = self.views.pseudo.fingerprint
         return found
 
-    def _result(self, training: train.Training, network: nn.Module) -> Run:
-        run = super()._result(training, network)
+    def result(self, training: train.Training, network: nn.Module) -> Run:
+        run = super().result(training, network)
         if (chooser := training.choose) is not None:
             run["seconds"] = round(training.seconds - chooser.trace.watching, 2)
             chooser.watch()
@@ -443,7 +445,7 @@ def _centred(logits: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return train.main(arguments, Options, Session)
+    return job.main(Options, Session, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from PIL import Image
 
 from data import open_views
 from data.check import check
-from train import Options, parsed, reported
+from job import reported
+from recipe import parsed
+from train import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(given: list[str]) -> int:
     if given[:1] == ["show"]:
-        return _shown(parsed(given[1:]))
+        return _shown(parsed(given[1:], Options))
     if given[:1] != ["check"]:
         raise ValueError("usage: python examples/data check RECIPE --data DIR, or show ... --out")
-    found = check(parsed(given[1:]))
+    found = check(parsed(given[1:], Options))
     print("\n".join(found.lines))
     return int(found.bad > 0)
 

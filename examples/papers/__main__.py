@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from methods import near
+from job import reported
 from papers import geometry, published, reports, series, tables
-from train import reported
+from recipe import near
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     **{name: (f"{table.title}, beside the published numbers", partial(tables.run, name))

@@ -19,9 +19,10 @@ import train
 import unpaired
 from data import Batch, Batches, Images
 from data.sources import stratified
-from methods import ALONE, METHODS, Method, near
+from methods import ALONE, METHODS, Method
 from papers import figures, published
 from papers.grid import split
+from recipe import near, parsed
 from store import Run, key, lock, write_atomically
 from structkd import FeatureCapture
 from structkd.diagnostics import predictable_share
@@ -63,14 +64,16 @@ class Sweep:
 
 def compare(arguments: Sequence[str], command: str) -> int:
     own, others = split(Compare, arguments, "papers compare RECIPE")
-    options = replace(train.parsed(others, prog="papers compare"), criterion=own.criterion)
+    options = replace(
+        parsed(others, train.Options, program="papers compare"), criterion=own.criterion
+    )
     session = train.Session(options, command)
     return finish(session, "compare", lambda found: compared(session, found))
 
 
 def sweep(arguments: Sequence[str], command: str) -> int:
     own, others = split(Sweep, arguments, "papers sweep RECIPE")
-    options = train.parsed(others, prog="papers sweep")
+    options = parsed(others, train.Options, program="papers sweep")
     if any(text.startswith("--evaluate") for text in others):
         raise ValueError("--evaluate: a sweep chooses settings, so it has val; fix: leave it out")
     out = options.out or Path("runs") / f"sweep-{options.recipe}"
@@ -98,7 +101,7 @@ def candidates(groups: Sequence[str]) -> list[Method]:
 
 
 def drawn(arguments: Sequence[str], command: str) -> int:
-    session = train.Session(train.parsed(arguments, prog="papers figures"), command)
+    session = train.Session(parsed(arguments, train.Options, program="papers figures"), command)
 
     def body(found: Sequence[Run]) -> str:
         return result_table(found, title=title_of(session), more=_teacher(session)) + _looked(
@@ -109,7 +112,7 @@ def drawn(arguments: Sequence[str], command: str) -> int:
 
 
 def sembridge(arguments: Sequence[str], command: str) -> int:
-    options = train.parsed(arguments, unpaired.Options, prog="papers sembridge")
+    options = parsed(arguments, unpaired.Options, program="papers sembridge")
     session = unpaired.Session(options, command)
 
     def body(found: Sequence[Run]) -> str:
@@ -181,7 +184,7 @@ def title_of(session: Any) -> str:
 
 def _teacher(session: Any) -> dict[str, float]:
     model = session.options.teacher
-    return {f"teacher {model}, {name} images": value for name, value in session.facts.items()}
+    return {f"teacher {model}, {name}": value for name, value in session.facts.items()}
 
 
 # The comparison, in the shape of the DSKD paper's Table 2.
@@ -193,9 +196,9 @@ def compared(session: Any, runs: Sequence[Run]) -> str:
     name, printed = found or ("", {})
     head = ["method", "accuracy % (gain)", "seeds", *([f"paper, {name}"] if found else [])]
     shown = [f"{printed['teacher']:.2f}"] if found else []
-    lines = [["Baseline-T, clean images", f"{facts['clean']:.2f}", "1", *shown]]
-    if "poor" in facts:
-        lines.append(["Baseline-T, poor images", f"{facts['poor']:.2f}", "1"])
+    lines = [["Baseline-T, clean images", f"{facts['clean images']:.2f}", "1", *shown]]
+    if "poor images" in facts:
+        lines.append(["Baseline-T, poor images", f"{facts['poor images']:.2f}", "1"])
     for family in ("baseline", *FAMILIES):
         members = [
             row

@@ -15,6 +15,7 @@ from methods import ALONE
 from papers.figures import LONE, drawing, palette
 from papers.grid import each, opened, split
 from papers.reports import title_of
+from recipe import parsed
 from store import write_atomically
 from table import Row, rows, table
 
@@ -47,14 +48,14 @@ def labels(arguments: Sequence[str], command: str) -> int:
             raise ValueError(f"--labels must be numbers such as 100, or all, got {text!r}")
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
     kind = unpaired.Options if own.unpaired else train.Options
-    options = train.parsed(others, kind, prog="papers labels")
+    options = parsed(others, kind, program="papers labels")
     values = {text: replace(options, labels=None if text == ALL else int(text)) for text in numbers}
     return _run("labels", values, command, "training images with a label")
 
 
 def gap(arguments: Sequence[str], command: str) -> int:
     own, others = split(Gap, arguments, "papers gap RECIPE")
-    options = train.parsed(others, unpaired.Options, prog="papers gap")
+    options = parsed(others, unpaired.Options, program="papers gap")
     if not own.pseudo:
         raise ValueError(
             "--pseudo names what makes the free pairs poor, such as noise:0.3 noise:0.7"

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import train
-from methods import Method, near
+from methods import Method
 from papers import published, reports
 from papers.figures import Panel, draw_accuracy
 from papers.grid import each, opened, split
 from papers.published import TEACHER, Column, Table
+from recipe import near, parsed, recipe
 from store import Store, key, lock, write_atomically, write_json
 from table import Row, rows, table
 
@@ -84,7 +85,7 @@ def run(name: str, arguments: Sequence[str], command: str) -> int:
     def made(column: Column) -> Any:
         def make() -> train.Session:
             options = _options(column, columns, methods, own, others, name)
-            found = train.Session(options, command, console, views.get(column.dataset))
+            found = train.Session(options, command, console, views=views.get(column.dataset))
             views[column.dataset] = found.views
             return found
 
@@ -147,7 +148,7 @@ def _options(
     takers = {c.dataset for c in columns} & {"imagenet100"}
     if own.classes is not None and (column.dataset in takers or not takers):
         more += ["--classes", str(own.classes)]
-    options = train.parsed([column.dataset, *more, *others], prog=f"papers {name}")
+    options = parsed([column.dataset, *more, *others], train.Options, program=f"papers {name}")
     return replace(options, criterion=tuple(methods), out=_folder(own.out, column))
 
 
@@ -166,7 +167,7 @@ def _record(session: train.Session, column: Column, out: Path) -> None:
     settings = session.student_settings(Method.of("kd"), 0)
     common = {name: value for name, value in settings.items() if name not in ("loss", "seed")}
     told, place = differences(session.options, column), _folder(out, column)
-    record(place, column, common, told, session.facts.get("clean"))
+    record(place, column, common, told, session.facts.get("clean images"))
 
 
 def record(
@@ -222,7 +223,7 @@ def _records(place: Path) -> dict[str, Any]:
 
 def differences(options: train.Options, column: Column) -> list[str]:
     """A line for each setting that is not the paper's, or of which it says nothing."""
-    own = train.recipe(column.dataset)
+    own = recipe(column.dataset, train.Options)
     told = [
         f"{role} `{getattr(options, role)}`, published `{getattr(column, role)}`"
         for role in _ROLES

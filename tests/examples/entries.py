@@ -7,7 +7,7 @@ from typing import Any
 
 import data
 from data.views import Views
-from train import recipe
+from recipe import recipe
 from unpaired import Options
 
 TINY = ""  # the file of the tiny recipe, while a test runs

@@ -18,6 +18,7 @@ from data import views
 from methods import Method
 from papers import figures, grid, published, reports, series, tables
 from papers.__main__ import COMMANDS, main
+from recipe import recipe as recipe_of
 from store import HELPER, Store
 from structkd import Features
 from table import Row, rows
@@ -73,7 +74,7 @@ def test_every_row_is_a_criterion_and_every_column_can_be_trained(name: str) -> 
         assert Method.of(text).label == text
     for one in table.columns:
         noise = published.NOISE.get(one.dataset)
-        assert noise is None or script.recipe(one.dataset).view == f"noise:{noise:g}"
+        assert noise is None or recipe_of(one.dataset, script.Options).view == f"noise:{noise:g}"
         assert timm.is_model(one.teacher)
         assert timm.is_model(one.student)
         assert [row for row in one.accuracies if row != "teacher"] == list(table.rows)
@@ -363,7 +364,7 @@ def test_what_differs_from_the_published_settings() -> None:
     wanted = column("table3", "cifar10-resnet8x4")
 
     def told(**changes: object) -> list[str]:
-        return tables.differences(script.recipe("cifar10", **changes), wanted)
+        return tables.differences(recipe_of("cifar10", script.Options, **changes), wanted)
 
     clipped = "`clip` agc:0.1, of which the paper says nothing"
     assert told() == [clipped]
@@ -453,7 +454,7 @@ def test_sembridge_tells_what_matching_costs(recipe: Path, tmp_path: Path) -> No
     assert "Re-matching, by what the student predicted" in text
     assert (tmp_path / "transport.png").stat().st_size > 10_000
     for name, printed in published.SEMBRIDGE.items():
-        assert script.recipe(name, unpaired.Options).student == "resnet34"
+        assert recipe_of(name, unpaired.Options).student == "resnet34"
         assert set(printed) <= set(unpaired.ROWS)
 
 

@@ -7,7 +7,8 @@ import timm
 
 import models  # noqa: F401  (registers the networks)
 from papers import published
-from train import recipe
+from recipe import recipe
+from train import Options
 
 ORDER = (
     *("kd", "alkd", "fitnets", "at", "afkd", "nst", "vid", "crd", "semckd"),
@@ -118,7 +119,7 @@ def test_all_published_networks_and_data_sets_can_be_trained() -> None:
     for name in {name for pair in published.PAIRS for name in pair}:
         assert timm.is_model(name)
     for name in ("cml", "cifar100", "cifar10", "stl10", "tiny_imagenet", "imagenet100", "imagenet"):
-        entry = recipe(name)
+        entry = recipe(name, Options)
         title, column = published.column(name, entry.teacher, entry.student) or ("", {})
         assert column["ds"] == published.columns(*published.NETWORKS)[title]["ds"]
 

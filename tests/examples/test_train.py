@@ -80,7 +80,7 @@ def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
     run: Runner, trained: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     run("--criterion", "alone")
-    monkeypatch.setattr(script.Session, "_code", lambda self, role: "another")
+    monkeypatch.setattr(script.Session, "code", lambda self, role: "another")
     run("--criterion", "alone")
     assert trained.count("alone seed 0") == 2
     assert "by other code" in capsys.readouterr().out
@@ -207,7 +207,7 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
     file.write_text("like: mnist\nepoch: 3\n")
     file.with_name("mnist.yaml").write_text("reader: mnist\n")
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        script.recipe(str(file))
+        script.recipe(str(file), script.Options)
 
 
 def test_a_data_set_of_another_number_of_classes_is_refused(

@@ -1,0 +1,109 @@
+"""A recipe and the command line as one set of options.
+
+A recipe is a YAML file of the names that a script's options have; what is typed comes over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+_RECIPES = Path(__file__).resolve().parent / "recipes"
+_Kind = TypeVar("_Kind")
+
+
+def parsed(
+    arguments: Sequence[str], kind: type[_Kind], default: str = "", program: str = ""
+) -> _Kind:
+    """``RECIPE --option ...``: a recipe's options, and those that are given over them.
+
+    Where a script has a ``default`` recipe, none need be typed.
+    """
+    given = list(arguments)
+    program = program or Path(sys.argv[0]).name
+    asked = given[:1] in (["-h"], ["--help"])
+    head = f"RECIPE comes first: a YAML file of your own, or one of {', '.join(_known(kind))}"
+    if not given or given[0].startswith("-"):
+        if not default and not asked:
+            raise ValueError(head)
+        if asked:
+            print(head + (f"; {default} where none is given.\n" if default else ".\n"))
+            tyro.cli(kind, args=["--help"], prog=f"{program} RECIPE")
+        given.insert(0, default)
+    made = recipe(given[0], kind)
+    return tyro.cli(kind, args=given[1:], default=made, prog=f"{program} {given[0]}")
+
+
+def recipe(name: str, kind: type[_Kind], **changes: Any) -> _Kind:
+    """The options of a recipe: a name of ``recipes/``, or a YAML file; ``like`` begins with one.
+
+    Raises:
+        ValueError: There is no such recipe, it cannot be read, or it has an unknown option.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    file = Path(name).expanduser() if own else _RECIPES / f"{name}.yaml"
+    if not file.exists():
+        known = _known(kind)
+        raise ValueError(f"unknown recipe {name!r}; {near(name, known)}known: {', '.join(known)}")
+    values: dict[str, Any] = {"recipe": file.stem}
+    while file:
+        content = _read(file)
+        like = content.pop("like", None)
+        values = {**content, **values}
+        file = file.with_name(f"{like}.yaml") if like else None
+    adapted = getattr(kind, "adapted", dict)
+    values = adapted(values) | changes
+    types = {one.name: one for one in dataclasses.fields(kind)}
+    for option, value in values.items():
+        if option not in types:
+            raise ValueError(
+                f"recipe {name} has an unknown option {option!r}; "
+                f"{near(option, types)}known: {', '.join(types)}"
+            )
+        values[option] = _typed(value, types[option], f"recipe {name}: {option}")
+    return kind(**values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(file.read_text()) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {file} cannot be read: {error}") from error
+
+
+def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
+    """A value of YAML as the option has it: specs become text again, which is what is typed."""
+    default = field.default
+    if isinstance(default, tuple) or isinstance(value, list):
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(v if isinstance(v, str | int | float) else _as_text(v) for v in values)
+    if isinstance(default, float):
+        return float(value)
+    if "Path" in str(field.type) and value is not None:
+        return Path(value).expanduser()
+    if not isinstance(value, type(default)) and default is not None:
+        raise ValueError(f"{told} must be like {default!r}, got {value!r}")
+    return value
+
+
+def _as_text(spec: Any) -> str:
+    return str(yaml.safe_dump(spec, default_flow_style=True, width=1000)).strip()
+
+
+def _known(kind: type) -> list[str]:
+    """Recipes of which a script has every option."""
+    names = {one.name for one in dataclasses.fields(kind)} | {"like"}
+    return sorted(file.stem for file in _RECIPES.glob("*.yaml") if set(_read(file)) <= names)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint; empty where no name is near."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {found[0]!r}? " if found else ""
