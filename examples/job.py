@@ -57,7 +57,9 @@ class Job(ABC):
     title = "accuracy on poor images"
     measure = "accuracy"  # what a run is judged by, in percent
 
-    def __init__(self, options: Any, command: str = "", console: Console | None = None) -> None:
+    def __init__(
+        self, options: Any, command: str = "", console: Console | None = None, **given: Any
+    ) -> None:
         options.check()
         self.options, self.command, self.console = options, command, console or Console()
         self.helper = HELPER in os.environ  # one of the processes that --jobs started
@@ -69,7 +71,7 @@ class Job(ABC):
         self.facts: dict[str, float] = {}  # the trained teacher's measures
         self._mine: set[tuple[str, int]] = set()  # what this process stored itself
         self.methods: list[Any] = self.rows()
-        self.open()
+        self.open(**given)
 
     # What a subclass says.
 
@@ -78,8 +80,8 @@ class Job(ABC):
         """The methods, each with a ``label``."""
 
     @abstractmethod
-    def open(self) -> None:
-        """Open the images, and refuse what no training can have."""
+    def open(self, **given: Any) -> None:
+        """Open the images, where they are not given, and refuse what no training can have."""
 
     @abstractmethod
     def teacher_training(self) -> Any:
@@ -158,8 +160,8 @@ class Job(ABC):
             self.store.write(self._header)
         return [run for run in (self._found(*item) for item in items) if run is not None]
 
-    def _preflight(self, missing: list[tuple[Any, int]]) -> None:
-        """A step of every missing row, and a look at test images: failures and the time."""
+    def _preflight(self, missing: list[tuple[Any, int]]) -> float:
+        """A step of every missing row, and a look at test images: failures and the seconds."""
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
@@ -178,6 +180,7 @@ class Job(ABC):
         self.show.say(told)
         if total > _ENDED_LONG and not self.options.yes:
             raise ValueError(f"{told}, more than a day; fix: --yes, fewer --epochs, or a GPU")
+        return total
 
     def _shared_missing(self) -> list[Any]:
         return [] if self.teacher_checkpoint().path.exists() else [self.teacher_training()]

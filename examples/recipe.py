@@ -19,13 +19,15 @@ _RECIPES = Path(__file__).resolve().parent / "recipes"
 _Kind = TypeVar("_Kind")
 
 
-def parsed(arguments: Sequence[str], kind: type[_Kind], default: str = "") -> _Kind:
+def parsed(
+    arguments: Sequence[str], kind: type[_Kind], default: str = "", program: str = ""
+) -> _Kind:
     """``RECIPE --option ...``: a recipe's options, and those that are given over them.
 
     Where a script has a ``default`` recipe, none need be typed.
     """
     given = list(arguments)
-    program = Path(sys.argv[0]).name
+    program = program or Path(sys.argv[0]).name
     asked = given[:1] in (["-h"], ["--help"])
     head = f"RECIPE comes first: a YAML file of your own, or one of {', '.join(_known(kind))}"
     if not given or given[0].startswith("-"):

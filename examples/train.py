@@ -288,8 +288,8 @@ class Session(job.Job):
     def rows(self) -> list[Any]:
         return [Method.of(text) for text in self.options.criterion]
 
-    def open(self) -> None:
-        self.views = self.opened()
+    def open(self, views: Views | None = None) -> None:
+        self.views = views or self.opened()
         for line in [] if self.helper else self.views.summary():
             self.show.say(line)
         for role, images in (("teacher", self.views.rich), ("student", self.views.poor)):
