@@ -371,8 +371,7 @@ class Session:
         return [Method.of(text) for text in self.options.criterion]
 
     def _views(self) -> Views:
-        views = open_views(self.options)
-        return views.loaded() if views.size <= 1e9 * self.options.memory else views
+        return open_views(self.options).held(self.options)
 
     def network(self, role: str, seed: int) -> nn.Module:
         """A new network of a role, its weights drawn by the seed."""

@@ -164,7 +164,7 @@ class Session(train.Session):
         views = open_views(options, unpaired=not options.apart, pseudo=options.pseudo)
         if views.originals is None and any(ROWS[name].first == "itself" for name in options.rows):
             raise ValueError("--rows: 'own pairs (reference)' needs images that were made poor")
-        return views.loaded() if views.size <= 1e9 * options.memory else views
+        return views.held(options)
 
     # The teacher's other work: stage 1, the matcher.
 

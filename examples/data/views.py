@@ -57,6 +57,12 @@ class Views:
         done: dict[int, Images] = {}
         return replace(self, **{k: v.loaded(done, made=made) for k, v in self._images().items()})
 
+    def held(self, options: Options) -> Views:
+        """In memory, where they fit into ``options.memory``; the batches are the same bits."""
+        if self.size > 1e9 * options.memory:
+            return self
+        return self.loaded(made=options.crop != "resized")  # such a crop is made poor after it
+
     @property
     def size(self) -> int:
         return sum({id(images): images.size for images in self._images().values()}.values())
