@@ -127,10 +127,11 @@ class Wide(Batches):
             yield replace(batch, rich=batch.rich.double(), poor=batch.poor.double())
 
 
+STAGES = {"intermediate": ["layer1", "layer2"]}
 CRITERION = "[kd, ds, rkd, dense, crd]"
 
 
-def four_epochs(images: Path, out: Path) -> dict[str, Tensor]:
+def few_steps(images: Path, out: Path) -> dict[str, Tensor]:
     """All that is trained, after a few steps on this process's share of every batch."""
     options = script.recipe(str(images), out=out, epochs=2, labels=16, ema=0.5)
     job = script.Session(options)
@@ -138,7 +139,7 @@ def four_epochs(images: Path, out: Path) -> dict[str, Tensor]:
     student, teacher = Plain(4).double(), Plain(8).double()
     model = structkd.Distiller(
         student, teacher, script.Method.of(CRITERION).build(2, {"samples": 32, "negatives": 4}),
-        example=torch.zeros(2, 3, 12, 12).double(),
+        example=torch.zeros(2, 3, 12, 12).double(), layers=STAGES, teacher_layers=STAGES,
     ).double()  # fmt: skip
     state = script.PartialState()
     share = (state.process_index, state.num_processes)
@@ -149,7 +150,7 @@ def four_epochs(images: Path, out: Path) -> dict[str, Tensor]:
 
 
 def two_processes(images: Path, out: Path) -> None:
-    found = four_epochs(images, out / "plain")
+    found = few_steps(images, out / "plain")
     if script.PartialState().is_main_process:
         torch.save(found, out / "two.pt")
     raise SystemExit(script.main([str(images), "--seeds", "0", "--out", str(out / "job")]))
@@ -166,7 +167,7 @@ def test_two_processes_train_as_one(
     ended.append(both)
     said = both.communicate(timeout=300)[0].decode()
     assert both.returncode == 0, said
-    one, two = four_epochs(images, tmp_path / "one"), torch.load(tmp_path / "two.pt")
+    one, two = few_steps(images, tmp_path / "one"), torch.load(tmp_path / "two.pt")
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-10, msg=name)

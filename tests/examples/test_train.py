@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import train as script
 from data import views
-from tests.examples.entries import results
+from tests.examples.entries import outcome, results
 
 Runner = Callable[..., int]
 OWN = """
@@ -115,3 +115,14 @@ def test_a_data_set_of_another_number_of_classes_is_refused(
     monkeypatch.setattr(views, "_CLASSES", {"tiny": 100})
     assert run() == 2
     assert "100 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_images_that_are_read_while_training_give_the_same_bits(
+    run: Runner, tmp_path: Path, crop: str
+):
+    held, streamed = tmp_path / "held", tmp_path / "streamed"
+    options = ("--criterion", "kd", "--epochs", "1", "--crop", crop)
+    assert run(*options, out=held) == 0
+    assert run(*options, "--memory", "0", "--workers", "0", out=streamed) == 0
+    assert outcome(held) == outcome(streamed)
