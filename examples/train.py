@@ -133,6 +133,11 @@ class Options(DataOptions):
     @classmethod
     def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A recipe's values as this kind of job has them."""
+        if values.get("reader") in ("scenes", "folders"):
+            raise ValueError(
+                f"{values['recipe']} has no pairs; fix: python examples/unpaired.py "
+                f"{values['recipe']}"
+            )
         return values
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -17,7 +19,17 @@ from PIL import Image
 
 from data import open_views
 from data.check import check
-from train import Options, parsed, reported
+from train import parsed, reported
+from unpaired import Options as UnpairedOptions
+
+
+@dataclass(frozen=True)
+class Options(UnpairedOptions):
+    """Of any recipe, with pairs or without."""
+
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(given: list[str]) -> int:
     if given[:1] == ["show"]:
-        return _shown(parsed(given[1:]))
+        return _shown(parsed(given[1:], Options))
     if given[:1] != ["check"]:
         raise ValueError("usage: python examples/data check RECIPE --data DIR, or show ... --out")
-    found = check(parsed(given[1:]))
+    options = parsed(given[1:], Options)
+    options.check()
+    found = check(options)
     print("\n".join(found.lines))
     return int(found.bad > 0)
 

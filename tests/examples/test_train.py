@@ -109,6 +109,12 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
         script.recipe(str(file))
 
 
+@pytest.mark.parametrize("name", ["s2s_eu", "folders"])
+def test_what_has_no_pairs_is_sent_to_the_other_script(name: str, capsys: pytest.CaptureFixture):
+    assert script.main([name]) == 2
+    assert f"fix: python examples/unpaired.py {name}" in capsys.readouterr().err
+
+
 def test_a_data_set_of_another_number_of_classes_is_refused(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
