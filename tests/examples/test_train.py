@@ -11,16 +11,6 @@ from data import views
 from tests.examples.entries import outcome, results
 
 Runner = Callable[..., int]
-OWN = """
-import torch.nn.functional as F
-import structkd
-
-class Mean(structkd.Criterion):
-    reads = ("logits",)
-
-    def terms(self, student, teacher, target=None):
-        return {"Mean": FACTOR * F.mse_loss(student.logits.float(), teacher.logits.float())}
-"""
 
 
 def test_a_finished_row_is_not_trained_again(run: Runner, trained: list[str], tmp_path: Path):
@@ -31,28 +21,6 @@ def test_a_finished_row_is_not_trained_again(run: Runner, trained: list[str], tm
     assert run("--lr", "0.02", "--criterion", "alone") == 0
     assert trained[3:] == ["teacher resnet8", "alone seed 0"]
     assert len(results(tmp_path / "out")) == 3
-
-
-def test_every_spec_of_the_library_is_a_row(run: Runner, tmp_path: Path):
-    asked = ["DSLoss", "{type: KDLoss, temperature: 2}", "[kd, dense]", "vid", "crd", "fsp"]
-    assert run("--epochs", "1", "--criterion", *asked) == 0
-    assert [found["method"] for found in results(tmp_path / "out")] == asked
-
-
-def test_a_criterion_of_ones_own_trains_and_its_change_is_noticed(
-    run: Runner, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    file = tmp_path / "mine.py"
-    file.write_text(OWN.replace("FACTOR", "1.0"))
-    asked = ["--criterion", f"{file}:Mean"]
-    assert run(*asked) == 0
-    assert "Mean" in results(tmp_path / "out")[0]["terms"]
-    file.write_text("# a comment changes nothing\n" + OWN.replace("FACTOR", "1.0"))
-    assert run(*asked) == 0
-    assert len(trained) == 2
-    file.write_text(OWN.replace("FACTOR", "2.0"))
-    assert run(*asked) == 0
-    assert len(trained) == 3
 
 
 def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
