@@ -278,6 +278,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
     )
     clip, _, size = options.clip.partition(":")
     began = filter_collapse(network)  # before an epoch that was kept takes its place
+    warned: set[str] = set()
     history = [] if keeper is None else keeper.resume(accelerator)
     training.history = history
     show.begin(training.label, options.epochs, len(batches), len(history))
@@ -322,11 +323,14 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
         if keeper is not None:
             keeper.save(accelerator, history)
         show.epoch(history)
-        # Early in a training one class is usual; half way through it is told once.
-        if epoch + 1 == max(options.epochs // 2, 1) or epoch + 1 == options.epochs:
-            for told in (running.one_class(), collapsed(began, filter_collapse(network))):
-                if told is not None:
-                    show.warn(f"{training.label}, epoch {epoch + 1}: {told}")
+        # Early in a training one class is usual: from half way on it is told, once.
+        if epoch + 1 in (max(options.epochs // 2, min(5, options.epochs)), options.epochs):
+            looks = {"class": running.one_class()}
+            looks["filters"] = collapsed(began, filter_collapse(network))
+            for kind, text in looks.items():
+                if text is not None and kind not in warned:
+                    warned.add(kind)
+                    show.warn(f"{training.label}, epoch {epoch + 1}: {text}")
     show.end()
     return network if ema is None else ema.module
 
