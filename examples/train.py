@@ -115,7 +115,8 @@ class Options(DataOptions):
         super().check()
         for name, least in {"epochs": 1, "batch_size": 1, "jobs": 1, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+                told = f"--{name.replace('_', '-')} must be at least {least}"
+                raise ValueError(f"{told}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"--lr must be positive, got {self.lr}")
         for name in ("ema", "labelled"):
@@ -169,7 +170,8 @@ def recipe(name: str, kind: type[Options] = Options, **changes: Any) -> Options:
         try:
             content = dict(yaml.safe_load(file.read_text()) or {})
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"recipe {file} cannot be read: {error}") from error
+            told = first_line(error)
+            raise ValueError(f"recipe {file} cannot be read: {told}") from error
         like = content.pop("like", None)
         values = {**content, **values}
         file = file.with_name(f"{like}.yaml") if like else None
@@ -187,7 +189,11 @@ def recipe(name: str, kind: type[Options] = Options, **changes: Any) -> Options:
                      for v in (value if isinstance(value, list | tuple) else [value])]  # fmt: skip
             values[option] = tuple(v.strip() if isinstance(v, str) else v for v in texts)
         elif isinstance(default, float):
-            values[option] = float(value)
+            try:
+                values[option] = float(value)  # YAML reads 1e-3 as a text
+            except (TypeError, ValueError) as error:
+                told = f"recipe {name}: {option} must be a number like {default!r}, got {value!r}"
+                raise ValueError(told) from error
         elif "Path" in str(types[option].type) and value is not None:
             values[option] = Path(value).expanduser()
         elif not isinstance(value, type(default)) and default is not None:
@@ -364,7 +370,10 @@ class Session:
         self.helper = HELPER in os.environ
         _check_device(options.device)
         self.out = options.out or Path("runs") / options.recipe
-        self.leads = PartialState(cpu=options.device == "cpu").is_main_process
+        state = PartialState(cpu=options.device == "cpu")
+        self.leads = state.is_main_process
+        if options.precision == "fp16" and state.device.type == "cpu":
+            raise ValueError("--precision fp16 needs a GPU; fix: --precision bf16 or fp32")
         self.store = Store(self.out)
         self.show = Show(self.console, self.out, board=options.tensorboard, quiet=not self.leads)
         self.methods = self._rows()
@@ -550,26 +559,35 @@ class Session:
 
     def _estimated(self, training: Training) -> float:
         """Seconds of a training, from a few steps of it and a batch of its evaluation."""
-        device = PartialState().device
-        model, batch, seconds = training.model.to(device).train(), training.batches.first(), []
+        device, options, clock = PartialState().device, training.options, time.perf_counter
+        model, seconds, started = training.model.to(device).train(), [], clock()
+        batch = training.batches.first()
+        reading = clock() - started
+        workers = options.workers if self.views.rich.pixels is None else 0
         for _ in range(3):
-            started = time.perf_counter()
+            started = clock()
             _, terms = training.loss(model, batch, 1.0)
             sum(terms.values()).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        total = min(seconds[1:]) * len(training.batches) * training.options.epochs
-        images = batch.rich if batch.poor is None else batch.poor
-        with torch.no_grad():
-            started = time.perf_counter()
-            if not isinstance(training.network, structkd.SemanticMatcher):
-                role_images = batch.rich if "teacher" in training.label else images
-                training.network.eval()(role_images)
-            each = (time.perf_counter() - started) / len(images)
+            seconds.append(clock() - started)
+
+        def beside(own: float) -> float:  # workers read while the network works
+            return max(own, reading / workers) if workers else own + reading
+
+        total = beside(min(seconds[1:])) * len(training.batches) * options.epochs
+        if not isinstance(training.network, structkd.SemanticMatcher):
+            images = batch.rich if batch.poor is None else batch.poor
+            held_out = len(self.views.held_out_poor)
+            if batch.poor is None:  # the teacher looks at either side
+                held_out += len(self.views.held_out_rich)
+            with torch.no_grad():
+                started = clock()
+                training.network.eval()(images).cpu()
+            total += beside(clock() - started) / len(images) * held_out
         if isinstance(model, structkd.Distiller):
             model.detach()
-        return total + each * len(self.views.held_out_poor)
+        return total
 
     def train_shared(self) -> None:
         """The teacher: from its checkpoint, or trained; its accuracies."""
@@ -719,7 +737,7 @@ def _check_device(name: str) -> None:
     if name == "auto":
         return
     try:
-        torch.ones(1, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} cannot be used: {first_line(error)}") from error
     if torch.device(name).type != "cpu":

@@ -211,7 +211,7 @@ def test_the_moving_average_is_what_is_evaluated(
     first = trained_by("alone", lr=1e-12, **options).network
     last, mean = (trained_by("alone", ema=ema, **options).network for ema in (0.0, 0.5))
     assert not equal(mean, last)
-    far = [float((net.fc.weight - first.fc.weight).norm()) for net in (mean, last)]
+    far = [float((net.fc.weight - first.fc.weight).detach().norm()) for net in (mean, last)]
     assert far[0] < far[1]
 
 
