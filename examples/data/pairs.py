@@ -180,9 +180,10 @@ def _paired(
         partners += [sides[1][stem] for stem in both]
         labels += [label] * len(both)
     if lonely and not only_pairs:
+        told = _named([str(file) for file in lonely])
         raise ValueError(
             f"{len(lonely)} image(s) without a partner of the same class and name on the other "
-            f"side: {_named([str(file) for file in lonely])}; fix: add the partners, --only-pairs to leave these out, or "
+            f"side: {told}; fix: add the partners, --only-pairs to leave these out, or "
             "examples/unpaired.py folders, which needs no pairs"
         )
     if bare := sorted(set(range(len(classes[0]))) - set(labels)):

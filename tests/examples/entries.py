@@ -39,5 +39,7 @@ def outcome(out: Path) -> tuple[dict[Any, Any], dict[str, str]]:
     for run in results(out):
         trace = {name: run.get("trace", {}).get(name) for name in ("transport", "matched")}
         found[run["method"], run["seed"]] = (run.get("accuracy"), run.get("terms"), trace)
-    weights = {file.name: torch.load(file, weights_only=True)["sha256"] for file in out.glob("*.pt")}
+    weights = {
+        file.name: torch.load(file, weights_only=True)["sha256"] for file in out.glob("*.pt")
+    }
     return found, weights

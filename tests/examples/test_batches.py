@@ -234,9 +234,7 @@ def test_a_mixed_batch_is_half_own_images_and_half_pairs_in_as_many_steps() -> N
         assert batch.paired.tolist() == list(range(8, 16))
         index = views.poor.index[batch.index[:8]].tolist()
         assert set(index) <= own
-        for row, image_p, image_t in zip(
-            batch.index[8:], batch.poor[8:], batch.rich, strict=True
-        ):
+        for row, image_p, image_t in zip(batch.index[8:], batch.poor[8:], batch.rich, strict=True):
             for images, image in ((views.pseudo, image_p), (views.rich, image_t)):
                 raw = images.statistics.normalise(images.take(row[None]).float())
                 torch.testing.assert_close(image, raw[0])

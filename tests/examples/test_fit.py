@@ -91,7 +91,9 @@ def test_the_teacher_stays_as_it_is_and_the_heads_move(
     assert not equal(once.network, more.network)
 
 
-def test_no_hooks_are_left_and_a_finished_job_predicts_as_its_file(run: Any, tmp_path: Path) -> None:
+def test_no_hooks_are_left_and_a_finished_job_predicts_as_its_file(
+    run: Any, tmp_path: Path
+) -> None:
     import predict
 
     assert run("--criterion", "ds", "--epochs", "1") == 0

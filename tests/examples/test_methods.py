@@ -71,7 +71,10 @@ def test_a_name_has_the_weights_of_its_source_and_a_sum_leaves_the_labels_at_one
     [
         ("KDLoss", "{type: KDLoss}"),
         ("kd", " KD "),
-        ("{type: KDLoss, temperature: 2, weight: 0.5}", "[{type: KDLoss, temperature: 2, weight: 0.5}]"),
+        (
+            "{type: KDLoss, temperature: 2, weight: 0.5}",
+            "[{type: KDLoss, temperature: 2, weight: 0.5}]",
+        ),
         ("[kd, [ds, vid]]", "[kd, ds, vid]"),
     ],
 )
@@ -107,7 +110,9 @@ def test_every_name_is_built_reads_what_it_asks_for_and_reaches_the_student(name
 
 def test_which_stages_are_captured() -> None:
     names = ["a", "b", "c"]
-    found = {text: script.Method.of(text).stages(names) for text in ("kd", "ds", "vid", "[ds, nst]")}
+    found = {
+        text: script.Method.of(text).stages(names) for text in ("kd", "ds", "vid", "[ds, nst]")
+    }
     assert found == {"kd": ["b"], "ds": ["b"], "vid": names, "[ds, nst]": names}
     assert script.Method.of("ds").stages(["a"]) == ["a"]
     # In a sum that has all stages, a criterion of one map still reads the last but one.
@@ -115,7 +120,9 @@ def test_which_stages_are_captured() -> None:
     criterion = script.Method.of("[ds, nst]").build(3, DATA)
     for part in maps[0].intermediate:
         part.requires_grad_()
-    torch.stack([v for k, v in criterion.terms(*maps).items() if k.startswith("DCM")]).sum().backward()
+    torch.stack(
+        [v for k, v in criterion.terms(*maps).items() if k.startswith("DCM")]
+    ).sum().backward()
     grads = [part.grad is not None and bool(part.grad.any()) for part in maps[0].intermediate]
     assert grads == [False, True, False]
 

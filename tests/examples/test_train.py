@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import train as script
 from data import views
 from tests.examples.entries import outcome, results
