@@ -622,7 +622,10 @@ class Session:
     def _fit(self, training: Training, checkpoint: Checkpoint) -> tuple[nn.Module, Epochs]:
         keeper = Epochs(self.out / "epochs" / checkpoint.name, checkpoint.settings, self.show.warn)
         self.show.keep(self.out / "history" / f"{checkpoint.name}.csv", checkpoint.name)
-        return fit(training, self.show, keeper), keeper
+        try:
+            return fit(training, self.show, keeper), keeper
+        finally:
+            self.show.end()  # a bar that is cut off keeps the cursor
 
     def _work(self, items: list[tuple[Any, int]]) -> None:
         """Train what no other process has taken, then wait for what they have."""
@@ -658,7 +661,6 @@ class Session:
             run = self._result(training, network)
         except _FAILURES as error:
             run = {"failed": first_line(error), "error": type(error).__name__}
-            self.show.end()
         # The result first: where the disk is full the weights are the smaller loss.
         run = self._store(method, seed, run)
         self.show.say(told(run) + (f" ({run['seconds']:.0f} s)" if "seconds" in run else ""))
