@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import train as script
@@ -391,3 +393,19 @@ def test_the_help_says_what_every_option_is(name: str, capsys: Shown) -> None:
     for option in ("--criterion", "--teacher-epochs", "--yes"):
         assert option in said
     assert "Begin what takes longer than a day." in said
+
+
+def test_a_bar_that_is_interrupted_gives_the_cursor_back(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(self: script.Show, history: list[dict[str, float]]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Show, "epoch", stopping)
+    screen = io.StringIO()
+    options = script.recipe(str(recipe), out=tmp_path / "out")
+    job = script.Session(options, console=Console(file=screen, force_terminal=True))
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    hidden, shown = (screen.getvalue().rfind(f"\x1b[?25{end}") for end in "lh")
+    assert shown > hidden >= 0
