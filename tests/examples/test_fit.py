@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import models
 import train as script
 import unpaired
 from data import NO_LABEL
@@ -39,7 +40,7 @@ def trained_by(job: Job) -> Callable[..., script.Training]:
     def trained_by(criterion: str, seed: int = 0, **changes: Any) -> script.Training:
         session = job(**changes)
         torch.manual_seed(11)
-        session.teacher = script.models.create("resnet8", num_classes=4, in_chans=1)
+        session.teacher = models.create("resnet8", num_classes=4, in_chans=1)
         training = session.student_training(script.Method.of(criterion), seed)
         training.teacher, training.show = session.teacher, Quiet()
         training.network = script.fit(training, training.show)
@@ -246,7 +247,7 @@ def test_a_loss_that_is_not_finite_names_the_epoch_and_the_terms(
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Students call everything one class while ``bias`` is large."""
-    bias, original = {"value": 1e4}, script.models.create
+    bias, original = {"value": 1e4}, models.create
 
     def create(name: str, **arguments: Any) -> nn.Module:
         network = original(name, **arguments)
@@ -257,7 +258,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         network.fc.register_forward_hook(called)
         return network
 
-    monkeypatch.setattr(script.models, "create", create)
+    monkeypatch.setattr(models, "create", create)
     return bias
 
 

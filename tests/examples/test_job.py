@@ -17,9 +17,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import models
 import train as script
 import unpaired
 from data import sources, views
+from progress import Show
 from tests.examples import conftest, layouts
 from tests.examples.entries import outcome, results
 from tests.examples.files import two_sides
@@ -163,8 +165,8 @@ class Slow(nn.Module):
 def test_preflight_counts_the_evaluation(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    create = script.models.create
-    monkeypatch.setattr(script.models, "create", lambda *a, **k: Slow(create(*a, **k)))
+    create = models.create
+    monkeypatch.setattr(models, "create", lambda *a, **k: Slow(create(*a, **k)))
     started = time.perf_counter()
     assert run("--epochs", "1", "--criterion", "alone") == 0
     seconds = time.perf_counter() - started
@@ -200,10 +202,10 @@ def test_what_takes_more_than_a_day_begins_with_yes_alone(
     assert "more than a day; fix: --yes" in said
     assert trained == []
 
-    def stopping(self: script.Show, history: list[dict[str, float]]) -> None:
+    def stopping(self: Show, history: list[dict[str, float]]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script.Show, "epoch", stopping)
+    monkeypatch.setattr(Show, "epoch", stopping)
     assert run(*options, "--yes") == 130
     assert trained == ["teacher resnet8"]
 
@@ -398,10 +400,10 @@ def test_the_help_says_what_every_option_is(name: str, capsys: Shown) -> None:
 def test_a_bar_that_is_interrupted_gives_the_cursor_back(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopping(self: script.Show, history: list[dict[str, float]]) -> None:
+    def stopping(self: Show, history: list[dict[str, float]]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script.Show, "epoch", stopping)
+    monkeypatch.setattr(Show, "epoch", stopping)
     screen = io.StringIO()
     options = script.recipe(str(recipe), out=tmp_path / "out")
     job = script.Session(options, console=Console(file=screen, force_terminal=True))

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from torch import Tensor, nn
 
 import structkd
 import train as script
 from data import Batches
+from progress import Show
 from tests.examples import layouts
 from tests.examples.entries import outcome, results
 
@@ -89,12 +91,12 @@ def test_helpers_end_with_the_process_that_started_them(
         helpers.append(popen([sys.executable, "-c", "import time; time.sleep(600)"]))
         return helpers[-1]
 
-    def stopping(self: script.Show, history: list[dict[str, float]]) -> None:
+    def stopping(self: Show, history: list[dict[str, float]]) -> None:
         if self.label.startswith("alone"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", sleeping)
-    monkeypatch.setattr(script.Show, "epoch", stopping)
+    monkeypatch.setattr(Show, "epoch", stopping)
     assert script.main([str(recipe), "--out", str(tmp_path), "--jobs", "2"]) == 130
     assert [helper.poll() for helper in helpers] == [-signal.SIGTERM]
 
@@ -141,7 +143,7 @@ def few_steps(images: Path, out: Path) -> dict[str, Tensor]:
         student, teacher, script.Method.of(CRITERION).build(2, {"samples": 32, "negatives": 4}),
         example=torch.zeros(2, 3, 12, 12).double(), layers=STAGES, teacher_layers=STAGES,
     ).double()  # fmt: skip
-    state = script.PartialState()
+    state = PartialState()
     share = (state.process_index, state.num_processes)
     batches = Wide(options, poor=job.views.poor, rich=job.views.rich, share=share, labelled=0.5)
     training = script.Training("x", model, student, batches, options, script.distilled(1.0))
@@ -151,7 +153,7 @@ def few_steps(images: Path, out: Path) -> dict[str, Tensor]:
 
 def two_processes(images: Path, out: Path) -> None:
     found = few_steps(images, out / "plain")
-    if script.PartialState().is_main_process:
+    if PartialState().is_main_process:
         torch.save(found, out / "two.pt")
     raise SystemExit(script.main([str(images), "--seeds", "0", "--out", str(out / "job")]))
 
