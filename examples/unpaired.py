@@ -135,11 +135,15 @@ class Method(train.Method):
     @classmethod
     def named(cls, name: str, options: Options) -> Method:
         row, (task, weight, alignment) = ROWS[name], options.weights
+        # A recipe's list may begin with the lone student, which is a row of its own here.
+        own = next((m.parts for m in map(train.Method.of, options.criterion) if m.parts), ())
+        if (row.first or row.criterion == "") and not own:
+            told = f"--criterion: row {name!r} minimises one, got {', '.join(options.criterion)}"
+            raise ValueError(f"{told}; fix: --criterion KDLoss, or other --rows")
         if not row.first:
-            text = row.criterion or (options.criterion[0] if row.criterion == "" else None)
-            parts = train.Method.of(text).parts if text else ()
-            return cls(name, parts, 1.0, row)
-        own = train.Method.of(options.criterion[0]).parts
+            if row.criterion:
+                own = train.Method.of(row.criterion).parts
+            return cls(name, () if row.criterion is None else own, 1.0, row)
         parts = tuple(part | {"weight": weight * part.get("weight", 1.0)} for part in own)
         if row.aligned and alignment:
             (ska,) = train.Method.of("ska").parts
@@ -166,7 +170,7 @@ class Session(train.Session):
         views = open_views(options, unpaired=not options.apart, pseudo=options.pseudo)
         if views.originals is None and any(ROWS[name].first == "itself" for name in options.rows):
             raise ValueError("--rows: 'own pairs (reference)' needs images that were made poor")
-        return views.loaded() if views.size <= 1e9 * options.memory else views
+        return views.held(options)
 
     # The teacher's other work: stage 1, the matcher.
 

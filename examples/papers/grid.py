@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,12 @@ def opened(
 
 def _ahead(session: Session, teachers: set[Path]) -> float:
     """The seconds that a job takes; a teacher that several jobs share is counted once."""
-    items = product(session.methods, session.options.seeds)
-    missing = [item for item in items if session._stored(*item) is None]
+    missing = session.missing()
     if not missing:
         return 0.0
-    seconds, teacher = session._preflight(missing), session.teacher_checkpoint().path
+    seconds, teacher = session.preflight(missing), session.teacher_checkpoint().path
     if teacher in teachers and not teacher.exists():
-        seconds -= session._estimated(session.teacher_training())
+        seconds -= session.estimated(session.teacher_training())
     teachers.add(teacher)
     return seconds
 

@@ -22,6 +22,9 @@ def test_every_row_trains_and_goes_on_to_the_same_result(recipe: Path, tmp_path:
     found = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     assert [run["method"] for run in found] == rows
     assert all("accuracy" in run for run in found)
+    assert ["KD" in run["terms"] for run in found] == [
+        bool(row.first) or row.criterion == "" for row in ROWS.values()
+    ]
     published = found[rows.index("SemBridge as published")]
     assert len(published["trace"]["transport"]) == 3
     assert unpaired.main(arguments) == 0
