@@ -65,7 +65,7 @@ class Job(ABC):
         self.helper = HELPER in os.environ  # one of the processes that --jobs started
         _check_device(options.device)
         self.out = options.out or Path("runs") / options.recipe
-state = PartialState(cpu=options.device == "cpu")
+        state = PartialState(cpu=options.device == "cpu")
         self.leads = state.is_main_process
         if options.precision == "fp16" and state.device.type == "cpu":
             raise ValueError("--precision fp16 needs a GPU; fix: --precision bf16 or fp32")
