@@ -67,7 +67,7 @@ def job(recipe: Path, tmp_path: Path) -> Callable[..., script.Session]:
 
     def job(**changes: object) -> script.Session:
         still = {"epochs": 1, "pad": 0, "flip": False, "out": tmp_path / "job"}
-        return script.Session(script.recipe(str(recipe), **still | changes))
+        return script.Session(script.recipe(str(recipe), script.Options, **still | changes))
 
     return job
 

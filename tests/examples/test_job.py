@@ -228,7 +228,7 @@ def test_fp16_without_a_gpu_is_one_line(run: Runner, trained: list[str], capsys:
         (["mnist", "--teacher", "vit_tiny_patch16_224"], "does not take images of 1x28x28 (Input"),
         (["cifar10"], "needs a data directory; fix: add --data DIR"),
         (["mnist", "--download"], "--download is not for mnist"),
-        (["mnist", "--ema", "1"], "--ema must lie in [0, 1), got 1.0"),
+        (["mnist", "--ema", "1"], "--ema must lie in [0, 0.999999], got 1.0"),
         (["mnist", "--labelled", "2"], "--labelled must lie in"),
         (["mnist", "--memory", "nan"], "--memory must be at least 0, got nan"),
         (["mnist", "--workers", "-1"], "--workers must be at least 0, got -1"),
@@ -301,7 +301,9 @@ def test_rematching_is_as_published(name: str, epochs: list[int]) -> None:
 
 
 def test_a_recipe_fills_what_is_not_given_and_halves_have_twice_the_passes() -> None:
-    options = script.parsed(["cifar10", "--data", "somewhere", "--epochs", "20", "--no-flip"])
+    options = script.parsed(
+        ["cifar10", "--data", "somewhere", "--epochs", "20", "--no-flip"], script.Options
+    )
     assert (options.epochs, options.lr, options.flip) == (20, 0.1, False)
     assert options.criterion == ("alone", "kd", "dense")
     assert options.seeds == (0, 1, 2)
@@ -405,7 +407,7 @@ def test_a_bar_that_is_interrupted_gives_the_cursor_back(
 
     monkeypatch.setattr(Show, "epoch", stopping)
     screen = io.StringIO()
-    options = script.recipe(str(recipe), out=tmp_path / "out")
+    options = script.recipe(str(recipe), script.Options, out=tmp_path / "out")
     job = script.Session(options, console=Console(file=screen, force_terminal=True))
     with pytest.raises(KeyboardInterrupt):
         job.run()

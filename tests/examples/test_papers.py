@@ -212,7 +212,7 @@ def test_what_all_columns_take_is_told_before_the_first_and_needs_a_yes(
     run: Run, trained: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(script.Session, "_estimated", lambda self, training: 11 * 3600.0)
+    monkeypatch.setattr(script.Session, "estimated", lambda self, training: 11 * 3600.0)
     asked = ("table2", "--columns", "resnet8x4", "crd_shufflenet_v1", "--rows", "alone")
     assert run(*asked) == 2  # a teacher and a student, and another student: 33 hours
     said = capsys.readouterr()

@@ -135,7 +135,7 @@ CRITERION = "[kd, ds, rkd, dense, crd]"
 
 def few_steps(images: Path, out: Path) -> dict[str, Tensor]:
     """All that is trained, after a few steps on this process's share of every batch."""
-    options = script.recipe(str(images), out=out, epochs=2, labels=16, ema=0.5)
+    options = script.recipe(str(images), script.Options, out=out, epochs=2, labels=16, ema=0.5)
     job = script.Session(options)
     torch.manual_seed(3)
     student, teacher = Plain(4).double(), Plain(8).double()
