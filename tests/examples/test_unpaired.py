@@ -67,3 +67,14 @@ def test_published_students_are_resnet34():
 def test_rematching_at_the_published_places():
     assert rematch_epochs((30, 30, 5, 4), 200) == [30, 60, 95, 135]
     assert rematch_epochs((30, 30, 5, 4), 20) == [3, 6, 9, 12]
+
+
+def test_few_labels_leave_the_default_rows_that_match_by_labels_out(recipe: Path, tmp_path: Path):
+    options = ("--labels", "16", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path / "few"))
+    assert unpaired.main([str(recipe), *options, "--criterion", "kd"]) == 0
+    found = json.loads((tmp_path / "few" / "results.json").read_text())["runs"]
+    assert [one["method"] for one in found] == [
+        "alone",
+        "pairs made poor",
+        "pairs made poor + dense",
+    ]
