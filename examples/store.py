@@ -187,7 +187,8 @@ class Store:
         """A finished run of these settings that other code made, or None."""
 
         def plain(given: Mapping[str, Any]) -> str:
-            return key({k: v for k, v in given.items() if k != "code"})
+            loss = {k: v for k, v in given.get("loss", {}).items() if k != "own code"}
+            return key({k: v for k, v in given.items() if k != "code"} | {"loss": loss})
 
         wanted = (method, seed, plain(config))
         runs = ((run["method"], run["seed"], plain(run["config"])) for run in self.runs())

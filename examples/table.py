@@ -35,7 +35,7 @@ class Row:
         if not self.accuracies:
             return f"failed: {self.failures[0]}"
         text = f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
-        if self.std == 0:
+        if self.std == 0 and self.mean < 100:
             text += " (the same for every seed: lost?)"
         total = len(self.accuracies) + len(self.failures)
         return text + (f" ({len(self.failures)} of {total} failed)" if self.failures else "")

@@ -99,7 +99,8 @@ class LoopOptions:
         """Refuse what no training can have."""
         for name, least in {"epochs": 1, "batch_size": 1, "jobs": 1, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+                told = f"--{name.replace('_', '-')} must be at least {least}"
+                raise ValueError(f"{told}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"--lr must be positive, got {self.lr}")
         for name, most in {"ema": 0.999999, "labelled": 1.0}.items():
@@ -122,6 +123,14 @@ class Options(DataOptions, LoopOptions):
     def check(self) -> None:
         DataOptions.check(self)
         LoopOptions.check(self)
+
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's values as this kind of job has them."""
+        if values.get("reader") in ("scenes", "folders"):
+            name = values["recipe"]
+            raise ValueError(f"{name} has no pairs; fix: python examples/unpaired.py {name}")
+        return values
 
 
 # The loop.
@@ -207,6 +216,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
     )
     clip, _, size = options.clip.partition(":")
     began = filter_collapse(network)  # before an epoch that was kept takes its place
+    warned: set[str] = set()
     history = [] if keeper is None else keeper.resume(accelerator)
     training.history = history
     show.begin(training.label, options.epochs, len(batches), len(history))
@@ -251,11 +261,14 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
         if keeper is not None:
             keeper.save(accelerator, history)
         show.epoch(history)
-        # Early in a training one class is usual; half way through it is told once.
-        if epoch + 1 == max(options.epochs // 2, 1) or epoch + 1 == options.epochs:
-            for told in (running.one_class(), collapsed(began, filter_collapse(network))):
-                if told is not None:
-                    show.warn(f"{training.label}, epoch {epoch + 1}: {told}")
+        # Early in a training one class is usual: from half way on it is told, once.
+        if epoch + 1 in (max(options.epochs // 2, min(5, options.epochs)), options.epochs):
+            looks = {"class": running.one_class()}
+            looks["filters"] = collapsed(began, filter_collapse(network))
+            for kind, text in looks.items():
+                if text is not None and kind not in warned:
+                    warned.add(kind)
+                    show.warn(f"{training.label}, epoch {epoch + 1}: {text}")
     show.end()
     return network if ema is None else ema.module
 
@@ -291,8 +304,8 @@ class Session(job.Job):
     def rows(self) -> list[Any]:
         return [Method.of(text) for text in self.options.criterion]
 
-    def open(self) -> None:
-        self.views = self.opened()
+    def open(self, views: Views | None = None) -> None:
+        self.views = views or self.opened()
         for line in [] if self.helper else self.views.summary():
             self.show.say(line)
         for role, images in (("teacher", self.views.rich), ("student", self.views.poor)):
@@ -300,8 +313,7 @@ class Session(job.Job):
 
     def opened(self) -> Views:
         """The images, in memory where they fit."""
-        views = open_views(self.options)
-        return views.loaded() if views.size <= 1e9 * self.options.memory else views
+        return open_views(self.options).held(self.options)
 
     def network(self, role: str, seed: int) -> nn.Module:
         """A new network of a role, its weights drawn by the seed."""

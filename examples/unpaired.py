@@ -104,13 +104,20 @@ class Options(train.Options):
             if name not in ROWS:
                 hint = near(name, ROWS)
                 raise ValueError(f"--rows: unknown {name!r}; {hint}known: {', '.join(ROWS)}")
-            if self.labels is not None and ROWS[name].first:
+            if name in self.wanted and self.labels is not None and ROWS[name].first:
                 raise ValueError(
                     f"--labels: {name!r} matches every image by its label, also those without one; "
                     "fix: rows without matches"
                 )
         if min(self.weights) < 0:
             raise ValueError(f"--weights must be at least 0, got {self.weights}")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The rows; where none were asked for and labels are few, those without matches."""
+        if self.labels is None or self.rows != type(self).rows:
+            return self.rows
+        return tuple(name for name in self.rows if not ROWS[name].first)
 
     @property
     def apart(self) -> bool:
@@ -123,7 +130,8 @@ class Options(train.Options):
         if values.get("reader") in ("scenes", "folders"):
             return values
         doubled = {k: 2 * values[k] for k in ("epochs", "teacher_epochs") if values.get(k)}
-        return values | doubled | {"recipe": f"unpaired-{values['recipe']}"}
+        name = f"unpaired-{values['recipe'].removeprefix('unpaired-')}"
+        return values | doubled | {"recipe": name}
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,15 @@ class Method(train.Method):
     @classmethod
     def named(cls, name: str, options: Options) -> Method:
         row, (task, weight, alignment) = ROWS[name], options.weights
+        # A recipe's list may begin with the lone student, which is a row of its own here.
+        own = next((m.parts for m in map(train.Method.of, options.criterion) if m.parts), ())
+        if (row.first or row.criterion == "") and not own:
+            told = f"--criterion: row {name!r} minimises one, got {', '.join(options.criterion)}"
+            raise ValueError(f"{told}; fix: --criterion KDLoss, or other --rows")
         if not row.first:
-            text = row.criterion or (options.criterion[0] if row.criterion == "" else None)
-            parts = train.Method.of(text).parts if text else ()
-            return cls(name, parts, 1.0, row)
-        own = train.Method.of(options.criterion[0]).parts
+            if row.criterion:
+                own = train.Method.of(row.criterion).parts
+            return cls(name, () if row.criterion is None else own, 1.0, row)
         parts = tuple(part | {"weight": weight * part.get("weight", 1.0)} for part in own)
         if row.aligned and alignment:
             (ska,) = train.Method.of("ska").parts
@@ -159,14 +171,14 @@ class Session(train.Session):
     options: Options
 
     def rows(self) -> list[Method]:
-        return [Method.named(name, self.options) for name in self.options.rows]
+        return [Method.named(name, self.options) for name in self.options.wanted]
 
     def opened(self) -> Views:
         options = self.options
         views = open_views(options, unpaired=not options.apart, pseudo=options.pseudo)
-        if views.originals is None and any(ROWS[name].first == "itself" for name in options.rows):
+        if views.originals is None and any(ROWS[name].first == "itself" for name in options.wanted):
             raise ValueError("--rows: 'own pairs (reference)' needs images that were made poor")
-        return views.loaded() if views.size <= 1e9 * options.memory else views
+        return views.held(options)
 
     # The teacher's other work: stage 1, the matcher.
 

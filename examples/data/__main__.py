@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,7 +21,16 @@ from data import open_views
 from data.check import check
 from job import reported
 from recipe import parsed
-from train import Options
+from unpaired import Options as UnpairedOptions
+
+
+@dataclass(frozen=True)
+class Options(UnpairedOptions):
+    """Of any recipe, with pairs or without."""
+
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +44,9 @@ def _checked(given: list[str]) -> int:
         return _shown(parsed(given[1:], Options))
     if given[:1] != ["check"]:
         raise ValueError("usage: python examples/data check RECIPE --data DIR, or show ... --out")
-    found = check(parsed(given[1:], Options))
+    options = parsed(given[1:], Options)
+    options.check()
+    found = check(options)
     print("\n".join(found.lines))
     return int(found.bad > 0)
 

@@ -119,17 +119,21 @@ class Batches:
         ids = None if self.rich is None else torch.arange(len(self._led)) % len(self.rich)
         return self.take(torch.arange(size), ids=ids)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read during the training."""
+        return any(i is not None and i.pixels is None for i in (self.poor, self.rich))
+
     def _dataset(self, number: int | None, ids: Tensor | None) -> Dataset[Batch]:
         """Makes batches of rows; ``number`` None leaves the images as they are."""
         return _Epoch(self, number, ids)
 
     def _made(self, epoch: Dataset[Batch], steps: list[Tensor]) -> Iterator[Batch]:
-        in_memory = all(i is None or i.pixels is not None for i in (self.poor, self.rich))
         loader = DataLoader(
             epoch,
             batch_size=None,
             sampler=[rows.tolist() for rows in steps],
-            num_workers=0 if in_memory else self.workers,
+            num_workers=self.workers if self.streamed else 0,
             # It draws a seed for its workers, which must not move the training's own.
             generator=torch.Generator(),
         )

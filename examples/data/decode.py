@@ -49,7 +49,7 @@ class AlikeFiles:
     def image(self, row: int) -> Pixels:
         """One of them, (C, H, W)."""
         file, (first, kind, shape) = self.files[row], self._first
-        image = self._read(file)
+        image = self.decode(file)
         if image.shape[0] != shape[0]:
             raise ValueError(
                 f"image {file} has {image.shape[0]} band(s), {first} has {shape[0]}; fix: give "
@@ -67,14 +67,15 @@ class AlikeFiles:
             )
         return image
 
-    def _read(self, file: Path) -> Pixels:
+    def decode(self, file: Path) -> Pixels:
+        """An image whatever the others are."""
         image = read_colours(file) if self.colours else read_bands(file)
         return image if self.size is None else fitted(image, self.size, margin=self.margin)
 
     @cached_property
     def _first(self) -> tuple[Path, np.dtype, tuple[int, ...]]:
         first = self.like or self.files[0]
-        image = self._read(first)
+        image = self.decode(first)
         return first, image.dtype, image.shape
 
 

@@ -48,6 +48,10 @@ class MixedBatches:
         return self.alone.size
 
     @property
+    def streamed(self) -> bool:
+        return self.own.streamed or self.pairs.streamed
+
+    @property
     def classes(self) -> list[str]:
         return self.alone.classes
 

@@ -110,7 +110,7 @@ def open_two(
             "fix: give both the same class folders"
         )
     parts = []
-    for _, *sides, labels in found:
+    for _, *sides, labels, _ in found:
         everything = np.asarray(labels, dtype=np.int64)
         rows = [np.arange(len(labels))]
         if len(found) == 1:
@@ -127,7 +127,7 @@ def open_two(
             for files, like in zip(chosen, alike, strict=True)
         ]
         made.append(Images(some_labels, *readers))
-    return Source(classes, *made)
+    return Source(classes, *made, tuple(file for *_, lonely in found for file in lonely))
 
 
 def open_folders(
@@ -160,8 +160,8 @@ def _halves(folder: Path) -> tuple[str, ...]:
 
 def _paired(
     rich: Path, poor: Path, name: str, only_pairs: bool = False
-) -> tuple[list[str], list[Path], list[Path], list]:
-    """Classes, the files of either side in one order, and labels."""
+) -> tuple[list[str], list[Path], list[Path], list[int], list[Path]]:
+    """Classes, the files of either side in one order, labels, and files without a partner."""
     classes = [_classes(side, name) for side in (rich, poor)]
     if classes[0] != classes[1]:
         alone = [sorted(set(a) - set(b)) for a, b in (classes, classes[::-1])]
@@ -171,25 +171,24 @@ def _paired(
     files: list[Path] = []
     partners: list[Path] = []
     labels: list[int] = []
-    lonely: list[str] = []
+    lonely: list[Path] = []
     for label, folder in enumerate(classes[0]):
         sides = [by_name(side / folder) for side in (rich, poor)]
         both = sorted(sides[0].keys() & sides[1].keys())
-        lonely += [
-            str(sides[k][stem]) for k in (0, 1) for stem in sorted(sides[k].keys() - set(both))
-        ]
+        lonely += [sides[k][stem] for k in (0, 1) for stem in sorted(sides[k].keys() - set(both))]
         files += [sides[0][stem] for stem in both]
         partners += [sides[1][stem] for stem in both]
         labels += [label] * len(both)
     if lonely and not only_pairs:
+        told = _named([str(file) for file in lonely])
         raise ValueError(
             f"{len(lonely)} image(s) without a partner of the same class and name on the other "
-            f"side: {_named(lonely)}; fix: add the partners, --only-pairs to leave these out, or "
+            f"side: {told}; fix: add the partners, --only-pairs to leave these out, or "
             "examples/unpaired.py folders, which needs no pairs"
         )
     if bare := sorted(set(range(len(classes[0]))) - set(labels)):
         raise ValueError(f"class {classes[0][bare[0]]!r} has no pair; fix: the names must agree")
-    return classes[0], files, partners, labels
+    return classes[0], files, partners, labels, lonely
 
 
 def _classes(folder: Path, name: str) -> list[str]:

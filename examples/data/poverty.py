@@ -78,6 +78,8 @@ def poverty(text: str, option: str = "--view") -> Poverty:
         if kind == "bands":
             places, _, white = argument.partition("@")
             chosen = [int(place) for place in places.split(",")]
+            if min(chosen) < 0 or (white and not 0 < float(white) < float("inf")):
+                raise ValueError("channels are counted from 0, and WHITE is a value above 0")
             if not white:
                 return Poverty(text, partial(views.bands, places=chosen))
             return Poverty(text, partial(_photo, places=chosen, white=float(white)), as_photo=True)
@@ -96,6 +98,4 @@ def poverty(text: str, option: str = "--view") -> Poverty:
 
 
 def _photo(images: Tensor, places: list[int], white: float) -> Tensor:
-    if not 0 < white < float("inf"):
-        raise ValueError(f"bands:...@WHITE needs a value above 0, got {white!r}")
     return views.bands(images, places) * (255 / white)

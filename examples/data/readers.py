@@ -1,4 +1,4 @@
-"""Every data set's reader by its name in ``recipes.toml``.
+"""Every data set's reader by its name in ``recipes/``.
 
 A reader is ``open_<name>(data_dir, download, **options) -> Source``; its options are those that
 the data set's entry lists.

@@ -34,11 +34,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A whole data set: class names, training half, test half."""
+    """A whole data set: class names, training half, test half; files that were left out of both."""
 
     classes: list[str]
     train: Images
     test: Images
+    lonely: tuple[Path, ...] = ()  # no file of the other side has their class and name
 
 
 def stratified(labels: Rows, count: int, *, draw: int) -> Rows:

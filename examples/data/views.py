@@ -57,6 +57,12 @@ class Views:
         done: dict[int, Images] = {}
         return replace(self, **{k: v.loaded(done, made=made) for k, v in self._images().items()})
 
+    def held(self, options: Options) -> Views:
+        """In memory, where they fit into ``options.memory``; the batches are the same bits."""
+        if self.size > 1e9 * options.memory:
+            return self
+        return self.loaded(made=options.crop != "resized")  # such a crop is made poor after it
+
     @property
     def size(self) -> int:
         return sum({id(images): images.size for images in self._images().values()}.values())
@@ -75,6 +81,12 @@ class Views:
                 f"{'x'.join(map(str, images.shape))}, {len(images.classes)} classes of "
                 f"{found.min()} to {found.max()}"
             )
+            files = getattr(images.read, "files", [])
+            if files and (several := len(images) - len({files[row] for row in images.rows})):
+                lines.append(
+                    f"{name}: {len(images) - several} files with {len(images)} labels; an image "
+                    "stands once for each of its labels, so an accuracy on them ends below 100 %"
+                )
             if constant := images.statistics.constant:
                 lines.append(
                     f"warning: {name} band(s) {', '.join(map(str, constant))} (counted from 0) "
@@ -243,9 +255,9 @@ def _apart(options: Options, pseudo: str) -> Views:
     for side in sides:
         refuse_sizes(side.read)
         everything = np.arange(len(side.labels))
-        train, test = _held_out(everything, side.labels, options.test_fraction, _TEST)
+        train, test = _held_out(everything, side, options.test_fraction, _TEST)
         if options.evaluate == "val":
-            train, test = _held_out(train, side.labels, VAL_FRACTION, _SCENES_VAL)
+            train, test = _held_out(train, side, VAL_FRACTION, _SCENES_VAL)
         train = _limited(train, side.labels, options.limit, _SCENES_LIMIT, len(classes))
         for rows in (train, test):
             labels, index = (torch.from_numpy(part) for part in (side.labels[rows], rows + offset))
@@ -270,15 +282,11 @@ def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _split(images: Half, options: Options, classes: int) -> tuple[Rows, Rows]:
     """Training rows, and those that validation holds out of them."""
-    labels = images.labels
-    train = np.arange(len(labels), dtype=np.int64)
+    train = np.arange(len(images.labels), dtype=np.int64)
     held_out = train[:0]
-    if options.evaluate == "val" and images.groups is None:
-        train, held_out = _held_out(train, labels, VAL_FRACTION, _VAL)
-    elif options.evaluate == "val":
-        held_out = splits.held_out(labels, images.groups, VAL_FRACTION, draw=_VAL)
-        train = np.setdiff1d(train, held_out)
-    return _limited(train, labels, options.limit, _LIMIT, classes), held_out
+    if options.evaluate == "val":
+        train, held_out = _held_out(train, images, VAL_FRACTION, _VAL)
+    return _limited(train, images.labels, options.limit, _LIMIT, classes), held_out
 
 
 def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:
@@ -292,10 +300,10 @@ def _some(option: str, count: int, labels: Rows, classes: int, draw: int) -> Row
     return stratified(labels, count, draw=draw)
 
 
-def _held_out(rows: Rows, labels: Rows, fraction: float, draw: int) -> tuple[Rows, Rows]:
-    """The rest and the held-out rows; at least one image a class in the latter."""
-    count = max(round(fraction * len(rows)), len(np.unique(labels[rows])))
-    held_out = rows[stratified(labels[rows], count, draw=draw)]
+def _held_out(rows: Rows, images: Half, fraction: float, draw: int) -> tuple[Rows, Rows]:
+    """The rest and the held-out rows, whole groups; at least one image a class in the latter."""
+    groups = None if images.groups is None else images.groups[rows]
+    held_out = rows[splits.held_out(images.labels[rows], groups, fraction, draw=draw)]
     return np.setdiff1d(rows, held_out), held_out
 
 

@@ -11,13 +11,21 @@ Two of the printed formulas look wrong. Each is here as printed and as corrected
 - Eq. 16 takes the arc tangent of an angle. The width of what spans an angle is the tangent of half
   of it, times twice the distance. Half of the box's angle is ``180 w / X``; from it the printed
   formula takes all of b, so its b must be the share of one side: half of the beam's width.
+
+``python examples/papers geometry boxes.csv --radar 18.2 109.5 ...`` prints all of it for boxes.
 """
 
 from __future__ import annotations
 
+import csv
 import math
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 EARTH = 6_371_008.8  # metres, mean radius (IUGG)
 Formula = Literal["corrected", "printed"]
@@ -226,3 +234,64 @@ def seen(camera: Camera, looking: Aim) -> tuple[Bearing, float]:
     distance = camera.height / math.tan(math.radians(looking.tilt))
     azimuth = (looking.pan - camera.zero) % 360
     return Bearing(azimuth, distance), distance * camera.chip / (2 * looking.zoom * camera.focal)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pan, tilt and zoom of the camera, and the width of the ship, for boxes in radar images.
+
+    Angles are in degrees, lengths in metres unless the name says otherwise.
+    """
+
+    # CSV file with columns x, y, w and h, in pixels.
+    boxes: Annotated[Path, tyro.conf.Positional]
+    # Latitude and longitude of the radar (P1).
+    radar: tuple[float, float]
+    # Latitude and longitude of the camera (P3); the radar's by default.
+    camera: tuple[float, float] | None = None
+    # Width and height of the radar's images, in pixels (X, Y).
+    size: tuple[int, int] = (4096, 4096)
+    # Distance of the top row (R).
+    reach: float = 20_000.0
+    # What the beam's width adds to each side of a target (b).
+    beam: float = 0.0
+    # Height of the camera above the water (L).
+    height: float = 50.0
+    # What is added to an azimuth from north to get a pan (B).
+    zero: float = 0.0
+    # Length of the camera's chip, in millimetres (I).
+    chip: float = 4.8
+    # Smallest focal length, in millimetres (f).
+    focal: float = 6.0
+
+
+def command(arguments: Sequence[str], _: str) -> int:
+    """Writes CSV to the console: every box by the corrected formulas and by the printed ones."""
+    options = tyro.cli(Options, args=list(arguments), prog="papers geometry")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["x", "y", "w", "h", "formulas", "pan", "tilt", "zoom", "width"])
+    for line in aimed(options):
+        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in line)
+    return 0
+
+
+def aimed(options: Options) -> Iterator[tuple[float | str, ...]]:
+    """A line a box and kind of formulas: the box, the kind, pan, tilt, zoom and width."""
+    scan = Scan(*options.size, options.reach, options.beam)
+    radar, place = Place(*options.radar), Place(*(options.camera or options.radar))
+    camera = Camera(place, options.height, options.zero, options.chip, options.focal)
+    with options.boxes.open(newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                box = Box(*(float(row[name]) for name in "xywh"))
+                for kind in get_args(Formula):
+                    first = bearing_of_box(box, scan, kind)
+                    second = bearing_of_place(place, place_of_bearing(radar, first))
+                    width = width_of_box(box, scan, second.distance, kind)
+                    looking = aim(camera, second, width)
+                    told = looking.pan, looking.tilt, looking.zoom, width
+                    yield box.x, box.y, box.w, box.h, kind, *told
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{options.boxes} has no columns x, y, w and h") from error
+            except ValueError as error:
+                raise ValueError(f"{options.boxes}, line {number}: {error}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from structkd.views import fits
 
 FARTHEST, LARGEST_RATIO = 0.25, 2**0.5
-LARGEST_GRAIN = 1.05  # docs/unpaired.md has what a bridge does beyond it
+LARGEST_GRAIN = 1.05  # docs/unpaired.md has what free pairs do beyond it
 
 
 class ModalityGapWarning(UserWarning):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import progress
 import train as script
 from data import sources, views
 from tests.examples import entries
@@ -61,14 +62,25 @@ def run(recipe: Path, tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
+def job(recipe: Path, tmp_path: Path) -> Callable[..., script.Session]:
+    """Opens a job on the tiny set, its images as they are, with a few options changed."""
+
+    def job(**changes: object) -> script.Session:
+        still = {"epochs": 1, "pad": 0, "flip": False, "out": tmp_path / "job"}
+        return script.Session(script.recipe(str(recipe), script.Options, **still | changes))
+
+    return job
+
+
+@pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records which networks are trained."""
     labels: list[str] = []
-    original = script.fit
+    begin = progress.Show.begin
 
-    def recorded(training: script.Training, *rest: object) -> object:
-        labels.append(training.label)
-        return original(training, *rest)
+    def recorded(self: progress.Show, label: str, *rest: int) -> None:
+        labels.append(label)
+        begin(self, label, *rest)
 
-    monkeypatch.setattr(script, "fit", recorded)
+    monkeypatch.setattr(progress.Show, "begin", recorded)
     return labels

@@ -1,9 +1,12 @@
-"""The readers' tests open a recipe's images with a few options changed."""
+"""What several tests open and read: a recipe's images, and what a job left in its folder."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import data
 from data.views import Views
@@ -23,3 +26,20 @@ def recipe_views(
     options = recipe(known, Options, **({"data": root} if root else {}) | changes)
     views = data.open_views(options, unpaired=unpaired, pseudo=pseudo)
     return views.loaded() if known == TINY else views
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """The runs that are stored in a folder."""
+    return list(json.loads((out / "results.json").read_text())["runs"])
+
+
+def outcome(out: Path) -> tuple[dict[Any, Any], dict[str, str]]:
+    """What a job came to, but for its seconds: results by run, and the checksums of all weights."""
+    found = {}
+    for run in results(out):
+        trace = {name: run.get("trace", {}).get(name) for name in ("transport", "matched")}
+        found[run["method"], run["seed"]] = (run.get("accuracy"), run.get("terms"), trace)
+    weights = {
+        file.name: torch.load(file, weights_only=True)["sha256"] for file in out.glob("*.pt")
+    }
+    return found, weights

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from papers.__main__ import main
 from papers.geometry import (
     EARTH,
     Aim,
@@ -141,3 +144,45 @@ def test_what_cannot_be() -> None:
         aim(CAMERA, Bearing(0, 0), 5)
     with pytest.raises(ValueError, match="tilt must lie in"):
         seen(CAMERA, Aim(0, 0, 1))
+
+
+# The command line.
+
+WHERE = ("--radar", "18.2", "109.5", "--camera", "18.21", "109.5", "--height", "60")
+
+
+def test_the_command_aims_at_every_box_by_both_kinds_of_formulas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("x,y,w,h\n1000,2000,20,12\n30,4000,40,20\n")
+    assert main(["geometry", str(boxes), *WHERE]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [line["formulas"] for line in lines] == ["corrected", "printed"] * 2
+    scan = Scan(4096, 4096, 20_000.0)
+    place = place_of_bearing(SANYA, bearing_of_box(Box(1000, 2000, 20, 12), scan))
+    bearing = bearing_of_place(Place(18.21, 109.5), place)
+    width = width_of_box(Box(1000, 2000, 20, 12), scan, bearing.distance)
+    expected = aim(Camera(Place(18.21, 109.5), 60, 0, 4.8, 6.0), bearing, width)
+    found = [float(lines[0][name]) for name in ("pan", "tilt", "zoom", "width")]
+    wanted = [expected.pan, expected.tilt, expected.zoom, width]
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "has no columns x, y, w and h"),
+        ("x,y,w,h\n1,2,0,4\n", "line 2: a box must be wider"),
+        ("x,y,w,h\n1,2,four,4\n", "line 2: could not convert"),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text(text)
+    assert main(["geometry", str(boxes), *WHERE]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1

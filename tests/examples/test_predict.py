@@ -15,7 +15,7 @@ import predict
 
 @pytest.fixture
 def student(run: Callable[..., int], tmp_path: Path) -> Path:
-    run("--criterion", "kd")
+    run("--criterion", "kd", "--epochs", "1")
     (file,) = (tmp_path / "out").glob("student-kd*.pt")
     return file
 

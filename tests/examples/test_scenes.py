@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import unpaired
 from data import Views
 from data.scenes import read_multispectral
 from data.sources import read_rgb
-from tests.examples.entries import recipe_views
+from tests.examples.entries import recipe_views, results
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -169,3 +170,73 @@ def test_bad_arguments_are_named(original: Path) -> None:
         opened(None)
     with pytest.raises(ValueError, match=r"--rgb must lie in 0\.\.9"):
         opened(original, rgb=(10, 1, 0))
+
+
+# Several labels an image, as M2S-GL's.
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Sixteen images a class as .mat, every second of which shows the next class as well."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        for kind in ("MS", "RGB"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        for number in range(16):
+            marked = np.zeros((1, 3), np.uint16)
+            marked[0, [label, (label + number % 2) % 3]] = 1
+            image = random.integers(0, 900, (SIZE, SIZE, BANDS)).astype(np.uint16)
+            image[..., :3] += 3000 * marked
+            file = tmp_path / "MS" / name / f"{number}.mat"
+            savemat(file, {"msi": image, "label": marked})
+            pixels = random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "RGB" / name / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("evaluate", ["test", "val"])
+def test_an_image_stands_once_for_each_of_its_labels_on_one_side_of_the_split(
+    several: Path, evaluate: str
+) -> None:
+    views = recipe_views("m2s_gl", data=several, evaluate=evaluate)
+    sides = (views.rich, views.held_out_rich)
+    files = [[images.read.files[row] for row in images.rows] for images in sides]
+    assert not set(files[0]) & set(files[1])
+    for images, names in zip(sides, files, strict=True):
+        assert set(images.labels.tolist()) == {0, 1, 2}
+        bright = images.loaded().pixels.float().mean((2, 3))[:, :3] > 2000
+        assert bright[torch.arange(len(images)), images.labels].all()
+        # As often as it has labels, and no label twice.
+        assert len(set(zip(names, images.labels.tolist(), strict=True))) == len(images)
+        assert bright.sum(1).tolist() == [names.count(name) for name in names]
+    if evaluate == "test":
+        assert sum(map(len, sides)) == 72
+    assert sum("stands once for each of its labels" in line for line in views.summary()) == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ([1, 0], r"label has 2 values .* expected 0 or 1 for each of the 3 class folders"),
+        ([0, 3, 1], r"label has 3 values \[0, 1, 3\]"),
+        ([0, 1, 1], r"marks River, Town, and not its folder Forest; fix: .* order of their names"),
+        ([0, 0, 0], r"marks none, and not its folder Forest"),
+    ],
+)
+def test_a_label_that_cannot_be_is_named(several: Path, label: list[int], message: str) -> None:
+    content = {"msi": np.zeros((SIZE, SIZE, BANDS), np.uint16), "label": label}
+    savemat(several / "MS/Forest/3.mat", content)
+    with pytest.raises(ValueError, match=rf"3\.mat: its {message}|3\.mat: its label {message}"):
+        recipe_views("m2s_gl", data=several)
+
+
+def test_images_of_several_labels_train_and_are_matched_by_any(several: Path) -> None:
+    pytest.importorskip("faiss")
+    out = several / "out"
+    command = ["m2s_gl", "--data", str(several), "--out", str(out), "--teacher", "resnet8x0_5"]
+    command += ["--student", "resnet8x0_5", "--epochs", "2", "--matcher-epochs", "1"]
+    command += ["--batch-size", "16", "--seeds", "0", "--device", "cpu", "--rows"]
+    rows = ["pairs made poor + dense", "SemBridge as published"]
+    assert unpaired.main([*command, *rows]) == 0
+    assert [run["method"] for run in results(out)] == rows
+    assert all("accuracy" in run for run in results(out))

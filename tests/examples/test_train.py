@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-import store
 import train as script
 from data import views
+from tests.examples.entries import outcome, results
 
-HERE = Path(__file__).parents[2]
 Runner = Callable[..., int]
-OWN = """
-import torch.nn.functional as F
-import structkd
-
-class Mean(structkd.Criterion):
-    reads = ("logits",)
-
-    def terms(self, student, teacher, target=None):
-        return {"Mean": FACTOR * F.mse_loss(student.logits.float(), teacher.logits.float())}
-"""
-
-
-def results(out: Path) -> list[dict]:
-    return json.loads((out / "results.json").read_text())["runs"]
-
-
-def weights(out: Path) -> dict[str, str]:
-    found = {}
-    for file in out.glob("student-*.pt"):
-        content = torch.load(file, weights_only=True)
-        found[file.name] = content["sha256"]
-    return found
 
 
 def test_a_finished_row_is_not_trained_again(run: Runner, trained: list[str], tmp_path: Path):
@@ -54,28 +24,6 @@ def test_a_finished_row_is_not_trained_again(run: Runner, trained: list[str], tm
     assert len(results(tmp_path / "out")) == 3
 
 
-def test_every_spec_of_the_library_is_a_row(run: Runner, tmp_path: Path):
-    asked = ["DSLoss", "{type: KDLoss, temperature: 2}", "[kd, dense]", "vid", "crd", "fsp"]
-    assert run("--epochs", "1", "--criterion", *asked) == 0
-    assert [found["method"] for found in results(tmp_path / "out")] == asked
-
-
-def test_a_criterion_of_ones_own_trains_and_its_change_is_noticed(
-    run: Runner, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    file = tmp_path / "mine.py"
-    file.write_text(OWN.replace("FACTOR", "1.0"))
-    asked = ["--criterion", f"{file}:Mean"]
-    assert run(*asked) == 0
-    assert "Mean" in results(tmp_path / "out")[0]["terms"]
-    file.write_text("# a comment changes nothing\n" + OWN.replace("FACTOR", "1.0"))
-    assert run(*asked) == 0
-    assert len(trained) == 2
-    file.write_text(OWN.replace("FACTOR", "2.0"))
-    assert run(*asked) == 0
-    assert len(trained) == 3
-
-
 def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
     run: Runner, trained: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -84,86 +32,6 @@ def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
     run("--criterion", "alone")
     assert trained.count("alone seed 0") == 2
     assert "by other code" in capsys.readouterr().out
-
-
-def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run("--criterion", "dense", out=whole)
-    save, count = store.Epochs.save, []
-
-    def stopped(self: store.Epochs, *rest: object) -> None:
-        save(self, *rest)
-        count.append(1)
-        if len(count) == 5:  # in the student's second epoch
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store.Epochs, "save", stopped)
-        assert run("--criterion", "dense", out=cut) == 130
-    assert not (cut / "results.json").exists()
-    assert run("--criterion", "dense", out=cut) == 0
-    assert weights(cut) == weights(whole)
-
-
-def test_a_damaged_epoch_is_named_and_the_one_before_taken(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(store.Epochs, "clear", lambda self: None)
-        run("--criterion", "alone")
-    out = tmp_path / "out"
-    (out / "results.json").unlink()
-    (last,) = out.glob("epochs/student-alone*/epoch-3")
-    (last / "extra.pt").write_bytes(b"no")
-    assert run("--criterion", "alone") == 0
-    assert "epoch-3 is damaged" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["results.json", "teacher"])
-def test_a_damaged_file_is_named_with_its_cure(
-    run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
-):
-    run("--criterion", "alone")
-    (file,) = (tmp_path / "out").glob(f"{name}*")
-    file.write_bytes(file.read_bytes()[:100])
-    assert run() == 2
-    said = capsys.readouterr().err
-    assert file.name in said
-    assert "damaged" in said
-    assert "fix: move it away" in said
-
-
-def test_the_bits_are_the_same_for_any_number_of_workers(run: Runner, tmp_path: Path):
-    held, streamed = tmp_path / "held", tmp_path / "streamed"
-    run("--criterion", "kd", out=held)
-    run("--criterion", "kd", "--memory", "0", "--workers", "0", out=streamed)
-    assert weights(held) == weights(streamed)
-
-
-@pytest.mark.slow
-def test_two_commands_in_one_folder_and_a_kill(tmp_path: Path):
-    command = [
-        sys.executable, "examples/train.py", "mnist", "--limit", "100", "--epochs", "2",
-        "--teacher-epochs", "1", "--seeds", "0", "1", "--criterion", "alone", "kd",
-        "--device", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    start = lambda out: subprocess.Popen(  # noqa: E731
-        [*command, "--out", str(out)], cwd=HERE, env=environment, stdout=subprocess.DEVNULL
-    )
-    shared, single = tmp_path / "shared", tmp_path / "single"
-    killed = start(shared)
-    while not list(shared.glob("epochs/student-*/epoch-1")) and killed.poll() is None:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    both = [start(shared), start(shared)]
-    assert [one.wait() for one in both] == [0, 0]
-    assert start(single).wait() == 0
-    assert len(results(shared)) == 4
-    assert weights(shared) == weights(single)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +78,26 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
         script.recipe(str(file), script.Options)
 
 
+@pytest.mark.parametrize("name", ["s2s_eu", "folders"])
+def test_what_has_no_pairs_is_sent_to_the_other_script(name: str, capsys: pytest.CaptureFixture):
+    assert script.main([name]) == 2
+    assert f"fix: python examples/unpaired.py {name}" in capsys.readouterr().err
+
+
 def test_a_data_set_of_another_number_of_classes_is_refused(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(views, "_CLASSES", {"tiny": 100})
     assert run() == 2
     assert "100 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_images_that_are_read_while_training_give_the_same_bits(
+    run: Runner, tmp_path: Path, crop: str
+):
+    held, streamed = tmp_path / "held", tmp_path / "streamed"
+    options = ("--criterion", "kd", "--epochs", "1", "--crop", crop)
+    assert run(*options, out=held) == 0
+    assert run(*options, "--memory", "0", "--workers", "0", out=streamed) == 0
+    assert outcome(held) == outcome(streamed)

@@ -22,6 +22,9 @@ def test_every_row_trains_and_goes_on_to_the_same_result(recipe: Path, tmp_path:
     found = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     assert [run["method"] for run in found] == rows
     assert all("accuracy" in run for run in found)
+    assert ["KD" in run["terms"] for run in found] == [
+        bool(row.first) or row.criterion == "" for row in ROWS.values()
+    ]
     published = found[rows.index("SemBridge as published")]
     assert len(published["trace"]["transport"]) == 3
     assert unpaired.main(arguments) == 0
@@ -64,3 +67,14 @@ def test_published_students_are_resnet34():
 def test_rematching_at_the_published_places():
     assert rematch_epochs((30, 30, 5, 4), 200) == [30, 60, 95, 135]
     assert rematch_epochs((30, 30, 5, 4), 20) == [3, 6, 9, 12]
+
+
+def test_few_labels_leave_the_default_rows_that_match_by_labels_out(recipe: Path, tmp_path: Path):
+    options = ("--labels", "16", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path / "few"))
+    assert unpaired.main([str(recipe), *options, "--criterion", "kd"]) == 0
+    found = json.loads((tmp_path / "few" / "results.json").read_text())["runs"]
+    assert [one["method"] for one in found] == [
+        "alone",
+        "pairs made poor",
+        "pairs made poor + dense",
+    ]

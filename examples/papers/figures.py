@@ -1,0 +1,267 @@
+"""The figures, drawn without a display."""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data import Images
+from methods import ALONE
+from store import write_atomically
+from structkd.diagnostics import effective_rank, self_similarity
+from table import Row
+
+# Paul Tol's "muted" scheme: ten hues that stay apart for colour-blind readers.
+PALETTE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
+           "#DDCC77", "#CC6677", "#882255", "#AA4499", "#888888")  # fmt: skip
+LONE = "#CC6677"  # the lone student
+_INK, _DISTILLED, _RIGHT = "#222222", "#332288", "#117733"
+_STYLE: Any = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+_STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+_STYLE |= {"savefig.dpi": 200}
+_DIAMOND: Any = {"marker": "D", "s": 18, "facecolors": "white", "edgecolors": LONE, "zorder": 3}
+Series = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
+
+
+@contextmanager
+def drawing(path: Path, inches: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of this size in the common style, written when the block is left."""
+    # Figure itself, not pyplot: no global state, no window, the Agg canvas whatever the machine.
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure
+        write_atomically(path, figure.savefig)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Accuracies by the name of their line; None for a line that has none."""
+
+    rows: Mapping[str, Row | None]
+    published: Mapping[str, float] = field(default_factory=dict)
+    title: str = ""
+    caption: str = ""
+
+
+def draw_accuracy(panels: Sequence[Panel], path: Path, *, title: str) -> None:
+    """Every seed a dot, mean and standard deviation; what is published beside them.
+
+    A method that failed with every seed keeps its place and says so.
+    """
+    across, names = min(len(panels), 3), list(panels[0].rows)
+    down = -(-len(panels) // across)
+    inches = (max(1.4 + 2.3 * across, 6.4), 0.5 + down * (1.0 + 0.3 * len(names)))
+    with drawing(path, inches) as figure:
+        places = figure.subplots(down, across, sharey=True, squeeze=False)
+        for axes, panel in zip(places.flat, panels, strict=False):
+            _accuracies(axes, panel, alone=len(panels) == 1)
+        for axes in places.flat[len(panels) :]:
+            axes.set_visible(False)
+        axes = places[0, 0]
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_yticks(range(len(names)), [textwrap.shorten(name, 44) for name in names])
+        if panels[0].published:
+            axes.scatter([], [], s=22, color=_DISTILLED, label="ours")
+            axes.scatter([], [], **_DIAMOND, label="published")
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(_wrapped(title, inches[0]), fontsize=9)
+
+
+def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
+    for place, (name, row) in enumerate(panel.rows.items()):
+        there, theirs = {"transform": axes.get_yaxis_transform(), "va": "center"}, panel.published
+        if row is not None and row.accuracies:
+            colour = LONE if row.method == ALONE else _DISTILLED
+            if name in theirs:
+                axes.plot([row.mean, theirs[name]], [place] * 2, color="#BBBBBB", linewidth=1)
+            axes.errorbar(row.mean, place, xerr=row.std, fmt="|", color=_INK, capsize=3)
+            dots = np.full(len(row.accuracies), place)
+            axes.scatter(row.accuracies, dots, s=22, color=colour, alpha=0.7, linewidths=0)
+            if alone:
+                axes.text(1.02, place, row.accuracy, **there)
+            if row.method == ALONE:
+                axes.axvline(row.mean, color=LONE, linestyle=":", linewidth=1, zorder=0)
+        elif row is not None:
+            axes.text(0.02, place, "failed", **there)
+        if name in theirs:
+            axes.scatter(theirs[name], place, **_DIAMOND)
+    axes.set_title(panel.title, fontsize=8)
+    axes.set_xlabel(f"accuracy, %\n{_wrapped(panel.caption, 6.4 if alone else 2.6)}".strip())
+    axes.margins(x=0.1)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    with path.open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def draw_curves(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path, *, title: str
+) -> None:
+    """The loss, and the accuracy in training, over the epochs; every seed a line."""
+    panels: dict[str, Series] = {}
+    for column, label in {"loss": "loss", "accuracy": "accuracy in training, %"}.items():
+        panels[label] = {
+            name: [
+                ([row["epoch"] for row in history], [row.get(column, np.nan) for row in history])
+                for history in found
+            ]
+            for name, found in histories.items()
+            if found
+        }
+    draw_lines(panels, path, title=title, across="epoch")
+
+
+def draw_transport(runs: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """SemBridge's Fig. 2: what it costs to carry the teacher's features to the student's.
+
+    Features are logits, each row centred: each network's own classifier takes its embedding to the
+    one space that both share, so nothing is fitted and widths need not agree. The reference, which
+    the setting does not have, is black.
+    """
+    names = {"transport": "Wasserstein distance", "matched": "distance of the matched pairs"}
+    panels: dict[str, dict[str, list[tuple[Sequence[float], Sequence[float]]]]] = {}
+    for kind, label in names.items():
+        series = panels.setdefault(label, {})
+        for run in runs:
+            if costs := run.get("trace", {}).get(kind):
+                series.setdefault(run["method"], []).append((range(len(costs)), costs))
+    draw_lines(panels, path, title=title, across="epochs done", sharey=True, yscale="log")
+
+
+def draw_lines(
+    panels: Mapping[str, Series], path: Path, *, title: str, across: str, sharey: bool = False,
+    **axis: Any,
+) -> None:  # fmt: skip
+    """Panels side by side, with one legend; nothing where they have no lines."""
+    names = list(next(iter(panels.values())))
+    if not names:
+        return
+    with drawing(path, (8.2, 3.8)) as figure:
+        places = figure.subplots(1, len(panels), sharey=sharey)
+        for axes, (label, series) in zip(places, panels.items(), strict=True):
+            for (name, seeds), colour in zip(series.items(), palette(len(names)), strict=False):
+                shown = "black" if name.endswith("(reference)") else colour
+                for number, (xs, ys) in enumerate(seeds):
+                    told = textwrap.shorten(name, 44) if number == 0 else None
+                    mark = "." if len(xs) == 1 else None
+                    axes.plot(xs, ys, color=shown, marker=mark, linewidth=1, label=told)
+            axes.set(title=label, xlabel=across, **axis)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(_wrapped(title, 8.2), fontsize=9)
+        handles, labels = places[0].get_legend_handles_labels()
+        columns = max(min(4, len(labels), 100 // (max(map(len, labels)) + 8)), 1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def palette(count: int) -> Sequence[Any]:
+    if count <= len(PALETTE):
+        return PALETTE
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+
+
+def draw_self_similarity(embeddings: Mapping[str, Tensor], path: Path) -> None:
+    """DSKD's Fig. 2(a-b): |cosine| between the channels of each network's output embedding."""
+    with _each(embeddings, path) as (figure, panels):
+        for axes, (name, embedding) in zip(panels, embeddings.items(), strict=True):
+            matrix, width = self_similarity(embedding).abs(), embedding.shape[1]
+            others = (matrix.sum() - matrix.diagonal().sum()) / max(width * (width - 1), 1)
+            image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
+            rank = f"effective rank {float(effective_rank(embedding)):.1f} of {width}"
+            axes.set_title(f"{name}\nmean off-diagonal {float(others):.2f}\n{rank}")
+            axes.set_xlabel("channel")
+        panels[0].set_ylabel("channel")
+        figure.colorbar(image, ax=list(panels), label="|cosine similarity|", shrink=0.8)
+
+
+def draw_tsne(
+    features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], path: Path
+) -> None:
+    """DSKD's Fig. 2(c-d): t-SNE of each network's pooled intermediate features, by class."""
+    from sklearn.manifold import TSNE
+
+    colours = palette(len(classes))
+    with _each(features, path) as (figure, panels):
+        for axes, (name, rows) in zip(panels, features.items(), strict=True):
+            perplexity = min(30.0, (len(rows) - 1) / 3)
+            made = TSNE(init="pca", perplexity=perplexity, random_state=0)
+            shown = [colours[label] for label in labels.tolist()]
+            axes.scatter(*made.fit_transform(rows.numpy()).T, c=shown, s=6, linewidths=0)
+            axes.set(title=name, xticks=[], yticks=[])
+        if len(classes) <= len(PALETTE):
+            for colour, name in zip(colours, classes, strict=False):
+                axes.scatter([], [], color=colour, label=name)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+@contextmanager
+def _each(networks: Mapping[str, Tensor], path: Path) -> Iterator[tuple[Figure, Any]]:
+    """A panel a network, framed."""
+    with drawing(path, (3.0 * len(networks) + 0.6, 3.5)) as figure:
+        panels = figure.subplots(1, len(networks), squeeze=False)[0]
+        for axes in panels:
+            axes.spines[:].set_visible(True)
+        yield figure, panels
+
+
+def draw_samples(
+    rich: Images, poor: Images, said: Mapping[str, Sequence[int]], rgb: Sequence[int], path: Path
+) -> None:
+    """Samples side by side, the rich modality above the poor one, what students say of them below.
+
+    Args:
+        rich, poor: The samples.
+        said: The class that each student calls every sample.
+        rgb: Where red, green and blue stand in the rich images, where they have other bands.
+    """
+    classes, labels = poor.classes, poor.labels.tolist()
+    with drawing(path, (1.15 * len(labels) + 1.0, 2.9 + 0.2 * len(said))) as figure:
+        panels = figure.subplots(2, len(labels), squeeze=False)
+        for line, (images, kind) in enumerate(((rich, "rich"), (poor, "poor"))):
+            raw = images.take(torch.arange(len(labels))).float()
+            for place, axes in enumerate(panels[line]):
+                axes.imshow(visible(raw[place], rgb), cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            panels[line][0].set_ylabel(kind)
+        below: Any = {"xycoords": "axes fraction", "va": "center"}
+        for place, label in enumerate(labels):
+            panels[0][place].set_title(classes[label])
+            for number, calls in enumerate(said.values()):
+                where, colour = (0.5, -0.14 - 0.19 * number), _RIGHT
+                if calls[place] != label:
+                    colour = LONE
+                told = classes[calls[place]]
+                panels[1][place].annotate(told, where, ha="center", color=colour, **below)
+        for number, name in enumerate(said):
+            panels[1][0].annotate(name, (-0.12, -0.14 - 0.19 * number), ha="right", **below)
+
+
+def visible(image: Tensor, rgb: Sequence[int]) -> NDArray[np.float32]:
+    """One image (C, H, W) as (H, W, 3) or (H, W) in [0, 1], from its darkest to its brightest.
+
+    Two in a hundred pixels at either end are cut, as radar has a few that outshine all others.
+    """
+    bands = list(rgb) if len(rgb) == 3 and max(rgb) < len(image) else [0, 1, 2]
+    shown = image[bands] if len(image) >= 3 else image[:1]
+    low, high = (float(shown.quantile(share)) for share in (0.02, 0.98))
+    scaled = ((shown - low) / max(high - low, 1e-6)).clamp(0, 1)
+    return scaled.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def _wrapped(text: str, inches: float) -> str:
+    return textwrap.fill(text, int(12 * inches))  # about 12 letters of 9 pt an inch
