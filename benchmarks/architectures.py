@@ -1,16 +1,19 @@
-"""Which criterion takes which pair of architectures: the table of docs/architectures.md.
+"""Which criterion takes which pair of architectures: the tables of docs/architectures.md.
 
-python benchmarks/architectures.py            # prints the table
+python benchmarks/architectures.py            # prints the tables
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from structkd import FeatureCapture, Features
 from structkd.criteria import CRITERIA
@@ -57,11 +60,42 @@ def networks() -> dict[str, tuple[nn.Module, dict[str, object]]]:
     }
 
 
-def features(seed: int) -> dict[str, Features]:
-    """What each network gives for the images of a seed."""
+def dense_networks() -> dict[str, tuple[nn.Module, dict[str, object]]]:
+    """Small segmentation networks, each with the layers to capture."""
+    torch.manual_seed(0)
+    segformer = SegformerConfig(
+        num_labels=CLASSES,
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        num_attention_heads=[1, 1, 1, 2],
+        decoder_hidden_size=16,
+    )
+    return {
+        "U-Net": (
+            smp.Unet("resnet18", encoder_weights=None, classes=CLASSES),
+            {"intermediate": ["encoder.layer1", "encoder.layer2"]},
+        ),
+        "DeepLabV3": (
+            deeplabv3_mobilenet_v3_large(
+                weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=False
+            ),
+            {"intermediate": ["backbone.3", "backbone.6"]},
+        ),
+        "SegFormer": (
+            SegformerForSemanticSegmentation(segformer),
+            {"intermediate": ["segformer.stages.0", "segformer.stages.1"]},
+        ),
+    }
+
+
+GROUPS = {"images": networks, "pixels": dense_networks}
+
+
+def features(seed: int, group: str = "images") -> dict[str, Features]:
+    """What each network of a group gives for the images of a seed."""
     images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     found = {}
-    for name, (net, layers) in networks().items():
+    for name, (net, layers) in GROUPS[group]().items():
         for parameter in net.parameters():  # a classifier of zeros would say nothing
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
@@ -81,7 +115,15 @@ def outcome(name: str, student: Features, teacher: Features) -> str:
     Raises:
         AssertionError: If a criterion goes through without a gradient: silence is no answer.
     """
-    options = {"dataset_size": 16, "negatives": 4} if name.startswith("Contrastive") else {}
+    options: dict[str, object] = {}
+    if name.startswith("Contrastive"):
+        options = {"dataset_size": 16, "negatives": 4}
+    assert student.logits is not None
+    target = torch.arange(BATCH) % CLASSES
+    if student.logits.dim() == 4:
+        target = target[:, None, None].expand(-1, SIDE, SIDE)
+    elif name == "ChannelWiseLoss":
+        options = {"source": "intermediate"}
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
@@ -97,7 +139,7 @@ def outcome(name: str, student: Features, teacher: Features) -> str:
     )
     torch.manual_seed(0)
     try:
-        value = CRITERIA[name](**options)(student, teacher, torch.arange(BATCH) % CLASSES)
+        value = CRITERIA[name](**options)(student, teacher, target)
     except ValueError as error:
         return str(error)
     value.backward()
@@ -108,21 +150,21 @@ def outcome(name: str, student: Features, teacher: Features) -> str:
     return ""
 
 
-def matrix() -> Iterator[tuple[str, str, str, str]]:
+def matrix(group: str = "images") -> Iterator[tuple[str, str, str, str]]:
     """Yields criterion, student's kind, teacher's kind and outcome."""
-    students, teachers = features(0), features(1)
+    students, teachers = features(0, group), features(1, group)
     for name in criteria():
         for kind_s, student in students.items():
             for kind_t, teacher in teachers.items():
                 yield name, kind_s, kind_t, outcome(name, student, teacher)
 
 
-def table() -> str:
+def table(group: str = "images") -> str:
     """Returns the table in Markdown: a row a criterion, a column a student."""
     cells: dict[tuple[str, str], list[str]] = {}
-    for name, kind_s, kind_t, said in matrix():
+    for name, kind_s, kind_t, said in matrix(group):
         cells.setdefault((name, kind_s), []).extend([kind_t] if said else [])
-    kinds = list(networks())
+    kinds = list(GROUPS[group]())
     lines = [
         "| criterion | " + " | ".join(f"{kind} student" for kind in kinds) + " |",
         "|---|" + "---|" * len(kinds),
@@ -142,4 +184,5 @@ def _cell(refused: list[str], count: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    for part in GROUPS:
+        print(table(part), end="\n\n")

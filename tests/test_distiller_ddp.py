@@ -18,6 +18,7 @@ BATCH, STEPS, CLASSES = 8, 5, 4
 
 NAMES = list(CRITERIA)
 OPTIONS = {
+    "ChannelWiseLoss": {"source": "intermediate"},
     "ContrastiveRepresentationLoss": {"dataset_size": 16, "negatives": 8},
     "SemanticCalibrationLoss": {"batch_size": BATCH},
     "AdversarialLogitsLoss": {"weight": 0.1},

@@ -130,7 +130,10 @@ class FeatureCapture:
                 f"do; name one: {_suggestion(likely, unnamed)}"
             )
         self._logits_cure = f"name the layer that gives them: {_suggestion(likely, ['logits'])}"
-        self._embedding_cure = "name a layer after the pooling"
+        self._embedding_cure = (
+            "a segmentation network has none, take criteria that read logits or intermediate; in "
+            "others name a layer after the pooling"
+        )
         if likely.get("embedding", self.embedding) != self.embedding:
             self._embedding_cure += f": {_suggestion(likely, ['embedding'])}"
         self._readers = [

@@ -90,7 +90,7 @@ class MapReader:
                 return first
             if kinds == {"last"} or (value.dim() == 3 and stage is not None):
                 return last
-            if value.dim() == 4 and stage is not None:
+            if value.dim() == 4 and self.name in backbone.all_stages(self.network):
                 return first
         elif value.dim() == 4 and kinds != {"last"}:
             return first  # torch's own layout

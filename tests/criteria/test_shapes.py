@@ -18,6 +18,7 @@ from tests.criteria.test_contract import PUBLIC
 
 BATCH, CLASSES = 6, 5
 OPTIONS: dict[str, dict[str, Any]] = {
+    "ChannelWiseLoss": {"source": "intermediate"},
     "ContrastiveRepresentationLoss": {"dataset_size": 20, "negatives": 4},
     "AdversarialFeatureLoss": {"source": "intermediate"},
     "SemanticAlignmentLoss": {"heads": 2},
@@ -29,7 +30,7 @@ SHAPES = {
     "rows": lambda width: ((width,), (2 * width,)),
 }
 # On one position attention and selectivity are 0 whatever the maps hold.
-NEED_POSITIONS = ("AttentionTransferLoss", "NeuronSelectivityLoss")
+NEED_POSITIONS = ("AttentionTransferLoss", "ChannelWiseLoss", "NeuronSelectivityLoss")
 every_public = pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.__name__)
 
 
