@@ -1,8 +1,9 @@
 """Use a trained student: ``python examples/predict.py CHECKPOINT IMAGE...``.
 
-Prints the classes of images with their probabilities. ``--onnx FILE`` and ``--torch-export FILE``
-write the network to a file that takes raw images (N, bands, H, W), float32 in the images' own
-numbers (0 to 255 for photographs), normalises inside and gives logits; what the file answers is
+Prints the classes of images with their probabilities, or for a student of ``segment.py`` the share
+of pixels of each; ``--masks DIR`` writes the pixels' classes. ``--onnx FILE`` and ``--torch-export
+FILE`` write the network to a file that takes raw images (N, bands, H, W), float32 in the images'
+own numbers (0 to 255 for photographs), normalises inside and gives logits; what the file answers is
 compared with the checkpoint's own answers.
 """
 
@@ -15,12 +16,13 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor, nn
 
 import models
 from data.decode import fitted, read_bands, read_colours
 from job import reported
-from store import read_checkpoint
+from store import read_checkpoint, write_atomically
 
 _CLOSE = 1e-3  # of logits, between two engines
 
@@ -33,6 +35,8 @@ class Options:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     # Classes that are printed for each.
     top: int = 3
+    # Write a PNG a picture, with each pixel's class as the training masks have it.
+    masks: Path | None = None
     # Write an ONNX file.
     onnx: Path | None = None
     # Write a file of torch.export.
@@ -49,13 +53,17 @@ class Network(nn.Module):
         super().__init__()
         self.network = models.create(content["network"], **content["arguments"])
         self.network.load_state_dict(content["weights"])
+        self.pixels = "values" in content  # the pixel values of the classes in masks
         mean, std = (torch.tensor(content[name]).view(-1, 1, 1) for name in ("mean", "std"))
         self.register_buffer("mean", mean)
         self.register_buffer("scale", torch.where(std > 0, 1 / std, 0))  # a constant band is 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, bands, H, W) as they are stored to logits (N, classes)."""
-        logits: Tensor = self.network((images - self.mean) * self.scale)
+        """(N, bands, H, W) as they are stored to logits (N, classes), or (N, classes, H, W)."""
+        images = (images - self.mean) * self.scale
+        if self.pixels:
+            return models.padded(self.network, images)
+        logits: Tensor = self.network(images)
         return logits
 
 
@@ -84,7 +92,7 @@ def read(file: Path, content: dict[str, Any]) -> Tensor:
             f"image {file} has {image.shape[0]} band(s), the network was trained on {bands} "
             f"({content['modality']}); fix: an image of that modality"
         )
-    if image.shape[1:] != (height, width):
+    if image.shape[1:] != (height, width) and "values" not in content:
         if height != width:
             raise ValueError(
                 f"image {file} is {image.shape[1]}x{image.shape[2]}, the network was trained on "
@@ -129,28 +137,55 @@ def _difference(network: Network, images: Tensor, logits: Tensor) -> float:
     return found
 
 
+def _measured(content: dict[str, Any]) -> str:
+    for name in ("accuracy", "IoU"):
+        value = content.get(name)
+        if isinstance(value, dict):  # a teacher's, by modality
+            return "".join(f", {name} {v:.2f} % on {side}" for side, v in value.items())
+        if value is not None:
+            return f", {name} {value:.2f} % on test images"
+    return ""
+
+
+def _mark(file: Path, marked: Tensor, values: list[int]) -> None:
+    if not all(0 <= value < 256 for value in values):
+        raise ValueError(f"--masks writes 8 bits, the classes are {values}")
+    pixels = torch.tensor(values, dtype=torch.uint8)[marked].numpy()
+    write_atomically(file, lambda path: Image.fromarray(pixels).save(path))
+
+
 def predict(options: Options) -> int:
     network, content = load(options.checkpoint)
-    accuracy = f", {content['accuracy']:.2f} % on test images" if "accuracy" in content else ""
+    accuracy = _measured(content)
     size = "x".join(map(str, content["size"]))
     print(
         f"{content['network']}, {len(content['classes'])} classes, {content['bands']} band(s) of "
         f"{size} ({content['modality']}){accuracy}"
     )
+    if options.masks is not None and not network.pixels:
+        raise ValueError("--masks is for students of segment.py; fix: leave it out")
     found = [read(file, content) for file in options.images]
     for file, image in zip(options.images, found, strict=True):
         with torch.no_grad():
-            shares = network(image).softmax(1)[0]
+            logits = network(image)
+        shares = logits.softmax(1)[0]
+        if network.pixels:
+            marked = logits.argmax(1)[0]
+            shares = torch.bincount(marked.flatten(), minlength=len(shares)) / marked.numel()
+            if options.masks is not None:
+                _mark(options.masks / f"{file.stem}.png", marked, content["values"])
         best = shares.topk(min(options.top, len(shares)))
         told = ", ".join(
             f"{content['classes'][place]} {100 * share:.1f} %"
             for share, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         )
-        print(f"{file}: {told}")
+        print(f"{file}: {told}{' of the pixels' if network.pixels else ''}")
+    if options.onnx is None and options.torch_export is None:
+        return 0
     shape = (2, content["bands"], *content["size"])
     mean, std = (torch.tensor(content[name]).view(-1, 1, 1) for name in ("mean", "std"))
     drawn = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([*found, drawn])
+    images = torch.cat([*(image for image in found if image.shape[1:] == shape[1:]), drawn])
     if options.onnx is not None:
         far = to_onnx(network, content, options.onnx, images)
         print(f"{options.onnx}: written, its logits differ by at most {far:.1g} (onnxruntime)")

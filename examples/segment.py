@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ from store import write_atomically
 
 MEAN_TEACHER = "mean teacher"
 _DECAY, _SURE = 0.99, 0.9  # of the moving average; the least probability that is believed
-_PAD = 32  # networks halve the size up to five times
 
 
 @dataclass(frozen=True)
@@ -191,16 +189,6 @@ class Session(train.Session):
         picture(self, [shown[0], shown[-1]] if len(shown) > 1 else shown)
 
 
-def padded(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits of whole images, mirrored at the border to a size that every network takes."""
-    height, width = images.shape[-2:]
-    more = [-width % _PAD, -height % _PAD]
-    if any(more):
-        images = F.pad(images, (0, more[0], 0, more[1]), mode="reflect")
-    logits = network(images)
-    return logits[..., :height, :width]
-
-
 @torch.no_grad()
 def answers(network: nn.Module, images: Any, like: Any, masks: Masks, options: Options) -> Any:
     """Targets and predictions, each (n, H, W), of all scenes, a few at a time."""
@@ -211,7 +199,7 @@ def answers(network: nn.Module, images: Any, like: Any, masks: Masks, options: O
         share=(state.process_index, state.num_processes), workers=options.workers,
     )  # fmt: skip
     for batch in batches.still(32):
-        yield batch.target, padded(network, batch.poor).argmax(1)
+        yield batch.target, models.padded(network, batch.poor).argmax(1)
 
 
 def ious(network: nn.Module, images: Any, like: Any, masks: Masks, options: Options) -> list[float]:

@@ -10,7 +10,8 @@ import importlib
 import pkgutil
 
 import timm
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import structkd
 from models.adapter import Normalised
@@ -18,7 +19,7 @@ from models.adapter import Normalised
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")
 
-__all__ = ["Normalised", "create", "stage_names"]
+__all__ = ["Normalised", "create", "padded", "stage_names"]
 
 
 def create(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
@@ -69,3 +70,16 @@ def stage_names(model: nn.Module) -> list[str]:
             return list(capture.intermediate)
     except ValueError as error:
         raise ValueError(f"{type(model).__name__} tells no stages: {error}") from error
+
+
+def padded(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits of whole images of any size: networks for pixels halve it up to five times.
+
+    The border is mirrored to a multiple of 32, and cut off again.
+    """
+    height, width = images.shape[-2:]
+    more = [-width % 32, -height % 32]
+    if any(more):
+        images = F.pad(images, (0, more[0], 0, more[1]), mode="reflect")
+    logits = network(images)
+    return logits[..., :height, :width]

@@ -39,6 +39,17 @@ def test_classes_with_probabilities(student: Path, image: Path, capsys: pytest.C
         assert fact in content
 
 
+def test_a_teacher_says_what_it_reaches_on_either_side(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (teacher,) = (tmp_path / "out").glob("teacher-*.pt")
+    capsys.readouterr()
+    assert predict.predict(predict.Options(teacher)) == 0
+    said = capsys.readouterr().out
+    assert "% on clean images" in said
+    assert "% on poor images" in said
+
+
 def test_an_exported_file_takes_raw_images(student: Path, image: Path, tmp_path: Path):
     file = tmp_path / "student.pt2"
     predict.predict(predict.Options(student, (image,), torch_export=file))

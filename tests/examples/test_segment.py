@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
+import models
+import predict
 import segment
 from data import masks as scenes
 from recipe import recipe
-from segment import Options, padded
+from segment import Options
 from structkd import Features, SupervisionLoss
 
 NAMES = [f"scene{n:02d}" for n in range(12)]
@@ -186,7 +188,7 @@ def test_an_ignored_value_is_no_label_and_finer_masks_are_voted_on(folders: Path
 
 def test_any_size_is_predicted_whole():
     network = torch.nn.Sequential(torch.nn.MaxPool2d(32), torch.nn.Upsample(scale_factor=32))
-    assert padded(network, torch.randn(1, 2, 45, 33)).shape == (1, 2, 45, 33)
+    assert models.padded(network, torch.randn(1, 2, 45, 33)).shape == (1, 2, 45, 33)
 
 
 def test_the_mean_teacher_believes_what_is_sure_of_scenes_without_labels():
@@ -292,3 +294,25 @@ def test_networks_of_smp_are_taken_by_name(run: Runner, tmp_path: Path):
     assert run("--criterion", "dense", "--student", "FPN/resnet18", *more) == 0
     assert run("--criterion", "kd", "--student", "FPN/mobilenet_v2", *more) == 0
     assert len(results(tmp_path / "out")) == 2
+
+
+def test_a_student_marks_the_pixels_of_an_image_file_and_is_exported(
+    run: Runner, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert run("--criterion", "alone", "--epochs", "1") == 0
+    (student,) = (tmp_path / "out").glob("student-*.pt")
+    image = folders / "poor" / f"{NAMES[0]}.png"
+    exported = tmp_path / "student.pt2"
+    given = predict.Options(student, (image,), masks=tmp_path / "marked", torch_export=exported)
+    capsys.readouterr()
+    assert predict.predict(given) == 0
+    told = capsys.readouterr().out
+    assert "% of the pixels" in told
+    marked = np.array(Image.open(tmp_path / "marked" / f"{NAMES[0]}.png"))
+    assert marked.shape == (32, 32)
+    assert set(np.unique(marked)) <= {0, 255}
+    network, content = predict.load(student)
+    logits = network(predict.read(image, content))
+    assert np.array_equal(marked, 255 * logits.argmax(1)[0].numpy())
+    program = torch.export.load(exported).module()
+    assert torch.allclose(program(predict.read(image, content)), logits, atol=1e-4)
