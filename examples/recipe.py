@@ -100,7 +100,7 @@ def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
 
 
 def _as_text(spec: Any) -> str:
-    return str(yaml.safe_dump(spec, default_flow_style=True, width=1000)).strip()
+    return str(yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=1000)).strip()
 
 
 def _known(kind: type) -> list[str]:

@@ -134,7 +134,7 @@ def test_an_empty_class(tmp_path: Path) -> None:
     (rich / "cargo").mkdir()
     (poor / "cargo").mkdir()
     (rich / "cargo" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"class folder .*rich/cargo holds no image"):
+    with pytest.raises(ValueError, match=r"folder .*rich/cargo holds no image"):
         opened(rich, poor)
 
 
