@@ -53,6 +53,8 @@ class SceneOptions:
     finer: Annotated[int, tyro.conf.Suppress] = 1
     # So many training scenes have labels, for teacher and students; all pairs are distilled.
     labels: int | None = None
+    # Which scenes these are: another number, another fixed draw.
+    draw: int = 0
     # Share of the scenes with a mask for testing, where there is no test/.
     test_fraction: float = 0.2
     # val holds a tenth of the training scenes out, for choosing settings.
@@ -71,6 +73,10 @@ class SceneOptions:
         for name in ("crop", "memory", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if self.draw < 0 or (self.draw and self.labels is None):
+            raise ValueError(
+                f"--draw must be at least 0, and stands beside --labels, got {self.draw}"
+            )
         if self.finer < 1:
             raise ValueError(f"finer must be at least 1, got {self.finer}")
         if not 0 < self.test_fraction < 1:
@@ -256,7 +262,11 @@ def open_scene_views(options: SceneOptions, name: str) -> SceneViews:
                 f"--labels must lie between 1 and {len(known)} (the training scenes with a mask), "
                 f"got {options.labels}"
             )
-        known = known[stratified(np.zeros(len(known), int), options.labels, draw=_LABELS)]
+        known = known[
+            stratified(
+                np.zeros(len(known), int), options.labels, draw=_LABELS + 1000 * options.draw
+            )
+        ]
     values = options.values or _values(found[0], known, options.ignore)
     classes = list(options.classes or map(str, values))
     made: list[tuple[Images, Images, Masks]] = []
