@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markdown import Markdown
 
+import segment
 import train
 import unpaired
 from methods import ALONE
@@ -21,6 +22,11 @@ from table import Row, rows, table
 
 ALL = "all"  # the labels
 Found = Mapping[str, Sequence[Row]]  # rows by value
+_SESSIONS = {
+    unpaired.Options: unpaired.Session,
+    segment.Options: segment.Session,
+    train.Options: train.Session,
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,11 @@ class Labels:
     labels: tuple[str, ...] = ("100", "400", "1600", ALL)
     # Nothing is paired: a job of unpaired.py, whose options follow.
     unpaired: bool = False
+    # A class for every pixel: a job of segment.py, whose options follow.
+    pixels: bool = False
+    # Of pixels: each of these numbers draws other labelled scenes, with a teacher of their own, and
+    # is the students' seed.
+    draws: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,23 @@ def labels(arguments: Sequence[str], command: str) -> int:
         if text != ALL and not (text.isdecimal() and int(text) > 0):
             raise ValueError(f"--labels must be numbers such as 100, or all, got {text!r}")
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
-    kind = unpaired.Options if own.unpaired else train.Options
+    if own.draws and not own.pixels:
+        raise ValueError("--draws is for --pixels; fix: leave it out")
+    if own.pixels and own.unpaired:
+        raise ValueError("--pixels needs pairs; fix: leave --unpaired out")
+    kind = unpaired.Options if own.unpaired else segment.Options if own.pixels else train.Options
     options = parsed(others, kind, program="papers labels")
-    values = {text: replace(options, labels=None if text == ALL else int(text)) for text in numbers}
-    return _run("labels", values, command, "training images with a label")
+    values = {}
+    for text in numbers:
+        some = replace(options, labels=None if text == ALL else int(text))
+        values[text] = [some]
+        if own.draws:
+            chosen = [{"draw": n} if text != ALL else {} for n in own.draws]
+            values[text] = [
+                replace(some, seeds=(n,), **draw) for n, draw in zip(own.draws, chosen, strict=True)
+            ]
+    across = "training scenes with a mask" if own.pixels else "training images with a label"
+    return _run("labels", values, command, across)
 
 
 def gap(arguments: Sequence[str], command: str) -> int:
@@ -62,37 +86,42 @@ def gap(arguments: Sequence[str], command: str) -> int:
         )
     if options.rows == unpaired.Options.rows:  # the others have no such pairs
         options = replace(options, rows=options.rows[:3])
-    values = {kind: replace(options, pseudo=kind) for kind in dict.fromkeys(own.pseudo)}
+    values = {kind: [replace(options, pseudo=kind)] for kind in dict.fromkeys(own.pseudo)}
     return _run("pseudo", values, command, "what makes the free pairs poor")
 
 
-def _run(name: str, values: Mapping[str, Any], command: str, across: str) -> int:
+def _run(name: str, values: Mapping[str, Sequence[Any]], command: str, across: str) -> int:
     """All values in one folder, so that they share what does not depend on the value."""
-    first = next(iter(values.values()))
-    kind = unpaired.Session if isinstance(first, unpaired.Options) else train.Session
+    first = next(iter(values.values()))[0]
+    kind = next(made for of, made in _SESSIONS.items() if isinstance(first, of))
     script = "gap" if name == "pseudo" else name
     out = first.out or Path("runs") / f"{script}-{first.recipe}"
 
     def made(options: Any) -> Any:
         return lambda: kind(replace(options, out=out), command)
 
-    sessions = opened({f"{name}: {value}": made(options) for value, options in values.items()})
-    found, failed = {}, False
+    jobs = {
+        f"{name}: {value}" + (f", draw {number}" if len(several) > 1 else ""): (value, options)
+        for value, several in values.items()
+        for number, options in enumerate(several)
+    }
+    sessions = opened({job: made(options) for job, (_, options) in jobs.items()})
+    found: dict[str, list[Any]] = {}
     for job, session in each(sessions):
-        value, runs = job.partition(": ")[2], session.run()
-        found[value] = rows(runs)
-        failed = failed or any("failed" in run for run in runs)
-        most = len(session.views.poor)
+        found.setdefault(jobs[job][0], []).extend(session.run())
+        most, measure = len(session.views.poor), session.measure
     if session.leads and not session.helper:
         title = title_of(session)
-        body = f"{markdown(name, found, title)}\nMade by `{command}`.\n"
+        shown = {value: rows(runs, measure) for value, runs in found.items()}
+        body = f"{markdown(name, shown, title)}\nMade by `{command}`.\n"
         write_atomically(out / f"{name}.md", lambda file: file.write_text(body))
-        logarithmic = name == "labels"
-        at = places(list(found), most)
-        draw(found, at, out / f"{name}.png", title=title, across=across, logarithmic=logarithmic)
+        draw(
+            shown, places(list(shown), most), out / f"{name}.png", title=title, across=across,
+            measure=measure, logarithmic=name == "labels",
+        )  # fmt: skip
         session.console.print(Markdown(body))
         session.show.say(f"table and figure: {out / name}.md, .png")
-    return int(failed)
+    return int(any("failed" in run for runs in found.values() for run in runs))
 
 
 def places(values: Sequence[str], images: int) -> dict[str, float]:
@@ -115,7 +144,14 @@ def markdown(name: str, found: Found, title: str) -> str:
 
 
 def draw(
-    found: Found, at: Mapping[str, float], path: Path, *, title: str, across: str, logarithmic: bool
+    found: Found,
+    at: Mapping[str, float],
+    path: Path,
+    *,
+    title: str,
+    across: str,
+    logarithmic: bool,
+    measure: str = "accuracy",
 ) -> None:
     """A line a method over the values; dotted, what the lone student has with all labels."""
     methods = list(dict.fromkeys(row.method for some in found.values() for row in some))
@@ -143,7 +179,7 @@ def draw(
             list(at.values()), [f"{x:,.0f}" if logarithmic else v for v, x in at.items()]
         )
         axes.minorticks_off()
-        axes.set(xlabel=across, ylabel="accuracy, %")
+        axes.set(xlabel=across, ylabel=f"{measure}, %")
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.legend(loc="best")
         figure.suptitle(title, fontsize=9)

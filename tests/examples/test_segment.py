@@ -16,6 +16,7 @@ import models
 import predict
 import segment
 from data import masks as scenes
+from papers import __main__ as papers
 from recipe import recipe
 from segment import Options
 from structkd import Features, SupervisionLoss
@@ -316,3 +317,19 @@ def test_a_student_marks_the_pixels_of_an_image_file_and_is_exported(
     assert np.array_equal(marked, 255 * logits.argmax(1)[0].numpy())
     program = torch.export.load(exported).module()
     assert torch.allclose(program(predict.read(image, content)), logits, atol=1e-4)
+
+
+def test_labels_over_draws_of_scenes_become_one_table(folders: Path, tmp_path: Path):
+    given = [f"--{side}={folders / side}" for side in ("rich", "poor", "masks")]
+    out = tmp_path / "series"
+    own = ["--pixels", "--labels", "4", "all", "--draws", "0", "1", "--criterion", "alone", "dense"]
+    more = [*FAST, "--out", str(out), "--epochs", "1"]
+    assert papers.main(["labels", "scenes", *given, *own, *more]) == 0
+    found = results(out)
+    assert len(found) == 8
+    assert {one["seed"] for one in found} == {0, 1}
+    assert len(list(out.glob("teacher-*.pt"))) == 3  # of either draw of four, and of all
+    table = (out / "labels.md").read_text()
+    assert "| labels | 4 | all |" in table
+    assert table.count("±") == 4
+    assert (out / "labels.png").exists()
