@@ -93,7 +93,7 @@ class AttentionTransferLoss(Criterion):
     def _attention(self, features: Tensor) -> Tensor:
         # Q does not change with the map's scale; near 1 no power over- or underflows.
         peak = features.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
-        scale = 1 / torch.where(peak == 0, 1, peak)
+        scale = 1 / peak.clamp_min(torch.finfo(peak.dtype).tiny)
         if self.p == 2:
             power: Tensor = _MeanSquare.apply(features, scale)
             return power
@@ -103,8 +103,8 @@ class AttentionTransferLoss(Criterion):
 class _MeanSquare(torch.autograd.Function):
     """The mean over channels of ``(scale * features)^2``.
 
-    The map is read twice forward and once backward, and nothing of its size is kept beside it;
-    the same by torch's own operations takes several times as long.
+    Nothing of the map's size is kept for the backward pass but the map; the same by torch's own
+    operations takes several times as long.
     """
 
     @staticmethod
