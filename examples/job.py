@@ -141,8 +141,7 @@ class Job(ABC):
 
     def run(self) -> list[Run]:
         """Train what is missing; the runs in the order of the rows and seeds, failed ones too."""
-        items = [(method, seed) for method in self.methods for seed in self.options.seeds]
-        missing = self.missing()
+        items, missing = self.items, self.missing()
         if missing and not self.helper:
             self.preflight(missing)
         if all(self._failed(*item) for item in items):
@@ -163,10 +162,14 @@ class Job(ABC):
             self.store.write(self._header)
         return [run for run in (self._found(*item) for item in items) if run is not None]
 
+    @property
+    def items(self) -> list[tuple[Any, int]]:
+        """Every row with every seed."""
+        return [(method, seed) for method in self.methods for seed in self.options.seeds]
+
     def missing(self) -> list[tuple[Any, int]]:
-        """Rows and seeds that are to be trained."""
-        items = [(method, seed) for method in self.methods for seed in self.options.seeds]
-        return [item for item in items if self._stored(*item) is None]
+        """Those that are to be trained."""
+        return [item for item in self.items if self._stored(*item) is None]
 
     def preflight(self, missing: list[tuple[Any, int]]) -> float:
         """A step of every missing row, and a look at test images: failures and the seconds."""

@@ -58,8 +58,6 @@ class Options(SceneOptions, train.LoopOptions):
     def check(self) -> None:
         SceneOptions.check(self)
         train.LoopOptions.check(self)
-        if self.judged and self.classes and self.judged not in self.classes:
-            raise ValueError(f"--judged must be one of {self.classes}, got {self.judged!r}")
         if self.layers not in ("encoder", "decoder", "both"):
             raise ValueError(f"--layers must be encoder, decoder or both, got {self.layers!r}")
 
@@ -124,7 +122,7 @@ class Session(train.Session):
                 f"--judged must be one of {', '.join(views.poor.classes)}, got "
                 f"{self.options.judged!r}"
             )
-        return views.loaded() if views.size <= 1e9 * self.options.memory else views
+        return views.held(self.options)
 
     def seen(self, images: Any) -> tuple[int, ...]:
         channels, *size = images.shape
@@ -132,11 +130,7 @@ class Session(train.Session):
         return (channels, crop, crop) if crop else (channels, *size)
 
     def batches(self, options: Options, **images: Any) -> SceneBatches:
-        state = PartialState()
-        return SceneBatches(
-            options, masks=self.views.masks, device=state.device, workers=options.workers,
-            share=(state.process_index, state.num_processes), **images,
-        )  # fmt: skip
+        return SceneBatches(options, masks=self.views.masks, **train.here(options), **images)
 
     def stages(self, method: Method, network: nn.Module) -> list[str]:
         if not method.reads_maps:
@@ -192,12 +186,9 @@ class Session(train.Session):
 @torch.no_grad()
 def answers(network: nn.Module, images: Any, like: Any, masks: Masks, options: Options) -> Any:
     """Targets and predictions, each (n, H, W), of all scenes, a few at a time."""
-    state = PartialState()
-    network.to(state.device).eval()
-    batches = SceneBatches(
-        options, poor=replace(images, like=like, targets=None), masks=masks, device=state.device,
-        share=(state.process_index, state.num_processes), workers=options.workers,
-    )  # fmt: skip
+    network.to(PartialState().device).eval()
+    poor = replace(images, like=like, targets=None)
+    batches = SceneBatches(options, poor=poor, masks=masks, **train.here(options))
     for batch in batches.still(32):
         yield batch.target, models.padded(network, batch.poor).argmax(1)
 
@@ -216,9 +207,6 @@ def ious(network: nn.Module, images: Any, like: Any, masks: Masks, options: Opti
 
 def picture(session: Session, methods: Sequence[Any]) -> Path | None:
     """``scenes.png``: a row a test scene, what is seen, what is true, what the students say."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     views, options = session.views, session.options

@@ -273,16 +273,20 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
     return network if ema is None else ema.module
 
 
+def here(options: Any) -> dict[str, Any]:
+    """Where this process's batches go, and which part of each is its own."""
+    state = PartialState(cpu=options.device == "cpu")
+    share = (state.process_index, state.num_processes)
+    return {"device": state.device, "share": share, "workers": options.workers}
+
+
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Images, like: Images, options: Options) -> float:
     """Accuracy in percent; ``like`` are the images whose mean and deviation the network knows."""
     state = PartialState(cpu=options.device == "cpu")
     network.to(state.device).eval()
     correct = torch.zeros((), dtype=torch.int64, device=state.device)
-    batches = Batches(
-        options, poor=replace(images, like=like, targets=None), device=state.device,
-        share=(state.process_index, state.num_processes), workers=options.workers,
-    )  # fmt: skip
+    batches = Batches(options, poor=replace(images, like=like, targets=None), **here(options))
     for batch in batches.still():
         correct += (network(batch.poor).argmax(1) == batch.target).sum()
     return 100.0 * int(Accelerator(cpu=options.device == "cpu").reduce(correct)) / len(images)
@@ -324,9 +328,7 @@ class Session(job.Job):
         )
 
     def batches(self, options: Options, **images: Any) -> Batches:
-        state = PartialState()
-        share = (state.process_index, state.num_processes)
-        return Batches(options, device=state.device, share=share, workers=options.workers, **images)
+        return Batches(options, **here(options), **images)
 
     @property
     def held_out(self) -> int:

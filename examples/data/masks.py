@@ -6,9 +6,9 @@ A scene without a mask is a pair without labels: it is distilled, and never test
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,12 +22,12 @@ from data.batches import PASS, Batch, Batches
 from data.decode import AlikeFiles, read_bands
 from data.draws import uniform
 from data.images import NO_LABEL, Images
-from data.pairs import by_name
+from data.pairs import by_name, named
 from data.sources import Pixels, Rows, stratified
 from data.views import VAL_FRACTION, Views
 
+_listed = partial(named, most=3)
 _TEST, _VAL, _LABELS, _CROPS = 41, 42, 43, 44  # fixed draws
-_LISTED = 3
 _ABSENT = 255  # a pixel without a label, as masks are held
 
 
@@ -468,9 +468,3 @@ def _some(count: int, fraction: float, draw: int) -> Rows:
         raise ValueError(f"{count} scene(s) with a mask leave none to train on; fix: more masks")
     taken = min(max(round(fraction * count), 1), count - 1)
     return stratified(np.zeros(count, int), taken, draw=draw)
-
-
-def _listed(names: Iterator | Sequence) -> str:
-    names = [str(name) for name in names]
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

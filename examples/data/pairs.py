@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def open_two(
     if len(found) == 2 and found[1][0] != classes:
         odd = sorted(set(classes) ^ set(found[1][0]))
         raise ValueError(
-            f"classes of {' and '.join(halves[0])} in {rich} differ: {_named(odd)} in one alone; "
+            f"classes of {' and '.join(halves[0])} in {rich} differ: {named(odd)} in one alone; "
             "fix: give both the same class folders"
         )
     parts = []
@@ -165,7 +166,7 @@ def _paired(
     classes = [_classes(side, name) for side in (rich, poor)]
     if classes[0] != classes[1]:
         alone = [sorted(set(a) - set(b)) for a, b in (classes, classes[::-1])]
-        parts = [f"{_named(odd)} in {side} alone"
+        parts = [f"{named(odd)} in {side} alone"
                  for side, odd in zip((rich, poor), alone, strict=True) if odd]  # fmt: skip
         raise ValueError(f"classes differ: {', '.join(parts)}; fix: add or remove these folders")
     files: list[Path] = []
@@ -180,7 +181,7 @@ def _paired(
         partners += [sides[1][stem] for stem in both]
         labels += [label] * len(both)
     if lonely and not only_pairs:
-        told = _named([str(file) for file in lonely])
+        told = named(lonely)
         raise ValueError(
             f"{len(lonely)} image(s) without a partner of the same class and name on the other "
             f"side: {told}; fix: add the partners, --only-pairs to leave these out, or "
@@ -221,6 +222,7 @@ def by_name(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _named(names: list[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+def named(names: Sequence[object], most: int = _LISTED) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
