@@ -438,8 +438,12 @@ class Session(job.Job):
     def _check_network(self, role: str, images: Images) -> None:
         shape = self.seen(images)
         try:
+            network = self.network(role, 0).eval()
+        except ValueError as error:
+            raise ValueError(f"--{role}: {error}") from error
+        try:
             with torch.no_grad():
-                self.network(role, 0).eval()(torch.zeros(1, *shape))
+                network(torch.zeros(1, *shape))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"--{role} {getattr(self.options, role)} does not take images of "
