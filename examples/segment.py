@@ -56,8 +56,7 @@ class Options(SceneOptions, train.LoopOptions):
     rgb: Annotated[tuple[int, ...], tyro.conf.Suppress] = ()
 
     def check(self) -> None:
-        SceneOptions.check(self)
-        train.LoopOptions.check(self)
+        super().check()
         if self.layers not in ("encoder", "decoder", "both"):
             raise ValueError(f"--layers must be encoder, decoder or both, got {self.layers!r}")
 
@@ -116,7 +115,7 @@ class Session(train.Session):
         ]
 
     def opened(self) -> Any:
-        views = open_scene_views(self.options, self.options.recipe)
+        views = open_scene_views(self.options)
         if self.options.judged and self.options.judged not in views.poor.classes:
             raise ValueError(
                 f"--judged must be one of {', '.join(views.poor.classes)}, got "

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -30,6 +29,7 @@ import models
 import structkd
 from data import Batch, Batches, Images, Views, open_views
 from data import Options as DataOptions
+from data.options import ImageOptions, at_least
 from job import reported
 from methods import METHODS, Method
 from progress import Running, Show, collapsed, shown
@@ -46,11 +46,9 @@ _CRITERION_SEED = 1_000_000  # apart from the students', so that these start ali
 
 
 @dataclass(frozen=True)
-class LoopOptions:
+class LoopOptions(ImageOptions):
     """Options of a training, whatever it trains on."""
 
-    # Which recipe this is.
-    recipe: Annotated[str, tyro.conf.Suppress] = "own"
     # Rows of the table: alone, a name of methods.yaml, a criterion of structkd, FILE.py:CLASS, or
     # YAML such as '{type: KDLoss, temperature: 2}'; '[kd, DSLoss]' is a sum.
     criterion: tuple[str, ...] = ("alone", "kd", "dense")
@@ -64,8 +62,6 @@ class LoopOptions:
     epochs: int = 100
     # Passes of the teacher, where it has its own number.
     teacher_epochs: int | None = None
-    # Images a step, over all processes.
-    batch_size: int = 64
     # Largest learning rate; it falls along a cosine.
     lr: float = 0.05
     # What takes the steps.
@@ -97,10 +93,8 @@ class LoopOptions:
 
     def check(self) -> None:
         """Refuse what no training can have."""
-        for name, least in {"epochs": 1, "batch_size": 1, "jobs": 1, "weight_decay": 0}.items():
-            if not getattr(self, name) >= least:
-                told = f"--{name.replace('_', '-')} must be at least {least}"
-                raise ValueError(f"{told}, got {getattr(self, name)}")
+        super().check()
+        at_least(self, epochs=1, jobs=1, weight_decay=0)
         if not self.lr > 0:
             raise ValueError(f"--lr must be positive, got {self.lr}")
         for name, most in {"ema": 0.999999, "labelled": 1.0}.items():
@@ -119,10 +113,6 @@ class LoopOptions:
 @dataclass(frozen=True)
 class Options(DataOptions, LoopOptions):
     """Options of a training; a recipe is a YAML file of the same names."""
-
-    def check(self) -> None:
-        DataOptions.check(self)
-        LoopOptions.check(self)
 
     @classmethod
     def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:

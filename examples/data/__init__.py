@@ -1,8 +1,7 @@
 """Images in two modalities: where they come from, what makes one poor, and batches of them."""
 
-from data.batches import Batch, Batches
+from data.batches import Batch, Batches, MixedBatches
 from data.images import NO_LABEL, Images
-from data.mixed import MixedBatches
 from data.options import Options
 from data.views import Views, open_views
 

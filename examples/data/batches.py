@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class Batches:
         """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
         rank, count = self.share
         steps = [part.tensor_split(count)[rank] for part in self._order(number)]
-        yield from self._made(self._dataset(number, ids), steps)
+        yield from self._read(_Rows(self, number, ids), steps)
 
     def _order(self, number: int) -> list[Tensor]:
         """The rows of every batch of an epoch, further by a length of the set with every pass.
@@ -107,10 +108,10 @@ class Batches:
         """This process's share of all images in their order, neither cropped nor flipped."""
         rank, count = self.share
         rows = torch.arange(len(self._led))[rank::count]
-        yield from self._made(self._dataset(None, None), list(rows.split(size)))
+        yield from self._read(_Rows(self), list(rows.split(size)))
 
     def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
-        return self._dataset(epoch, ids)[rows.tolist()].to(self.device)
+        return self.made(rows, epoch, ids).to(self.device)
 
     def first(self, size: int | None = None) -> Batch:
         """The first rows as they are, each beside some row of ``rich``; a step's where no size."""
@@ -124,11 +125,7 @@ class Batches:
         """Whether images are read during the training."""
         return any(i is not None and i.pixels is None for i in (self.poor, self.rich))
 
-    def _dataset(self, number: int | None, ids: Tensor | None) -> Dataset[Batch]:
-        """Makes batches of rows; ``number`` None leaves the images as they are."""
-        return _Epoch(self, number, ids)
-
-    def _made(self, epoch: Dataset[Batch], steps: list[Tensor]) -> Iterator[Batch]:
+    def _read(self, epoch: _Rows, steps: list[Tensor]) -> Iterator[Batch]:
         loader = DataLoader(
             epoch,
             batch_size=None,
@@ -140,49 +137,49 @@ class Batches:
         for batch in loader:
             yield batch.to(self.device)
 
-
-@dataclass(frozen=True)
-class _Epoch(Dataset[Batch]):
-    """Makes batches of rows; ``number`` None leaves the images as they are."""
-
-    of: Batches
-    number: int | None
-    ids: Tensor | None
-
-    def __getitem__(self, rows: list[int]) -> Batch:
-        of, index = self.of, torch.tensor(rows)
+    def made(self, index: Tensor, number: int | None, ids: Tensor | None) -> Batch:
+        """The batch of some rows; ``number`` None leaves the images as they are."""
         # An image that comes again in an epoch is drawn anew, or it is learned by heart.
-        passes, index = index // len(of._led) * PASS, index % len(of._led)
-        poor, rich = of.poor, of.rich
+        passes, index = index // len(self._led) * PASS, index % len(self._led)
+        poor, rich = self.poor, self.rich
+        # Drawn by the student's row: a teacher image that serves many is not one crop.
+        keys = self._led.index[index] + passes
         images_p = images_t = raw = None
         if poor is not None:
             raw = poor.raw(index)
-            images_p = self._image(raw, poor, index, _CROPS, by=index, passes=passes)
+            images_p = self._image(raw, poor, index, _CROPS, number, keys)
         if rich is not None:
-            rows_t = index if self.ids is None else self.ids[index]
+            rows = index if ids is None else ids[index]
             # Poor images are often made from these very ones: read once.
             shared = poor is not None and poor.base is rich and poor.pixels is None
-            raw_t = raw if shared and self.ids is None else rich.raw(rows_t)
-            key = _CROPS if of.together else _OTHER_CROPS
-            # Drawn by the student's row: a teacher image that serves many is not one crop.
-            images_t = self._image(raw_t, rich, rows_t, key, by=index, passes=passes)
-        return Batch(images_t, images_p, of._led.known()[index], index)
+            raw = raw if shared and ids is None else rich.raw(rows)
+            key = _CROPS if self.together else _OTHER_CROPS
+            images_t = self._image(raw, rich, rows, key, number, keys)
+        return Batch(images_t, images_p, self._led.known()[index], index)
 
     def _image(
-        self, raw: Tensor, images: Images, rows: Tensor, key: int, *, by: Tensor, passes: Tensor
+        self, raw: Tensor, images: Images, rows: Tensor, key: int, number: int | None, keys: Tensor
     ) -> Tensor:
-        options, places = self.of.options, images.index[rows]
-        draws = None
-        if self.number is not None:
-            keys = self.of._led.index[by] + passes
-            draws = uniform((self.of.seed, key, self.number), keys, 5)
+        options, draws = self.options, None
+        if number is not None:
+            draws = uniform((self.seed, key, number), keys, 5)
             if options.crop == "resized":
                 raw = resized_crops(raw, draws, flip=options.flip)
-        made = raw if images.poverty is None else images.poverty(raw, places)
+        made = raw if images.poverty is None else images.poverty(raw, images.index[rows])
         normal = images.statistics.normalise(made)
         if draws is None or options.crop == "resized":
             return normal
         return padded_crops(normal, draws, pad=options.pad, flip=options.flip)
+
+
+@dataclass(frozen=True)
+class _Rows(Dataset[Batch]):
+    of: Batches
+    number: int | None = None
+    ids: Tensor | None = None
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        return self.of.made(torch.tensor(rows), self.number, self.ids)
 
 
 def _passes(rows: Tensor, key: tuple[int, ...], count: int, length: int) -> Tensor:
@@ -234,3 +231,76 @@ def resized_crops(images: Tensor, draws: Tensor, *, flip: bool) -> Tensor:
         crop = vision.resized_crop(images[n], *box, [height, width], antialias=True)
         crops.append(crop.flip(-1) if flip and draws[n, 2] < 0.5 else crop)
     return torch.stack(crops)
+
+
+@dataclass(frozen=True)
+class MixedBatches:
+    """Epochs of batches of which one half are own images and the other half are pairs.
+
+    A batch has as many images as one of own images alone, and an epoch as many batches, so that
+    every row of a table takes the same steps. The pairs are passed over as often as that needs.
+    """
+
+    alone: Batches  # of own images, in whole batches: what gives an epoch its length
+    own: Batches  # the same in half batches
+    pairs: Batches
+
+    @classmethod
+    def of(cls, alone: Batches, pairs: Batches) -> MixedBatches:
+        """Halves the batches of both.
+
+        Raises:
+            ValueError: a batch has no half for every process.
+        """
+        size, many = alone.size, alone.share[1]
+        if size % (2 * many):
+            raise ValueError(
+                f"--batch-size must be a multiple of {2 * many} where one half of a batch are free "
+                f"pairs, got {size}"
+            )
+        half = replace(alone.options, batch_size=size // 2)
+        return cls(alone, replace(alone, options=half), replace(pairs, options=half))
+
+    def __len__(self) -> int:
+        return len(self.alone)
+
+    @property
+    def size(self) -> int:
+        return self.alone.size
+
+    @property
+    def streamed(self) -> bool:
+        return self.own.streamed or self.pairs.streamed
+
+    @property
+    def classes(self) -> list[str]:
+        return self.alone.classes
+
+    def epoch(self, number: int, ids: Tensor | None = None) -> Iterator[Batch]:
+        """The batches of an epoch counted from 0."""
+        own, pairs = (
+            chain.from_iterable(some.epoch(passed) for passed in self._passes(number, some))
+            for some in (self.own, self.pairs)
+        )
+        for both in islice(zip(own, pairs, strict=False), len(self)):
+            yield _joined(*both)
+
+    def first(self, size: int | None = None) -> Batch:
+        """The first images of both, as they are; a step's where no size is given."""
+        if size is not None:  # an example of pairs
+            return self.pairs.first(size)
+        return _joined(self.own.first(), self.pairs.first())
+
+    def _passes(self, number: int, over: Batches) -> Iterator[int]:
+        """Passes of this epoch's own over a half, counted through all epochs."""
+        return count(number * -(-len(self) // len(over)))
+
+
+def _joined(own: Batch, pairs: Batch) -> Batch:
+    """Own images first; the pairs' rows are named."""
+    poor = torch.cat([own.poor, pairs.poor])
+    target, index = (
+        torch.cat([getattr(own, name), getattr(pairs, name)]) for name in ("target", "index")
+    )
+    rows = torch.arange(len(own.target), len(target), device=target.device)
+    return Batch(pairs.rich, poor, target, index, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from data.sources import Pixels, Rows, unreadable
-
 TIFF, ARRAY = frozenset({".tif", ".tiff"}), frozenset({".npy"})
 PHOTOS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 SUFFIXES = TIFF | ARRAY | PHOTOS
@@ -23,84 +21,8 @@ _PLAIN = ("L", "RGB", "RGBA", "LA", "I;16", "I;16B", "I", "F")  # modes whose ba
 # Where it is not one of these, what the bands mean is not what the numbers say.
 _AS = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 
-
-@dataclass(frozen=True)
-class AlikeFiles:
-    """Reads rows of a list of files into (n, C, H, W); all must be alike.
-
-    Attributes:
-        files: one a sample.
-        size: brings every image to that many pixels each way (see :func:`fitted`); None leaves
-            them, and they must be of one size.
-        colours: reads them as red, green and blue, whatever they are stored as.
-        like: the file that all must be like, where it is not the first of them.
-        margin: see :func:`fitted`.
-    """
-
-    files: Sequence[Path]
-    size: int | None = None
-    colours: bool = False
-    like: Path | None = None
-    margin: float = 1.0
-
-    def __call__(self, rows: Rows) -> Pixels:
-        return np.stack([self.image(int(row)) for row in rows])
-
-    def image(self, row: int) -> Pixels:
-        """One of them, (C, H, W)."""
-        file, (first, kind, shape) = self.files[row], self._first
-        image = self.decode(file)
-        if image.shape[0] != shape[0]:
-            raise ValueError(
-                f"image {file} has {image.shape[0]} band(s), {first} has {shape[0]}; fix: give "
-                "all images of a side the same bands"
-            )
-        if image.dtype != kind:
-            raise ValueError(
-                f"image {file} holds {image.dtype}, {first} holds {kind}; fix: store all images "
-                "of a side in one kind of number"
-            )
-        if image.shape != shape:
-            raise ValueError(
-                f"image {file} is {image.shape[1]}x{image.shape[2]}, {first} is "
-                f"{shape[1]}x{shape[2]}; fix: --size N, or resize it"
-            )
-        return image
-
-    def decode(self, file: Path) -> Pixels:
-        """An image whatever the others are."""
-        image = read_colours(file) if self.colours else read_bands(file)
-        return image if self.size is None else fitted(image, self.size, margin=self.margin)
-
-    @cached_property
-    def _first(self) -> tuple[Path, np.dtype, tuple[int, ...]]:
-        first = self.like or self.files[0]
-        image = self.decode(first)
-        return first, image.dtype, image.shape
-
-
-def refuse_sizes(read: object) -> None:
-    """Refuses photographs of several sizes by their headers, before anything is trained.
-
-    Raises:
-        ValueError: they differ; the sizes are counted.
-    """
-    if not isinstance(read, AlikeFiles) or read.size is not None:
-        return
-    sizes: Counter[tuple[int, int]] = Counter()
-    for file in read.files:
-        if file.suffix.lower() in PHOTOS:
-            try:
-                with Image.open(file) as image:
-                    sizes[image.size] += 1
-            except (OSError, SyntaxError, ValueError):
-                continue  # a damaged file is named by whoever reads it
-    if len(sizes) > 1:
-        told = ", ".join(f"{n} of {h}x{w}" for (w, h), n in sizes.most_common(3))
-        raise ValueError(
-            f"images in {read.files[0].parent.parent} have {len(sizes)} sizes: {told}; fix: --size "
-            "N brings all to NxN"
-        )
+Rows = NDArray[np.int64]
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
 
 def read_bands(file: Path) -> Pixels:
@@ -108,15 +30,21 @@ def read_bands(file: Path) -> Pixels:
 
     PNG, JPEG and their like, TIFF of any number of bands or pages, and ``.npy``, either axis order:
     the shortest of the outer axes are the bands. A palette is turned to its colours.
-
-    Raises:
-        ValueError: the file is damaged, of a kind that cannot be read, or holds NaN or infinity.
     """
     suffix = file.suffix.lower()
     if suffix in TIFF:
-        image = _tiff(file)
+        values, axes = read_tiff(file)
+        # Samples (S), channels (C) and pages (I) are told apart; Q is an array of any meaning.
+        if axes in ("YXS", "YXC"):
+            image = values.transpose(2, 0, 1)
+        else:
+            image = values if axes in ("SYX", "CYX", "IYX") else _bands_first(file, values)
     elif suffix in ARRAY:
-        image = _array(file)
+        try:
+            values = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise unreadable(file, error) from error
+        image = _bands_first(file, np.asarray(values))
     else:
         image = _photo(file)
     if image.dtype == np.uint8:
@@ -125,24 +53,37 @@ def read_bands(file: Path) -> Pixels:
         raise ValueError(
             f"image {file} holds {image.dtype}; fix: store it as whole numbers or floats"
         )
+    return finite(file, image)
+
+
+def finite(file: Path, image: NDArray[np.generic]) -> NDArray[np.float32]:
+    """An image as float32, refused where a number is none."""
     values = np.ascontiguousarray(image, dtype=np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"image {file} holds NaN or infinity; fix: replace or delete that file")
     return values
 
 
-def read_colours(file: Path) -> NDArray[np.uint8]:
+def read_colours(
+    file: Path, size: tuple[int, int] | None = None, *, resize: bool = False
+) -> NDArray[np.uint8]:
     """One photograph as uint8 (3, H, W), whatever it is stored as.
 
-    Raises:
-        ValueError: the file is damaged or no image.
+    Where a ``size`` (height, width) is given it is brought to that, or must have it already.
     """
     try:
         with Image.open(file) as image:
-            colour = np.asarray(image.convert("RGB"))
+            colour = image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises, by format
         raise unreadable(file, error) from error
-    return np.ascontiguousarray(colour.transpose(2, 0, 1))
+    if size is not None and colour.size != size[::-1]:
+        if not resize:
+            raise ValueError(
+                f"image {file} is {colour.height}x{colour.width}, expected {size[0]}x{size[1]}; "
+                "fix: resize it"
+            )
+        colour = colour.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(colour).transpose(2, 0, 1))
 
 
 def fitted(image: Pixels, size: int, *, margin: float = 1.0) -> Pixels:
@@ -178,15 +119,8 @@ def _photo(file: Path) -> NDArray[np.generic]:
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
-def _array(file: Path) -> NDArray[np.generic]:
-    try:
-        values = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(file, error) from error
-    return _bands_first(file, np.asarray(values))
-
-
-def _tiff(file: Path) -> NDArray[np.generic]:
+def read_tiff(file: Path) -> tuple[NDArray[np.generic], str]:
+    """What a TIFF holds, and the names of its axes."""
     try:
         import tifffile
     except ImportError as error:
@@ -209,12 +143,7 @@ def _tiff(file: Path) -> NDArray[np.generic]:
         raise ValueError(
             f"image {file} is a TIFF whose numbers are places in a palette; fix: store its colours"
         )
-    # Samples (S), channels (C) and pages (I) are told apart; Q is a writer's array of any meaning.
-    if values.ndim == 3 and axes in ("SYX", "CYX", "IYX"):
-        return values
-    if values.ndim == 3 and axes in ("YXS", "YXC"):
-        return values.transpose(2, 0, 1)
-    return _bands_first(file, values)
+    return values, axes
 
 
 def _bands_first(file: Path, values: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -232,3 +161,98 @@ def _bands_first(file: Path, values: NDArray[np.generic]) -> NDArray[np.generic]
             "axis or the last; fix: store it as TIFF"
         )
     return values if first < last else values.transpose(2, 0, 1)
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    """What to say of a file that its reader gave up on."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"image {file} cannot be read ({reason}); fix: replace or delete that file")
+
+
+@dataclass(frozen=True)
+class AlikeFiles:
+    """Reads rows of a list of files into (n, C, H, W); all must be alike.
+
+    Attributes:
+        files: one a sample.
+        size: brings every image to that many pixels each way (see :func:`fitted`); 0 leaves them,
+            and they must be of one size.
+        read: what reads one of them.
+        like: the file that all must be like, where it is not the first of them.
+        margin: see :func:`fitted`.
+        bands: those of the images' that are given; all where none are named.
+    """
+
+    files: Sequence[Path]
+    size: int = 0
+    read: Callable[[Path], Pixels] = read_bands
+    like: Path | None = None
+    margin: float = 1.0
+    bands: Sequence[int] = ()
+
+    def __call__(self, rows: Rows) -> Pixels:
+        images = np.stack([self._alike(self.files[row]) for row in rows])
+        return np.ascontiguousarray(images[:, list(self.bands)]) if self.bands else images
+
+    def decode(self, file: Path) -> Pixels:
+        """An image (C, H, W), whatever the others are."""
+        image = self.read(file)
+        return fitted(image, self.size, margin=self.margin) if self.size else image
+
+    def _alike(self, file: Path) -> Pixels:
+        image, (first, kind, shape) = self.decode(file), self._first
+        if image.shape[0] != shape[0]:
+            told = f"has {image.shape[0]} band(s), {first} has {shape[0]}"
+            raise ValueError(f"image {file} {told}; fix: give all images of a side the same bands")
+        if image.dtype != kind:
+            told = f"holds {image.dtype}, {first} holds {kind}"
+            raise ValueError(f"image {file} {told}; fix: store all of a side in one kind of number")
+        if image.shape != shape:
+            own, other = ("x".join(map(str, one[1:])) for one in (image.shape, shape))
+            told = f"is {own}, {first} is {other}"
+            raise ValueError(f"image {file} {told}; fix: --size N, or resize it")
+        return image
+
+    @cached_property
+    def _first(self) -> tuple[Path, np.dtype, tuple[int, ...]]:
+        first = self.like or self.files[0]
+        image = self.decode(first)
+        return first, image.dtype, image.shape
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Reads rows of the bands of several folders."""
+
+    sides: Sequence[AlikeFiles]
+
+    def __call__(self, rows: Rows) -> Pixels:
+        read = [side(rows) for side in self.sides]
+        for side, images in zip(self.sides, read, strict=True):
+            if images.shape[2:] != read[0].shape[2:]:
+                sizes = ["x".join(map(str, one.shape[2:])) for one in (images, read[0])]
+                raise ValueError(
+                    f"images of {side.files[0].parent} are {sizes[0]}, those of "
+                    f"{self.sides[0].files[0].parent} {sizes[1]}; fix: bring both to one size"
+                )
+        return np.concatenate(read, 1)
+
+
+def refuse_sizes(read: object) -> None:
+    """Refuses photographs of several sizes by their headers, before anything is trained."""
+    if not isinstance(read, AlikeFiles) or read.size or read.read not in (read_bands, read_colours):
+        return
+    sizes: Counter[tuple[int, int]] = Counter()
+    for file in read.files:
+        if file.suffix.lower() in PHOTOS:
+            try:
+                with Image.open(file) as image:
+                    sizes[image.size] += 1
+            except (OSError, SyntaxError, ValueError):
+                continue  # a damaged file is named by whoever reads it
+    if len(sizes) > 1:
+        told = ", ".join(f"{n} of {h}x{w}" for (w, h), n in sizes.most_common(3))
+        raise ValueError(
+            f"images in {read.files[0].parent.parent} have {len(sizes)} sizes: {told}; fix: --size "
+            "N brings all to NxN"
+        )

@@ -1,17 +1,21 @@
-"""EuroSAT's multispectral images: ``<class>/<class>_<n>.tif``, 13 bands, each with its place."""
+"""EuroSAT's multispectral images: ``<class>/<class>_<n>.tif``, 13 bands, each with its place.
+
+Images that lie within two kilometres of each other, or are linked by others that do, are of one
+group, and a group is on one side of the split. Where a file does not say its place, the image is a
+group of its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.decode import TIFF, AlikeFiles
+from data.decode import TIFF, AlikeFiles, Rows, read_bands, unreadable
 from data.layouts import hint
-from data.sources import Images, Pixels, Rows, Source, class_files, unreadable
-from data.splits import TEST_FRACTION, for_test
+from data.options import Options
+from data.sources import Part, Source, class_files, class_names, split
 
 BANDS = 13  # B01 to B08, B09, B10, B11, B12, B8A: the last out of order
 NEAR = 2000.0  # metres; images within are of one neighbourhood
@@ -19,74 +23,30 @@ _TIE_POINT, _GEO_KEYS, _PROJECTED = 33922, 34735, 3072
 _ZONES = 1e9  # metres between two zones' coordinates, more than any place has
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Some bands of what a reader gives."""
-
-    read: AlikeFiles
-    bands: tuple[int, ...]
-
-    def __call__(self, rows: Rows) -> Pixels:
-        return np.ascontiguousarray(self.read(rows)[:, list(self.bands)])
-
-
-def open_eurosat(
-    data_dir: Path | None,
-    download: bool,
-    *,
-    bands: tuple[int, ...] = tuple(range(BANDS)),
-    test_fraction: float = TEST_FRACTION,
-) -> Source:
-    """EuroSAT (Helber et al. 2019) as published, or a part of it with the same layout.
-
-    Images that lie within two kilometres of each other, or are linked by others that do, are of one
-    group, and a group is on one side of the split. Where a file does not say its place, the image
-    is a group of its own.
-
-    Args:
-        data_dir: holds the class folders, or a folder that does.
-        download: must be False.
-        bands: which of the 13 are read, by place from 0.
-        test_fraction: of the images; about, since groups stay whole.
-
-    Raises:
-        ValueError: the layout is another one, an image is damaged or has other bands.
-    """
-    if data_dir is None:
-        raise ValueError("data set 'eurosat' needs a data directory; fix: add --data DIR")
-    if download:
-        raise ValueError(
-            "--download is not for eurosat: it is published as one file of two gigabytes "
-            "(zenodo.org/records/7711810, EuroSAT_MS.zip); fix: fetch it, and name its folder with "
-            "--data"
-        )
-    if not bands or min(bands) < 0 or max(bands) >= BANDS:
-        raise ValueError(f"bands must lie in 0..{BANDS - 1}, got {bands}")
-    root = _root(data_dir)
-    classes = sorted(child.name for child in root.iterdir() if child.is_dir())
-    files, labels = class_files(root, classes, TIFF, least=2)
-    whole = AlikeFiles(files)
-    found = whole.image(0).shape[0]
+def open_eurosat(root: Path, options: Options) -> Source:
+    """EuroSAT (Helber et al. 2019) as published, or a part of it with the same layout."""
+    bands = options.bands or tuple(range(BANDS))
+    if min(bands) < 0 or max(bands) >= BANDS:
+        raise ValueError(f"--bands must lie in 0..{BANDS - 1}, got {bands}")
+    root = _root(root)
+    classes = class_names(root)
+    labels, files = class_files(root, classes, TIFF, least=2)
+    found = len(read_bands(files[0]))
     if found != BANDS:
         raise ValueError(
             f"image {files[0]} has {found} band(s), EuroSAT's have {BANDS}; fix: the multispectral "
             "version (EuroSAT_MS), or data set 'folder' for the RGB one"
         )
     groups = neighbourhoods(np.asarray([place(file) for file in files]))
-    test = for_test(labels, groups, test_fraction)
     halves = []
-    for rows in (np.setdiff1d(np.arange(len(labels)), test), test):
-        read = AlikeFiles([files[row] for row in rows], like=files[0])
-        halves.append(Images(labels[rows], _Chosen(read, tuple(bands)), groups=groups[rows]))
+    for rows in split(labels, options.test_fraction, groups):
+        read = AlikeFiles([files[row] for row in rows], like=files[0], bands=bands)
+        halves.append(Part(labels[rows], read, groups=groups[rows]))
     return Source(classes, *halves)
 
 
 def place(file: Path) -> tuple[float, float, float]:
-    """Projection and upper left corner in metres, from the GeoTIFF tags; NaN where it has none.
-
-    Raises:
-        ValueError: the file is damaged or no TIFF.
-    """
+    """Projection and upper left corner in metres, from the GeoTIFF tags; NaN where it has none."""
     import tifffile
 
     try:
@@ -102,21 +62,16 @@ def place(file: Path) -> tuple[float, float, float]:
     return (float(zones[0]) if zones else np.nan, float(east), float(north))
 
 
-def neighbourhoods(places: NDArray[np.float64], near: float = NEAR) -> Rows:
-    """A group's number for every image: images within ``near`` metres are of one group.
-
-    Args:
-        places: (N, 3), projection and corner; a row with NaN is a group of its own.
-        near: in metres.
-    """
+def neighbourhoods(places: NDArray[np.float64]) -> Rows:
+    """A group's number for every image by projection and corner (N, 3)."""
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import cKDTree
 
     known = np.isfinite(places).all(1)
     groups = np.arange(len(places), dtype=np.int64)
     if known.any():
-        flat = np.column_stack([places[known, 1:], places[known, 0] * _ZONES])
-        linked = cKDTree(flat).sparse_distance_matrix(cKDTree(flat), near, output_type="coo_matrix")
+        tree = cKDTree(np.column_stack([places[known, 1:], places[known, 0] * _ZONES]))
+        linked = tree.sparse_distance_matrix(tree, NEAR, output_type="coo_matrix")
         # Images of one very place are 0 apart, which a sparse matrix would take for no link.
         linked.data[:] = 1
         groups[known] = len(places) + connected_components(linked, directed=False)[1]
@@ -124,7 +79,7 @@ def neighbourhoods(places: NDArray[np.float64], near: float = NEAR) -> Rows:
 
 
 def _root(data_dir: Path) -> Path:
-    for folder in (data_dir, *sorted(data_dir.glob("*/"))) if data_dir.is_dir() else ():
+    for folder in (data_dir, *sorted(data_dir.glob("*/"))):
         children = sorted(child for child in folder.glob("*/") if child.is_dir())
         if len(children) > 1 and all(any(child.glob(f"{child.name}_*.tif")) for child in children):
             return folder

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.decode import Pixels, Rows
 from data.poverty import Poverty
-from data.sources import Pixels, Rows, stratified
+from data.sources import stratified
 
 NO_LABEL = -100
 _LOOKED_AT = 50_000  # images that statistics and fingerprints are taken from, where there are more
@@ -54,7 +55,6 @@ class Images:
         labels: (N,) int64, all of them; what tables and matches by class read.
         index: (N,) int64, each sample's place in the whole data set (test after train).
         classes: names, label k is ``classes[k]``.
-        name: of the data set.
         poverty: makes the raw images poor; None leaves them.
         targets: (N,) what training may know: the label, or -100 where there is none.
         base: images that these are made from by the poverty, in the same order; read instead.
@@ -67,7 +67,6 @@ class Images:
     labels: Tensor
     index: Tensor
     classes: list[str]
-    name: str
     poverty: Poverty | None = None
     targets: Tensor | None = None
     base: Images | None = None

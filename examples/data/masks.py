@@ -10,20 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data.batches import PASS, Batch, Batches
-from data.decode import AlikeFiles, read_bands
+from data.decode import AlikeFiles, Pixels, Rows, Stacked, read_bands
 from data.draws import uniform
 from data.images import NO_LABEL, Images
-from data.pairs import by_name, named
-from data.sources import Pixels, Rows, stratified
+from data.options import ImageOptions, at_least
+from data.sources import by_name, named, partners, refuse_lonely, stratified
 from data.views import VAL_FRACTION, Views
 
 _listed = partial(named, most=3)
@@ -32,11 +31,9 @@ _ABSENT = 255  # a pixel without a label, as masks are held
 
 
 @dataclass(frozen=True)
-class SceneOptions:
-    """Options of scenes with masks."""
+class SceneOptions(ImageOptions):
+    """Options of scenes with masks, whose folders may lie in train/ and test/."""
 
-    # Folder that the others lie in; where it has train/ and test/, each of these holds them.
-    data: Path | None = None
     # Folders of what the teacher sees; the bands of several are stacked.
     rich: tuple[Path, ...] = ()
     # Folders of what the students see.
@@ -51,39 +48,21 @@ class SceneOptions:
     ignore: int | None = None
     # Masks are so many times as large as images: a pixel's class is the one that most have.
     finer: Annotated[int, tyro.conf.Suppress] = 1
-    # So many training scenes have labels, for teacher and students; all pairs are distilled.
-    labels: int | None = None
-    # Which scenes these are: another number, another fixed draw.
+    # Which scenes have labels, where not all: another number, another fixed draw.
     draw: int = 0
-    # Share of the scenes with a mask for testing, where there is no test/.
-    test_fraction: float = 0.2
-    # val holds a tenth of the training scenes out, for choosing settings.
-    evaluate: Literal["test", "val"] = "test"
     # Training crops in pixels each way; 0 for whole scenes.
     crop: int = 0
     # Turn crops by quarters, and mirror them.
     turn: bool = True
-    # Gigabytes of images that may be held; more are read during the training.
-    memory: float = 4.0
-    # Processes that read such images.
-    workers: int = 2
 
     def check(self) -> None:
-        """Refuse what no training can have."""
-        for name in ("crop", "memory", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        if self.draw < 0 or (self.draw and self.labels is None):
-            raise ValueError(
-                f"--draw must be at least 0, and stands beside --labels, got {self.draw}"
-            )
-        if self.finer < 1:
-            raise ValueError(f"finer must be at least 1, got {self.finer}")
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"--test-fraction must lie in (0, 1), got {self.test_fraction}")
-        for name, told in (("rich", "DIR..."), ("poor", "DIR..."), ("masks", "DIR")):
+        super().check()
+        at_least(self, crop=0, draw=0, finer=1)
+        if self.draw and self.labels is None:
+            raise ValueError(f"--draw stands beside --labels, got {self.draw}")
+        for name in ("rich", "poor", "masks"):
             if not getattr(self, name):
-                raise ValueError(f"--{name} is needed; fix: --{name} {told}")
+                raise ValueError(f"--{name} is needed; fix: --{name} DIR")
         if len(set(self.values)) != len(self.values):
             raise ValueError(f"--values must differ, got {self.values}")
         if self.ignore is not None and self.ignore in self.values:
@@ -98,48 +77,22 @@ class SceneOptions:
 
 @dataclass(frozen=True)
 class Masks:
-    """The classes of some scenes' pixels.
+    """The classes of some scenes' pixels: ``pixels`` (N, H, W) uint8, 255 for no label."""
 
-    Attributes:
-        files: one a scene; None where it has none.
-        values: the pixel values of classes 0, 1, ...
-        ignore: the pixel value of no label.
-        finer: see :class:`SceneOptions`.
-        shape: of an image, (H, W).
-        pixels: all of them in memory, (N, H, W) uint8; None reads them when asked for.
-    """
-
-    files: Sequence[Path | None]
-    values: tuple[int, ...]
-    ignore: int | None
-    finer: int
-    shape: tuple[int, int]
-    pixels: Tensor | None = None
+    pixels: Tensor
+    values: Sequence[int]  # of classes 0, 1, ... in the files
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pixels)
 
     def take(self, rows: Tensor) -> Tensor:
-        """Targets (n, H, W) int64, -100 where a pixel has no label.
-
-        Raises:
-            ValueError: a mask is damaged, of another size, or holds a value that is no class.
-        """
-        if self.pixels is None:
-            held = torch.from_numpy(np.stack([self._held(int(row)) for row in rows]))
-        else:
-            held = self.pixels[rows]
+        """Targets (n, H, W) int64, -100 where a pixel has no label."""
+        held = self.pixels[rows]
         return torch.where(held == _ABSENT, NO_LABEL, held.long())
-
-    def loaded(self) -> Masks:
-        """The same, in memory."""
-        held = [self._held(row) for row in range(len(self))]
-        return replace(self, pixels=torch.from_numpy(np.stack(held)))
 
     def chosen(self, rows: Tensor) -> Masks:
         """Those of some scenes alone."""
-        pixels = None if self.pixels is None else self.pixels[rows]
-        return replace(self, files=[self.files[row] for row in rows.tolist()], pixels=pixels)
+        return Masks(self.pixels[rows], self.values)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,41 +104,33 @@ class Masks:
 
     def counts(self) -> Tensor:
         """Pixels a class, over all scenes."""
-        found = torch.zeros(len(self.values), dtype=torch.int64)
-        for row in range(len(self)):
-            targets = self.take(torch.tensor([row]))
-            found += torch.bincount(targets[targets >= 0], minlength=len(found))
-        return found
-
-    def _held(self, row: int) -> np.ndarray:
-        file = self.files[row]
-        if file is None:
-            return np.full(self.shape, _ABSENT, np.uint8)
-        raw, (height, width) = _read_mask(file), self.shape
-        if raw.shape != (height * self.finer, width * self.finer):
-            raise ValueError(
-                f"mask {file} is {raw.shape[0]}x{raw.shape[1]}, its image is {height}x{width}; "
-                "fix: resize it without smoothing"
-            )
-        held = np.full(raw.shape, _ABSENT, np.uint8)
-        for label, value in enumerate(self.values):
-            held[raw == value] = label
-        odd = set(np.unique(raw[held == _ABSENT]).tolist()) - {self.ignore}
-        if odd:
-            raise ValueError(
-                f"mask {file} holds {_listed(sorted(odd))}, the classes are "
-                f"{_listed(self.values)}; fix: --values with all of them, or --ignore VALUE"
-            )
-        return held if self.finer == 1 else _most(held, self.finer, len(self.values))
+        return torch.bincount(self.pixels.flatten(), minlength=256)[: len(self.values)]
 
 
-def _most(held: np.ndarray, finer: int, classes: int) -> np.ndarray:
-    """Every block's most frequent class, the last of those that are level; absent where most is."""
-    height, width = (side // finer for side in held.shape)
+def _classes(
+    raw: Pixels, file: Path, shape: tuple[int, int], values: Sequence[int], options: SceneOptions
+) -> np.ndarray:
+    """A mask's pixel values as classes, in an image's size."""
+    (height, width), finer = shape, options.finer
+    if raw.shape != (height * finer, width * finer):
+        raise ValueError(
+            f"mask {file} is {raw.shape[0]}x{raw.shape[1]}, its image is {height}x{width}; "
+            "fix: resize it without smoothing"
+        )
+    held = np.full(raw.shape, _ABSENT, np.uint8)
+    for label, value in enumerate(values):
+        held[raw == value] = label
+    if odd := set(np.unique(raw[held == _ABSENT]).tolist()) - {options.ignore}:
+        raise ValueError(
+            f"mask {file} holds {_listed(sorted(odd))}, the classes are {_listed(values)}; fix: "
+            "--values with all of them, or --ignore VALUE"
+        )
+    if finer == 1:
+        return held
+    # Every block's most frequent class, the last of those that are level.
     blocks = held.reshape(height, finer, width, finer).swapaxes(1, 2).reshape(height, width, -1)
-    kinds = [*range(classes), _ABSENT]
-    votes = np.stack([(blocks == kind).sum(-1) for kind in kinds])
-    return np.array(kinds, np.uint8)[len(kinds) - 1 - votes[::-1].argmax(0)]
+    kinds = np.array([*range(len(values)), _ABSENT], np.uint8)[::-1]
+    return kinds[np.stack([(blocks == kind).sum(-1) for kind in kinds]).argmax(0)]
 
 
 def _read_mask(file: Path) -> Pixels:
@@ -197,19 +142,10 @@ def _read_mask(file: Path) -> Pixels:
 
 @dataclass(frozen=True)
 class SceneViews(Views):
-    """Images of both modalities, with the masks of their scenes."""
+    """Images of both modalities, with the masks of their scenes, which are always in memory."""
 
     masks: Masks | None = None
     held_out_masks: Masks | None = None
-
-    def loaded(self, *, made: bool = True) -> SceneViews:
-        done: dict[int, Images] = {}
-        return replace(
-            self,
-            **{name: images.loaded(done, made=made) for name, images in self._images().items()},
-            masks=self.masks.loaded(),
-            held_out_masks=self.held_out_masks.loaded(),
-        )
 
     def summary(self) -> list[str]:
         """What there is, one line each."""
@@ -230,8 +166,8 @@ class SceneViews(Views):
         return [*lines, f"{known} of the training scenes have labels; of their pixels: {told}"]
 
 
-def open_scene_views(options: SceneOptions, name: str) -> SceneViews:
-    """The scenes, read when asked for.
+def open_scene_views(options: SceneOptions) -> SceneViews:
+    """The scenes, their images read when asked for and their masks now.
 
     Raises:
         ValueError: a folder is missing or empty, names do not pair, images are unlike each other,
@@ -239,69 +175,61 @@ def open_scene_views(options: SceneOptions, name: str) -> SceneViews:
     """
     halves = _halves(options)
     found = [_scenes(options, half) for half in halves or ("",)]
-    if halves and not found[1].masks:
+    train, labelled = np.arange(len(found[0].masks)), found[0].labelled
+    other, first = found[-1], len(train) if halves else 0
+    test = other.labelled if halves else _some(labelled, options.test_fraction, _TEST)
+    if not len(test):
         raise ValueError(f"no scene of test/ has a mask; fix: add them to {options.masks}")
-    train = np.arange(len(found[0].names))
-    labelled = np.array([row for row in train if found[0].masks.get(found[0].names[row])], int)
-    if not halves:
-        test = labelled[_some(len(labelled), options.test_fraction, _TEST)]
-        train = np.setdiff1d(train, test)
-        sides = [(found[0], train), (found[0], test)]
-    else:
-        of_test = [n for n, scene in enumerate(found[1].names) if scene in found[1].masks]
-        sides = [(found[0], train), (found[1], np.array(of_test, int))]
-    if options.evaluate == "val":
-        labelled = np.intersect1d(train, labelled)
-        val = labelled[_some(len(labelled), VAL_FRACTION, _VAL)]
-        train = np.setdiff1d(train, val)
-        sides = [(found[0], train), (found[0], val)]
+    train = train if halves else np.setdiff1d(train, test)
     known = np.intersect1d(train, labelled)
+    if options.evaluate == "val":
+        other, first, test = found[0], 0, _some(known, VAL_FRACTION, _VAL)
+        train, known = np.setdiff1d(train, test), np.setdiff1d(known, test)
     if options.labels is not None:
         if not 1 <= options.labels <= len(known):
             raise ValueError(
                 f"--labels must lie between 1 and {len(known)} (the training scenes with a mask), "
                 f"got {options.labels}"
             )
-        known = known[
-            stratified(
-                np.zeros(len(known), int), options.labels, draw=_LABELS + 1000 * options.draw
-            )
-        ]
-    values = options.values or _values(found[0], known, options.ignore)
+        draw = _LABELS + 1000 * options.draw
+        known = known[stratified(np.zeros(len(known), int), options.labels, draw=draw)]
+    files = [found[0].masks[row] if row in known else None for row in train]
+    raw = {} if options.values else {file: _read_mask(file) for file in files if file}
+    values = options.values or _values(list(raw.values()), options.ignore)
     classes = list(options.classes or map(str, values))
-    made: list[tuple[Images, Images, Masks]] = []
-    for half, rows in sides:
-        labels = torch.zeros(len(rows), dtype=torch.int64)
-        index = torch.from_numpy(rows + (0 if half is found[0] else len(found[0].names)))
-        rich, poor = (
-            Images(read, rows, labels, index, classes, name) for read in (half.rich, half.poor)
-        )
-        if rich.shape[1:] != poor.shape[1:]:
-            sizes = [f"{one.shape[1]}x{one.shape[2]}" for one in (rich, poor)]
-            raise ValueError(
-                f"rich images are {sizes[0]}, poor ones {sizes[1]}; fix: bring both to one size"
-            )
-        files = [half.masks.get(half.names[row]) for row in rows]
-        if half is found[0] and not made:
-            kept = set(known.tolist())
-            files = [f if row in kept else None for f, row in zip(files, rows, strict=True)]
-            targets = torch.where(torch.tensor([f is not None for f in files]), 0, NO_LABEL)
-            rich, poor = (replace(one, targets=targets) for one in (rich, poor))
-        shape = (poor.shape[1], poor.shape[2])
-        made.append((rich, poor, Masks(files, tuple(values), options.ignore, options.finer, shape)))
-    (rich, poor, masks), (held_out_rich, held_out_poor, held_out_masks) = made
-    if options.crop > min(masks.shape):
-        raise ValueError(f"--crop must be at most {min(masks.shape)}, got {options.crop}")
-    counts = masks.counts()
-    if bare := [classes[n] for n in (counts == 0).nonzero()[:, 0].tolist()]:
+
+    def sides(scenes: _Scenes, rows: Rows, first: int) -> list[Images]:
+        labels, index = torch.zeros(len(rows), dtype=torch.int64), torch.from_numpy(rows + first)
+        made = [Images(side, rows, labels, index, classes) for side in (scenes.rich, scenes.poor)]
+        sizes = ["x".join(map(str, images.shape[1:])) for images in made]
+        if sizes[0] != sizes[1]:
+            told = f"rich images are {sizes[0]}, poor ones {sizes[1]}"
+            raise ValueError(f"{told}; fix: bring both to one size")
+        return made
+
+    def masks(images: Images, files: Sequence[Path | None]) -> Masks:
+        held = torch.full((len(files), *images.shape[1:]), _ABSENT, dtype=torch.uint8)
+        for row, file in enumerate(files):
+            if file:
+                read = raw[file] if file in raw else _read_mask(file)
+                shown = _classes(read, file, images.shape[1:], values, options)
+                held[row] = torch.from_numpy(shown)
+        return Masks(held, values)
+
+    targets = torch.tensor([0 if file else NO_LABEL for file in files])
+    rich, poor = (replace(one, targets=targets) for one in sides(found[0], train, 0))
+    held_out = sides(other, test, first)
+    if options.crop > min(poor.shape[1:]):
+        raise ValueError(f"--crop must be at most {min(poor.shape[1:])}, got {options.crop}")
+    both = masks(poor, files), masks(held_out[1], [other.masks[row] for row in test])
+    if bare := [classes[n] for n in (both[0].counts() == 0).nonzero()[:, 0].tolist()]:
         raise ValueError(
             f"no labelled training scene has a pixel of {_listed(bare)}; fix: more --labels, or "
             "leave it out of --values"
         )
     return SceneViews(
-        rich, poor, held_out_rich, held_out_poor, True, "its own sensor",
-        masks=masks, held_out_masks=held_out_masks,
-    )  # fmt: skip
+        rich, poor, *held_out, True, "its own sensor", masks=both[0], held_out_masks=both[1]
+    )
 
 
 @dataclass(kw_only=True)
@@ -310,150 +238,93 @@ class SceneBatches(Batches):
 
     masks: Masks
 
-    def _dataset(self, number: int | None, ids: Tensor | None) -> Dataset[Batch]:
-        return _Scenes(self, number)
+    def made(self, index: Tensor, number: int | None, ids: Tensor | None) -> Batch:
+        passes, index = index // len(self._led) * PASS, index % len(self._led)
+        seen = {"rich": self.rich, "poor": self.poor}
+        parts = {name: one.take(index) for name, one in seen.items() if one is not None}
+        parts["target"] = self.masks.take(index)[:, None]
+        if number is not None:
+            keys = self._led.index[index] + passes
+            draws = uniform((self.seed, _CROPS, number), keys, 4)
+            size, turn = self.options.crop, self.options.turn
+            parts = {name: turned_crops(one, draws, size, turn) for name, one in parts.items()}
+        target = parts.pop("target")[:, 0]
+        normal = {name: seen[name].statistics.normalise(one) for name, one in parts.items()}
+        return Batch(normal.get("rich"), normal.get("poor"), target, index)
 
 
-@dataclass(frozen=True)
-class _Scenes(Dataset[Batch]):
-    of: SceneBatches
-    number: int | None  # of the epoch; None for whole scenes as they are
-
-    def __getitem__(self, rows: list[int]) -> Batch:
-        of, index = self.of, torch.tensor(rows)
-        count = len(of.masks)
-        passes, index = index // count * PASS, index % count
-        masks = of.masks.take(index)
-        sides = [None if one is None else one.take(index) for one in (of.rich, of.poor)]
-        if self.number is not None:
-            led = of.poor or of.rich
-            draws = uniform((of.seed, _CROPS, self.number), led.index[index] + passes, 4)
-            cut = _Cut(of.options.crop, of.options.turn, draws)
-            masks = cut(masks[:, None])[:, 0]
-            sides = [None if side is None else cut(side) for side in sides]
-        rich, poor = (
-            None if side is None else images.statistics.normalise(side)
-            for images, side in zip((of.rich, of.poor), sides, strict=True)
-        )
-        return Batch(rich, poor, masks, index)
-
-
-@dataclass(frozen=True)
-class _Cut:
+def turned_crops(images: Tensor, draws: Tensor, size: int, turn: bool) -> Tensor:
     """Crops (n, C, H, W), turned by quarters and mirrored; ``draws`` (n, 4) in [0, 1)."""
-
-    size: int
-    turn: bool
-    draws: Tensor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        size = (self.size, self.size) if self.size else (height, width)
-        made = []
-        for image, (down, across, quarters, mirrored) in zip(images, self.draws, strict=True):
-            top = int(down * (height - size[0] + 1))
-            left = int(across * (width - size[1] + 1))
-            crop = image[:, top : top + size[0], left : left + size[1]]
-            if self.turn:
-                # A scene that is not square keeps its shape: half turns alone.
-                steps = int(quarters * 4) if size[0] == size[1] else 2 * int(quarters * 2)
-                crop = torch.rot90(crop, steps, (1, 2))
-                crop = crop.flip(2) if mirrored < 0.5 else crop
-            made.append(crop)
-        return torch.stack(made)
+    height, width = images.shape[-2:]
+    high, wide = (size, size) if size else (height, width)
+    made = []
+    for image, (down, across, quarters, mirrored) in zip(images, draws, strict=True):
+        top, left = int(down * (height - high + 1)), int(across * (width - wide + 1))
+        crop = image[:, top : top + high, left : left + wide]
+        if turn:
+            # A scene that is not square keeps its shape: half turns alone.
+            steps = int(quarters * 4) if high == wide else 2 * int(quarters * 2)
+            crop = torch.rot90(crop, steps, (1, 2))
+            crop = crop.flip(2) if mirrored < 0.5 else crop
+        made.append(crop)
+    return torch.stack(made)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The scenes of one half, by name."""
+class _Scenes:
+    """The scenes of one half."""
 
-    names: list[str]
-    rich: _Stacked
-    poor: _Stacked
-    masks: dict[str, Path]
+    rich: Stacked
+    poor: Stacked
+    masks: list[Path | None]  # one a scene
 
-
-@dataclass(frozen=True)
-class _Stacked:
-    """Reads rows of the bands of several folders."""
-
-    sides: tuple[AlikeFiles, ...]
-
-    def __call__(self, rows: Rows) -> Pixels:
-        read = [side(rows) for side in self.sides]
-        for side, images in zip(self.sides, read, strict=True):
-            if images.shape[2:] != read[0].shape[2:]:
-                sizes = ["x".join(map(str, one.shape[2:])) for one in (images, read[0])]
-                raise ValueError(
-                    f"images of {side.files[0].parent} are {sizes[0]}, those of "
-                    f"{self.sides[0].files[0].parent} {sizes[1]}; fix: bring both to one size"
-                )
-        return np.concatenate(read, 1)
+    @property
+    def labelled(self) -> Rows:
+        return np.array([row for row, file in enumerate(self.masks) if file], int)
 
 
 def _halves(options: SceneOptions) -> tuple[str, ...]:
     places = [options.data] if options.data else [*options.rich, *options.poor, options.masks]
-    has = [(place / "train").is_dir() and (place / "test").is_dir() for place in places]
-    if any(has) and not all(has):
-        lacking = _listed([str(place) for place, one in zip(places, has, strict=True) if not one])
-        raise ValueError(f"{lacking} has no train/ and test/, others have; fix: split all alike")
-    return ("train", "test") if all(has) else ()
+    lacking = [p for p in places if not ((p / "train").is_dir() and (p / "test").is_dir())]
+    if lacking and len(lacking) < len(places):
+        told = f"{_listed(lacking)} has no train/ and test/, others have"
+        raise ValueError(f"{told}; fix: split all alike")
+    return () if lacking else ("train", "test")
 
 
-def _place(options: SceneOptions, folder: Path, half: str) -> Path:
-    folder = folder.expanduser()
-    place = options.data.expanduser() / half / folder if options.data else folder / half
-    if not place.is_dir():
-        fix = "name an existing one"
-        if options.data:
-            fix = "--data must name the folder that holds it"
-        raise ValueError(f"folder {place} does not exist; fix: {fix}")
-    return place
+def _scenes(options: SceneOptions, half: str) -> _Scenes:
+    def place(folder: Path) -> Path:
+        folder, root = folder.expanduser(), options.data
+        found = root.expanduser() / half / folder if root else folder / half
+        if not found.is_dir():
+            fix = "--data must name the folder that holds it" if root else "name an existing one"
+            raise ValueError(f"folder {found} does not exist; fix: {fix}")
+        return found
 
-
-def _scenes(options: SceneOptions, half: str) -> _Found:
-    folders = {
-        side: [_place(options, folder, half) for folder in getattr(options, side)]
-        for side in ("rich", "poor")
-    }
-    files = {place: by_name(place) for place in dict.fromkeys(folders["rich"] + folders["poor"])}
-    everywhere = set.intersection(*(set(found) for found in files.values()))
-    lonely = [
-        str(found[stem]) for found in files.values() for stem in sorted(found.keys() - everywhere)
-    ]
-    if lonely:
-        raise ValueError(
-            f"{len(lonely)} image(s) have no partner of the same name in every folder: "
-            f"{_listed(lonely)}; fix: add the partners, or remove these"
-        )
-    place = _place(options, options.masks, half)
-    masks = by_name(place)
-    odd = sorted(masks.keys() - everywhere)
+    sides = [[place(folder) for folder in side] for side in (options.rich, options.poor)]
+    places = list(dict.fromkeys(sides[0] + sides[1]))
+    files, lonely = partners(places)
+    refuse_lonely(lonely)
+    masks, names = by_name(place(options.masks)), [file.stem for file in files[0]]
+    odd = sorted(masks.keys() - set(names))
     if len(odd) == len(masks):
         raise ValueError(
-            f"no mask of {place} has the name of an image in {folders['poor'][0]}: masks "
-            f"{_listed(odd)}, images {_listed(sorted(everywhere))}; fix: name them alike"
+            f"no mask of {options.masks} has the name of an image in {places[-1]}: masks "
+            f"{_listed(odd)}, images {_listed(names)}; fix: name them alike"
         )
     if odd:
         raise ValueError(
-            f"{len(odd)} mask(s) of {place} have no image: {_listed(odd)}; fix: remove them, or "
-            "add the images"
+            f"{len(odd)} mask(s) of {options.masks} have no image: {_listed(odd)}; fix: remove "
+            "them, or add the images"
         )
-    names = sorted(everywhere)
-    sides = (
-        _Stacked(tuple(AlikeFiles([files[place][stem] for stem in names]) for place in places))
-        for places in folders.values()
-    )
-    return _Found(names, *sides, masks)
+    read = dict(zip(places, map(AlikeFiles, files), strict=True))
+    stacked = (Stacked([read[one] for one in side]) for side in sides)
+    return _Scenes(*stacked, [masks.get(name) for name in names])
 
 
-def _values(found: _Found, rows: Rows, ignore: int | None) -> tuple[int, ...]:
+def _values(masks: Sequence[Pixels], ignore: int | None) -> tuple[int, ...]:
     """What the labelled training scenes' masks hold."""
-    held: set[float] = set()
-    for row in rows:
-        held |= set(np.unique(_read_mask(found.masks[found.names[row]])).tolist())
-        if len(held) > _ABSENT:
-            break
+    held = {value for mask in masks for value in np.unique(mask).tolist()}
     values = sorted(held - {ignore})
     if not 2 <= len(values) < _ABSENT or any(value != int(value) for value in values):
         raise ValueError(
@@ -463,8 +334,10 @@ def _values(found: _Found, rows: Rows, ignore: int | None) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _some(count: int, fraction: float, draw: int) -> Rows:
-    if count < 2:
-        raise ValueError(f"{count} scene(s) with a mask leave none to train on; fix: more masks")
-    taken = min(max(round(fraction * count), 1), count - 1)
-    return stratified(np.zeros(count, int), taken, draw=draw)
+def _some(rows: Rows, fraction: float, draw: int) -> Rows:
+    if len(rows) < 2:
+        raise ValueError(
+            f"{len(rows)} scene(s) with a mask leave none to train on; fix: more masks"
+        )
+    taken = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+    return rows[stratified(np.zeros(len(rows), int), taken, draw=draw)]

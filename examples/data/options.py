@@ -4,21 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of images; every data set's reader takes some of them."""
+class ImageOptions:
+    """Options of any images, with a class each or a class for every pixel."""
 
     # Which recipe this is.
     recipe: Annotated[str, tyro.conf.Suppress] = "own"
+    # Folder where the images lie, or the folders of them that other options name.
+    data: Path | None = None
+    # Share of the images for testing, where a folder has no test/.
+    test_fraction: float = 0.2
+    # val holds a tenth of the training images out, for choosing settings.
+    evaluate: Literal["test", "val"] = "test"
+    # So many training images have labels; all pairs are distilled.
+    labels: int | None = None
+    # Images a step, over all processes.
+    batch_size: int = 64
+    # Gigabytes of images that may be held; more are read during the training.
+    memory: float = 4.0
+    # Processes that read such images.
+    workers: int = 2
+
+    def check(self) -> None:
+        """Refuse what no training can have."""
+        at_least(self, batch_size=1, memory=0, workers=0)
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"--test-fraction must lie in (0, 1), got {self.test_fraction}")
+
+
+def at_least(options: Any, **least: float) -> None:
+    """Refuse options that are smaller than they may be."""
+    for name, value in least.items():
+        if not getattr(options, name) >= value:
+            told = f"--{name.replace('_', '-')} must be at least {value}"
+            raise ValueError(f"{told}, got {getattr(options, name)}")
+
+
+@dataclass(frozen=True)
+class Options(ImageOptions):
+    """Options of images with a class each; every data set's reader takes some of them."""
+
     # Who reads the images: a name of data/readers.py.
     reader: Annotated[str, tyro.conf.Suppress] = "folder"
-    # Folder where the images lie; the digits need none.
-    data: Path | None = None
     # Fetch the data set into --data.
     download: bool = False
     # Folder of the rich side's images, where the two sides have a folder each.
@@ -34,33 +66,19 @@ class Options:
     size: int = 0
     # File with the classes of imagenet100, a WordNet id a line.
     classes: Path | None = None
-    # Share of the images for testing, where a folder has no test/.
-    test_fraction: float = 0.2
     # Which bands are read of many, counted from 0; all by default.
     bands: tuple[int, ...] = ()
     # Where red, green and blue stand among the bands.
     rgb: tuple[int, ...] = ()
     # So many training images only, all classes in proportion.
     limit: int | None = None
-    # So many training images have a label; all pairs are distilled.
-    labels: int | None = None
-    # val holds a tenth of the training images out, for choosing settings.
-    evaluate: Literal["test", "val"] = "test"
-    # Images a step, over all processes.
-    batch_size: int = 64
     # Crops: from a padded border, or a part of the image resized.
     crop: Literal["pad", "resized"] = "pad"
     # Border in pixels that crops may reach into.
     pad: int = 4
     # Mirror half of the training images.
     flip: bool = True
-    # Gigabytes of images that may be held; more are read during the training.
-    memory: float = 4.0
-    # Processes that read such images.
-    workers: int = 2
 
     def check(self) -> None:
-        """Refuse what no training can have."""
-        for name in ("size", "pad", "memory", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        super().check()
+        at_least(self, size=0, pad=0)

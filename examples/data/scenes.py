@@ -7,71 +7,59 @@ with the labels sharing an image's mass, and a student's image may be matched to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources import (
-    Decoded,
-    Images,
-    Pixels,
-    class_files,
-    common_classes,
-    read_rgb,
-    unreadable,
-)
+from data.decode import TIFF, AlikeFiles, Rows, finite, read_colours, read_tiff, unreadable
+from data.options import Options
+from data.sources import Part, Source, class_files, class_names
 
-_MS, _RGB = (".tif", ".tiff", ".mat"), (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+_RGB = TIFF | {".jpg", ".jpeg", ".png"}
 
 
-def open_scenes(
-    name: str, data_dir: Path | None, *, bands: int
-) -> tuple[list[str], Images, Images]:
-    """Class names, the multispectral images and the unrelated photographs, not yet split.
+def open_scenes(root: Path, options: Options) -> Source:
+    """The multispectral images and the unrelated photographs, not yet split.
 
-    Args:
-        name: of the job.
-        data_dir: holds the folders ``MS`` and ``RGB``, with the same class folders in both.
-        bands: channels of an MS image, ``.tif`` or ``.mat`` with the key ``msi``, either axis
-            order. A ``label`` in a ``.mat``, 0 or 1 for each of the class folders in the order of
-            their names, counts instead of the folder; it must mark that as well.
-
-    Raises:
-        ValueError: folders, classes or files are missing, damaged or of another shape.
+    An MS image is a ``.tif``, or a ``.mat`` with the key ``msi``, either axis order. A ``label`` in
+    a ``.mat``, 0 or 1 for each of the class folders in the order of their names, counts instead of
+    the folder; it must mark that as well.
     """
-    if data_dir is None:
-        raise ValueError(f"job {name!r} needs a data directory; fix: add --data DIR")
-    folders = {kind: data_dir.expanduser() / kind for kind in ("MS", "RGB")}
-    for folder in folders.values():
+    bands = len(options.bands) or 10
+    if options.rgb and not all(0 <= band < bands for band in options.rgb):
+        raise ValueError(f"--rgb must lie in 0..{bands - 1}, got {options.rgb}")
+    folders = [root / kind for kind in ("MS", "RGB")]
+    for folder in folders:
         if not folder.is_dir():
             raise ValueError(
                 f"folder {folder} does not exist; fix: --data must name the folder that holds MS "
                 "and RGB"
             )
-    classes = common_classes(folders["MS"], folders["RGB"])
+    classes = class_names(*folders)
     # At least one to train on and one to test on.
-    files, labels = class_files(folders["MS"], classes, _MS, least=2)
+    labels, files = class_files(folders[0], classes, TIFF | {".mat"}, least=2)
     marked = [_marked(file, int(k), classes) for file, k in zip(files, labels, strict=True)]
     groups = np.repeat(np.arange(len(files)), [len(some) for some in marked])
-    labels = np.concatenate(marked)
     read = partial(read_multispectral, bands=bands)
-    size = _size(files, read)
-    photos, photo_labels = class_files(folders["RGB"], classes, _RGB, least=2)
     # The two sensors need not have one resolution; the networks' inputs do, for the matcher's sake.
-    return (
+    photo = partial(read_colours, size=_size(files, bands), resize=True)
+    photo_labels, photos = class_files(folders[1], classes, _RGB, least=2)
+    return Source(
         classes,
-        Images(labels, Decoded([files[row] for row in groups], read), groups=groups),
-        Images(photo_labels, Decoded(photos, partial(read_rgb, size=size, resize=True))),
+        Part(
+            np.concatenate(marked), AlikeFiles([files[n] for n in groups], read=read), None, groups
+        ),
+        Part(photo_labels, AlikeFiles(photos, read=photo)),
     )
 
 
-def _marked(file: Path, folder: int, classes: list[str]) -> NDArray[np.int64]:
+def _marked(file: Path, folder: int, classes: list[str]) -> Rows:
     """The classes of an image: those that its ``label`` marks, else its folder's."""
     try:
-        content = _content(file, "label") if file.suffix.lower() == ".mat" else {}
+        content = _mat(file, "label") if file.suffix.lower() == ".mat" else {}
     except ValueError:
         return np.array([folder])  # damaged: whoever reads the image names it
     label = np.ravel(content.get("label", folder))
@@ -91,15 +79,11 @@ def _marked(file: Path, folder: int, classes: list[str]) -> NDArray[np.int64]:
     return label.nonzero()[0].astype(np.int64)
 
 
-def _size(files: list[Path], read: Callable[[Path], Pixels]) -> tuple[int, int]:
-    """Height and width of the first image that can be read; a damaged one is named by its reader.
-
-    Raises:
-        ValueError: None can be read.
-    """
+def _size(files: list[Path], bands: int) -> tuple[int, ...]:
+    """Height and width of the first image that can be read; others are named by their reader."""
     for file in files:
         try:
-            return read(file).shape[1:]
+            return read_multispectral(file, bands).shape[1:]
         except ValueError:
             if file == files[-1]:
                 raise
@@ -108,45 +92,24 @@ def _size(files: list[Path], read: Callable[[Path], Pixels]) -> tuple[int, int]:
 
 def read_multispectral(file: Path, bands: int) -> NDArray[np.float32]:
     """One image of ``bands`` channels as float32 (bands, H, W), in the file's own units."""
-    image = _mat(file) if file.suffix.lower() == ".mat" else _tif(file)
+    if file.suffix.lower() != ".mat":
+        image, _ = read_tiff(file)
+    else:
+        content = _mat(file)
+        if "msi" not in content:
+            keys = ", ".join(key for key in content if not key.startswith("__"))
+            raise ValueError(f"image {file} has no key 'msi', only: {keys or 'nothing'}")
+        image = np.asarray(content["msi"])
     first, last = (image.ndim == 3 and image.shape[axis] == bands for axis in (0, -1))
     if not (first or last):
         raise ValueError(
             f"image {file} has the shape {image.shape}, expected {bands} bands as its first or "
             "last axis; fix: replace the file, or choose the job that these images belong to"
         )
-    pixels = np.ascontiguousarray(image if first else image.transpose(2, 0, 1), dtype=np.float32)
-    if not np.isfinite(pixels).all():
-        raise ValueError(f"image {file} holds NaN or infinity; fix: replace or delete that file")
-    return pixels
+    return finite(file, image if first else image.transpose(2, 0, 1))
 
 
-def _tif(file: Path) -> NDArray[np.generic]:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ValueError(
-            "multispectral .tif files are read by tifffile, which is not installed; "
-            "fix: pip install tifffile"
-        ) from error
-    try:
-        image = np.asarray(tifffile.imread(file))
-    except Exception as error:  # damaged files raise whatever their bytes lead to
-        raise unreadable(file, error) from error
-    if not image.size:  # what tifffile makes of a header without a page
-        raise unreadable(file, ValueError("it holds no page"))
-    return image
-
-
-def _mat(file: Path) -> NDArray[np.generic]:
-    content = _content(file)
-    if "msi" not in content:
-        keys = ", ".join(key for key in content if not key.startswith("__"))
-        raise ValueError(f"image {file} has no key 'msi', only: {keys or 'nothing'}")
-    return np.asarray(content["msi"])
-
-
-def _content(file: Path, name: str | None = None) -> dict[str, NDArray[np.generic]]:
+def _mat(file: Path, name: str | None = None) -> dict[str, Any]:
     from scipy.io import loadmat
 
     try:

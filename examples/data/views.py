@@ -1,40 +1,28 @@
 """What a job trains on: the rich images of its teacher, the poor ones of its students.
 
-Two providers give them: :func:`paired`, every sample in both modalities, and :func:`unpaired`, two
-sets of different samples, told only by class.
+They are pairs, every sample in both modalities, or two sets of different samples, told only by
+class.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from inspect import signature
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from data import splits
-from data.decode import refuse_sizes
+from data.decode import Rows, refuse_sizes
 from data.images import NO_LABEL, Images, counts
 from data.options import Options
-from data.pairs import open_folders
 from data.poverty import Poverty, poverty
-from data.readers import reader
-from data.scenes import open_scenes
-from data.sources import Images as Half
-from data.sources import Rows, Source, stratified
+from data.readers import open_source, reader_of
+from data.sources import Part, Source, held_out, stratified
 from structkd.diagnostics import modality_gap
 
 VAL_FRACTION = 0.1
-# Published data sets; another count is another data set.
-_CLASSES = {
-    "mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "tiny_imagenet": 200,
-    "imagenet": 1000, "ombria": 4,
-}  # fmt: skip
-# Options that are some readers' only.
-_READERS = ("rich", "poor", "only_pairs", "size", "classes", "test_fraction", "bands")
 _LOOKED_AT = 1000  # images of a side that the gap of free pairs is measured on
 # Fixed draws, apart from every training seed: the same images are held out for everybody.
-_VAL, _LIMIT, _HALVES, _TEST, _SCENES_VAL, _SCENES_LIMIT, _LABELS = 2, 3, 4, 6, 7, 8, 10
+_VAL, _LIMIT, _HALVES, _TEST, _APART_VAL, _APART_LIMIT, _LABELS = 2, 3, 4, 6, 7, 8, 10
 
 
 @dataclass(frozen=True)
@@ -128,14 +116,13 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
     ``unpaired`` gives the halves of a paired set to teacher and students apart; ``pseudo`` is what
     makes the teacher's images poor then, ``options.view`` by default.
     """
-    if options.reader in ("scenes", "folders"):
-        views = _apart(options, pseudo)
+    source = open_source(options)
+    for part in (source.train, source.test):
+        refuse_sizes(part.read), refuse_sizes(part.read_poor)
+    if reader_of(options).apart:
+        views = _apart(source, options, pseudo)
     else:
-        source = open_source(options)
-        for half in (source.train, source.test):
-            refuse_sizes(half.read), refuse_sizes(half.read_poor)
-        own = source.train.read_poor is not None
-        made = None if own else poverty(options.view)
+        made = None if source.train.read_poor is not None else poverty(options.view)
         if pseudo and (made is None or not unpaired):
             raise ValueError(
                 "--pseudo is for poor images that are made, and nothing paired: not "
@@ -148,67 +135,27 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
     return views if options.labels is None else _labelled(views, options.labels)
 
 
-def open_source(options: Options) -> Source:
-    """What the reader finds, before anything is chosen of it or read.
-
-    Raises:
-        ValueError: the data are missing or of another layout, or an option is not the reader's.
-    """
-    read = reader(options.reader)
-    known = signature(read).parameters
-    given = {}
-    for one in fields(Options):
-        if one.name in ("data", "download") or one.name not in _READERS:
-            continue
-        value = getattr(options, one.name)
-        if one.name in known:
-            if value not in (None, ()):
-                given[one.name] = value
-        elif value != one.default:
-            raise ValueError(
-                f"--{one.name.replace('_', '-')} has no effect on {options.recipe}; fix: "
-                "leave it out"
-            )
-    folder = None if options.data is None else options.data.expanduser()
-    source = read(folder, options.download, **given)
-    known = _CLASSES.get(options.reader)
-    if known is not None and len(source.classes) != known:
-        raise ValueError(
-            f"{options.reader} has {known} classes, {options.data} has {len(source.classes)}; fix: "
-            "another recipe, or the folder of that data set; 'folder' takes any"
-        )
-    return source
-
-
 def _paired(source: Source, options: Options, made: Poverty | None) -> Views:
     """The images; ``made`` is None where the poor modality is a sensor of its own."""
-    offsets = {"train": 0, "test": len(source.train.labels)}
-
-    def pick(half: str, rows: Rows) -> tuple[Images, Images]:
-        images = getattr(source, half)
-        index = torch.from_numpy(rows + offsets[half])
-        labels = torch.from_numpy(images.labels[rows])
-        rich = Images(images.read, rows, labels, index, source.classes, options.recipe)
-        if made is not None:
-            return rich, rich.made(made)
-        return rich, replace(rich, read=images.read_poor)
-
-    train, held_out = _split(source.train, options, len(source.classes))
-    rich, poor = pick("train", train)
-    half = "train" if options.evaluate == "val" else "test"
-    other = held_out if options.evaluate == "val" else np.arange(len(source.test.labels))
-    held_out_rich, held_out_poor = pick(half, other)
-    # Noise leaves a pixel's scale as it is; other poor images have one of their own.
-    like = rich if made is not None and made.drawn else None
-    return Views(
-        rich=rich,
-        poor=replace(poor, like=like) if like else poor,
-        held_out_rich=held_out_rich,
-        held_out_poor=held_out_poor,
-        paired=True,
-        poverty="its own sensor" if made is None else str(made),
-        originals=rich,
+    train, test = np.arange(len(source.train.labels)), np.arange(len(source.test.labels))
+    first, other = len(train), source.test
+    if options.evaluate == "val":
+        train, test = _cut(train, source.train, VAL_FRACTION, _VAL)
+        first, other = 0, source.train
+    train = _limited(train, source, source.train, options, _LIMIT)
+    rich, held_out_rich = (
+        _images(source, source.train, train, 0),
+        _images(source, other, test, first),
     )
+    if made is None:
+        poor = replace(rich, read=source.train.read_poor)
+        held_out_poor = replace(held_out_rich, read=other.read_poor)
+    else:
+        poor, held_out_poor = rich.made(made), held_out_rich.made(made)
+        if made.drawn:  # noise leaves a pixel's scale as it is; others have one of their own
+            poor = replace(poor, like=rich)
+    said = "its own sensor" if made is None else str(made)
+    return Views(rich, poor, held_out_rich, held_out_poor, True, said, originals=rich)
 
 
 def _halved(views: Views, name: str, made: tuple[Poverty, Poverty] | None) -> Views:
@@ -219,59 +166,46 @@ def _halved(views: Views, name: str, made: tuple[Poverty, Poverty] | None) -> Vi
     """
     parts = halves(views.rich.labels)
     rich, originals = (views.rich.chosen(rows) for rows in parts)
-    for half in (rich, originals):
-        if counts(half).min() < 1:
-            few = f"{len(views.rich)} images leave a class of {name} without an image in a half"
-            raise ValueError(f"{few}; fix: a larger --limit")
+    if min(counts(rich).min(), counts(originals).min()) < 1:
+        few = f"{len(views.rich)} images leave a class of {name} without an image in a half"
+        raise ValueError(f"{few}; fix: a larger --limit")
     if made is None:
         pseudo, poor = (views.poor.chosen(rows) for rows in parts)
     else:
         poor, pseudo = originals.made(made[0]), rich.made(made[1])
-    return replace(
-        views,
-        rich=rich,
-        poor=poor,
-        paired=False,
-        pseudo=pseudo,
-        originals=replace(originals, like=rich),
-    )
+    originals = replace(originals, like=rich)
+    return replace(views, rich=rich, poor=poor, paired=False, pseudo=pseudo, originals=originals)
 
 
-def _apart(options: Options, pseudo: str) -> Views:
+def _apart(source: Source, options: Options, pseudo: str) -> Views:
     """Two sets of different samples: a fixed stratified fifth of each is for testing.
 
     ``val`` takes a tenth of the rest instead.
     """
-    if options.reader == "scenes":
-        count = len(options.bands) or 10
-        if options.rgb and not all(0 <= band < count for band in options.rgb):
-            raise ValueError(f"--rgb must lie in 0..{count - 1}, got {options.rgb}")
-        classes, *sides = open_scenes(options.recipe, options.data, bands=count)
-        pseudo = pseudo or "bands:" + ",".join(map(str, options.rgb))
-    else:
-        classes, *sides = open_folders(options.rich, options.poor, options.size)
-        pseudo = pseudo or options.view
-    sets, offset = [], 0
-    for side in sides:
-        refuse_sizes(side.read)
-        everything = np.arange(len(side.labels))
-        train, test = _held_out(everything, side, options.test_fraction, _TEST)
+    shown = "bands:" + ",".join(map(str, options.rgb)) if options.rgb else options.view
+    sets, first = [], 0
+    for side in (source.train, source.test):
+        train, test = _cut(np.arange(len(side.labels)), side, options.test_fraction, _TEST)
         if options.evaluate == "val":
-            train, test = _held_out(train, side, VAL_FRACTION, _SCENES_VAL)
-        train = _limited(train, side.labels, options.limit, _SCENES_LIMIT, len(classes))
-        for rows in (train, test):
-            labels, index = (torch.from_numpy(part) for part in (side.labels[rows], rows + offset))
-            sets.append(Images(side.read, rows, labels, index, classes, options.recipe))
-        offset += len(side.labels)
+            train, test = _cut(train, side, VAL_FRACTION, _APART_VAL)
+        train = _limited(train, source, side, options, _APART_LIMIT)
+        sets += [_images(source, side, rows, first) for rows in (train, test)]
+        first += len(side.labels)
     rich, held_out_rich, poor, held_out_poor = sets
-    free = rich.made(poverty(pseudo, "--pseudo"))
+    free = rich.made(poverty(pseudo or shown, "--pseudo"))
     if free.shape != poor.shape:
         made, real = ("x".join(map(str, images.shape)) for images in (free, poor))
         raise ValueError(
-            f"rich images made poor by {pseudo} are {made}, the poor ones {real}; fix: another "
-            "--pseudo, or --size N"
+            f"rich images made poor by {pseudo or shown} are {made}, the poor ones {real}; fix: "
+            "another --pseudo, or --size N"
         )
     return Views(rich, poor, held_out_rich, held_out_poor, False, "its own sensor", free)
+
+
+def _images(source: Source, part: Part, rows: Rows, first: int) -> Images:
+    """Rows of a part whose first is sample ``first`` of the whole set."""
+    labels, index = torch.from_numpy(part.labels[rows]), torch.from_numpy(rows + first)
+    return Images(part.read, rows, labels, index, source.classes)
 
 
 def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,17 +214,10 @@ def halves(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return first, torch.from_numpy(np.setdiff1d(np.arange(len(labels)), first))
 
 
-def _split(images: Half, options: Options, classes: int) -> tuple[Rows, Rows]:
-    """Training rows, and those that validation holds out of them."""
-    train = np.arange(len(images.labels), dtype=np.int64)
-    held_out = train[:0]
-    if options.evaluate == "val":
-        train, held_out = _held_out(train, images, VAL_FRACTION, _VAL)
-    return _limited(train, images.labels, options.limit, _LIMIT, classes), held_out
-
-
-def _limited(rows: Rows, labels: Rows, limit: int | None, draw: int, classes: int) -> Rows:
-    return rows if limit is None else rows[_some("--limit", limit, labels[rows], classes, draw)]
+def _limited(rows: Rows, source: Source, part: Part, options: Options, draw: int) -> Rows:
+    if options.limit is None:
+        return rows
+    return rows[_some("--limit", options.limit, part.labels[rows], len(source.classes), draw)]
 
 
 def _some(option: str, count: int, labels: Rows, classes: int, draw: int) -> Rows:
@@ -300,11 +227,11 @@ def _some(option: str, count: int, labels: Rows, classes: int, draw: int) -> Row
     return stratified(labels, count, draw=draw)
 
 
-def _held_out(rows: Rows, images: Half, fraction: float, draw: int) -> tuple[Rows, Rows]:
+def _cut(rows: Rows, part: Part, fraction: float, draw: int) -> tuple[Rows, Rows]:
     """The rest and the held-out rows, whole groups; at least one image a class in the latter."""
-    groups = None if images.groups is None else images.groups[rows]
-    held_out = rows[splits.held_out(images.labels[rows], groups, fraction, draw=draw)]
-    return np.setdiff1d(rows, held_out), held_out
+    groups = None if part.groups is None else part.groups[rows]
+    out = rows[held_out(part.labels[rows], groups, fraction, draw=draw)]
+    return np.setdiff1d(rows, out), out
 
 
 def _labelled(views: Views, count: int) -> Views:

@@ -10,7 +10,8 @@ import pytest
 
 import progress
 import train as script
-from data import sources, views
+from data.readers import READERS, Reader
+from data.sources import Part, Source
 from tests.examples import entries
 
 CLASSES = ["north", "east", "south", "west"]
@@ -29,25 +30,26 @@ criterion: [alone, kd]
 """
 
 
-def half(count: int, seed: int) -> sources.Images:
+def half(count: int, seed: int) -> Part:
     random = np.random.default_rng(seed)
     labels = np.arange(count) % 4
     images = random.integers(0, 80, (count, 1, 12, 12), dtype=np.uint8)
     places = (np.s_[:6, :], np.s_[:, 6:], np.s_[6:, :], np.s_[:, :6])
     for image, label in zip(images, labels, strict=True):
         image[0][places[label]] += 150
-    return sources._in_memory(images, labels.astype(np.int64))
+    return Part(labels.astype(np.int64), images.__getitem__)
 
 
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    source = sources.Source(CLASSES, half(80, seed=1), half(40, seed=2))
-    monkeypatch.setattr(sources, "open_tiny", lambda folder, download: source, raising=False)
+    source = Source(CLASSES, half(80, seed=1), half(40, seed=2))
+    reader = Reader(lambda folder, options: source, data="optional")
+    monkeypatch.setitem(READERS, "tiny", reader)
     file = tmp_path / "tiny.yaml"
     file.write_text(RECIPE)
     monkeypatch.setattr(entries, "TINY", str(file))
     # The readers' tests have parts of the published sets.
-    monkeypatch.setattr(views, "_CLASSES", {"mnist": 10, "tiny": 4})
+    entries.class_counts(monkeypatch, mnist=10, tiny=4)
     return file
 
 

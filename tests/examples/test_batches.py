@@ -26,7 +26,7 @@ def pixels(images: torch.Tensor) -> Images:
     count = len(images)
     labels, index = torch.arange(count) % 4, torch.arange(count) + 1000
     read = lambda rows: images.numpy()[rows]  # noqa: E731
-    return Images(read, np.arange(count), labels, index, list("abcd"), "set")
+    return Images(read, np.arange(count), labels, index, list("abcd"))
 
 
 def same(one: Batch, two: Batch) -> bool:

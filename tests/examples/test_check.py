@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,11 @@ Check = Callable[..., tuple[int, list[str]]]
 
 
 @pytest.fixture
-def check(capsys: pytest.CaptureFixture[str]) -> Check:
+def check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
     """Runs the command: its exit code, and the lines that it printed."""
     spec = importlib.util.spec_from_file_location("data_command", FILE)
     command = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, command)
     spec.loader.exec_module(command)
 
     def run(*arguments: object) -> tuple[int, list[str]]:
@@ -152,7 +154,7 @@ def test_several_sizes_are_told_before_anything_is_trained(
     ("arguments", "message"),
     [
         (["pair"], "unknown recipe 'pair'; did you mean 'pairs'"),
-        (["pairs"], "needs both folders; fix: --rich DIR --poor DIR"),
+        (["pairs"], "two folders are needed; fix: --rich DIR --poor DIR"),
         (["mnist", "--size", "8"], "--size has no effect on mnist"),
         (["folder", "--rich", "x"], "--rich has no effect on folder"),
         (["pairs", "--size", "-1"], "--size must be at least 0"),

@@ -104,7 +104,7 @@ def test_files_must_be_alike(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"grey\.png has 1 band"):
         AlikeFiles([grey], like=first)(ROWS[:1])
     assert AlikeFiles([first, small], size=6)(ROWS).shape == (2, 3, 6, 6)
-    assert AlikeFiles([first, grey], colours=True)(ROWS).shape == (2, 3, 8, 8)
+    assert AlikeFiles([first, grey], read=read_colours)(ROWS).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".npy"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import splits
+from data import sources
 from data.eurosat import neighbourhoods, place
 from tests.examples.entries import recipe_views
 from tests.examples.files import values, write
@@ -41,7 +41,7 @@ def test_no_neighbourhood_lies_on_both_sides(eurosat: Path) -> None:
 
 
 def _places(images: object) -> list[tuple[float, ...]]:
-    files = images.read.read.files  # type: ignore[attr-defined]
+    files = images.read.files  # type: ignore[attr-defined]
     found = [place(files[row]) for row in images.rows]  # type: ignore[attr-defined]
     return [(zone, round(east / 30_000), north) for zone, east, north in found]
 
@@ -78,14 +78,14 @@ def test_whole_groups_are_held_out_in_proportion() -> None:
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(150), random.integers(1, 12, 150))
     labels = random.integers(0, 4, len(groups))
-    chosen = splits.held_out(labels, groups, 0.2, draw=5)
+    chosen = sources.held_out(labels, groups, 0.2, draw=5)
     assert not set(groups[chosen]) & set(np.delete(groups, chosen))
     share = np.bincount(labels[chosen]) / np.bincount(labels)
     assert np.abs(share - 0.2).max() < 0.02
-    assert np.array_equal(chosen, splits.held_out(labels, groups, 0.2, draw=5))
-    assert not np.array_equal(chosen, splits.held_out(labels, groups, 0.2, draw=6))
+    assert np.array_equal(chosen, sources.held_out(labels, groups, 0.2, draw=5))
+    assert not np.array_equal(chosen, sources.held_out(labels, groups, 0.2, draw=6))
     with pytest.raises(ValueError, match="too many for every class to lie on both sides"):
-        splits.held_out(labels, np.zeros(len(labels), dtype=np.int64), 0.2, draw=5)
+        sources.held_out(labels, np.zeros(len(labels), dtype=np.int64), 0.2, draw=5)
 
 
 def test_what_is_wrong_with_a_folder(eurosat: Path, tmp_path: Path) -> None:

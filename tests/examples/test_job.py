@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import nn
 import models
 import train as script
 import unpaired
-from data import sources, views
+from data.readers import READERS, Reader
+from data.sources import Part, Source
 from progress import Show
 from tests.examples import conftest, layouts
 from tests.examples.entries import outcome, results
@@ -133,7 +135,7 @@ def test_a_row_that_diverges_is_stored_and_not_tried_again(
 def test_an_error_that_nobody_raised_on_purpose_keeps_its_traceback(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "open_tiny", lambda *a: int("no number"))
+    monkeypatch.setitem(READERS, "tiny", Reader(lambda *a: int("no number"), data="optional"))
     with pytest.raises(ValueError, match="invalid literal"):
         run()
 
@@ -178,15 +180,15 @@ def test_preflight_counts_the_evaluation(
 def test_preflight_counts_the_reading_of_images(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    source = sources.Source(conftest.CLASSES, conftest.half(80, seed=1), conftest.half(40, seed=2))
+    source = Source(conftest.CLASSES, conftest.half(80, seed=1), conftest.half(40, seed=2))
     read = source.train.read
 
     def slow(rows: Any) -> Any:
         time.sleep(0.004 * len(rows))
         return read(rows)
 
-    slowed = sources.Source(source.classes, sources.Images(source.train.labels, slow), source.test)
-    monkeypatch.setattr(sources, "open_tiny", lambda *a: slowed)
+    slowed = Source(source.classes, Part(source.train.labels, slow), source.test)
+    monkeypatch.setitem(READERS, "tiny", Reader(lambda *a: slowed, data="optional"))
     options = ("--epochs", "3", "--criterion", "alone", "--memory", "0", "--workers", "0")
     assert run(*options) == 0
     # Two networks, three epochs of 80 images each.
@@ -250,16 +252,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # As mnist's, without waiting for all of its digits.
-    few = sources.Source(
+    few = Source(
         [str(n) for n in range(10)],
-        sources._in_memory(*digits(40)),
-        sources._in_memory(*digits(20)),
+        digits(40),
+        digits(20),
     )
-    original = sources.open_mnist
-    monkeypatch.setattr(
-        sources, "open_mnist",
-        lambda data_dir, download: original(data_dir, download) if data_dir or download else few,
-    )  # fmt: skip
+    monkeypatch.setitem(READERS, "mnist", replace(READERS["mnist"], open=lambda *a: few))
     main = script.main
     if arguments[0] == "unpaired":
         main, arguments = unpaired.main, arguments[1:]
@@ -272,11 +270,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert trained == []
 
 
-def digits(count: int) -> tuple[Any, Any]:
+def digits(count: int) -> Part:
     import numpy as np
 
     labels = np.arange(count) % 10
-    return np.zeros((count, 1, 28, 28), np.uint8), labels
+    return Part(labels, np.zeros((count, 1, 28, 28), np.uint8).__getitem__)
 
 
 # Recipes.
@@ -347,7 +345,6 @@ SMALL = [
 def laid_out(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Writes a data set; the arguments that name it."""
     root.mkdir()
-    monkeypatch.setattr(views, "_CLASSES", {})
     if name in ("pairs", "cml"):
         rich, poor = two_sides(root, count=10)
         if name == "pairs":

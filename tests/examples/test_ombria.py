@@ -66,11 +66,12 @@ def test_what_is_wrong_with_a_folder(ombria: Path, tmp_path: Path) -> None:
         recipe_views(entry, data=ombria, download=True)
     (ombria / "train" / "s2_after" / "0003.png").unlink()
     with pytest.raises(
-        ValueError, match=r"1 scene\(s\) of .*train are not in all of .*: 0003\.png"
+        ValueError,
+        match=r"image\(s\) without a partner of the same name in every folder: .*0003\.png",
     ):
         recipe_views(entry, data=ombria)
     write(ombria / "train" / "s2_after" / "0003.png", values(128, 128))
-    with pytest.raises(ValueError, match=r"0003\.png has 1 band\(s\), expected 3"):
+    with pytest.raises(ValueError, match=r"0003\.png has 1 band\(s\), .*0000\.png has 3"):
         recipe_views(entry, data=ombria).loaded()
     (tmp_path / "radar").mkdir()
     (tmp_path / "optics").mkdir()

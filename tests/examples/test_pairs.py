@@ -10,7 +10,6 @@ import torch
 
 from data import Views
 from data.decode import read_bands
-from data.folders import open_folder
 from tests.examples.entries import recipe_views
 from tests.examples.files import two_sides, values, write
 
@@ -69,7 +68,7 @@ def test_a_fraction_beside_images_for_testing_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"--test-fraction 0.3 has no effect: .*rich has images"):
         opened(rich, poor, test_fraction=0.3)
     with pytest.raises(ValueError, match=r"--test-fraction 0.3 has no effect: .*poor has images"):
-        open_folder(tmp_path / "poor", False, test_fraction=0.3)
+        recipe_views("folder", tmp_path / "poor", test_fraction=0.3)
 
 
 def test_a_size_brings_both_sides_to_it(tmp_path: Path) -> None:
@@ -100,9 +99,7 @@ def test_cml_is_optics_and_radar(tmp_path: Path) -> None:
     assert views.poverty == "its own sensor"
     with pytest.raises(ValueError, match="has no effect"):
         recipe_views("cml", data=tmp_path, poor="grey")
-    with pytest.raises(
-        ValueError, match=r"has no folder optics; it looks like .*; fix: --data must"
-    ):
+    with pytest.raises(ValueError, match=r"optics does not exist; it looks like .*; fix: name"):
         recipe_views("cml", data=tmp_path / "radar")
     with pytest.raises(ValueError, match="drive that has no plain address"):
         recipe_views("cml", data=tmp_path, download=True)
@@ -125,7 +122,9 @@ def test_a_class_on_one_side_only(tmp_path: Path) -> None:
     rich, poor = two_sides(tmp_path)
     write(rich / "cargo" / "0.tif", values(8, 8, 5))
     write(poor / "yacht" / "0.png", values(8, 8))
-    with pytest.raises(ValueError, match=r"classes differ: cargo in .*rich alone, yacht in .*poor"):
+    with pytest.raises(
+        ValueError, match=r"class folders differ: cargo in .*rich alone, yacht in .*poor"
+    ):
         opened(rich, poor)
 
 
@@ -160,26 +159,26 @@ def test_halves_that_differ(tmp_path: Path) -> None:
     two_sides(tmp_path, half="train")
     rich, poor = two_sides(tmp_path, half="test", classes=("boat", "cargo"))
     with pytest.raises(
-        ValueError, match=r"classes of train and test in .*rich differ: buoy, cargo"
+        ValueError, match=r"differ: buoy in .*rich/train alone, cargo in .*rich/test alone"
     ):
         opened(rich, poor)
     (poor / "test").rename(poor / "val")
     with pytest.raises(ValueError, match=r"rich has train and test, .*poor has train and val"):
         opened(rich, poor)
     (poor / "val").rename(poor / "other")
-    with pytest.raises(ValueError, match=r"poor has train and neither test nor val"):
+    with pytest.raises(ValueError, match=r"poor has train alone.*test/<class>"):
         opened(rich, poor)
 
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
     rich, _ = two_sides(tmp_path)
-    with pytest.raises(ValueError, match="needs both folders; fix: --rich DIR --poor DIR"):
+    with pytest.raises(ValueError, match="two folders are needed; fix: --rich DIR --poor DIR"):
         recipe_views("pairs", rich=str(rich))
     with pytest.raises(ValueError, match="nowhere does not exist"):
         opened(rich, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="both sides are"):
         opened(rich, rich)
-    with pytest.raises(ValueError, match="nobody publishes pairs of your own"):
+    with pytest.raises(ValueError, match="nobody publishes images of your own"):
         recipe_views("pairs", download=True)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 import train as script
 import unpaired
-from data import views
 from methods import Method
 from papers import figures, grid, published, reports, series, tables
 from papers.__main__ import COMMANDS, main
@@ -23,6 +22,7 @@ from store import HELPER, Store
 from structkd import Features
 from table import Row, rows
 from tests.examples import layouts
+from tests.examples.entries import class_counts
 from tests.examples.files import two_sides
 
 SMALL = (
@@ -169,7 +169,7 @@ def test_a_column_is_not_trained_on_another_data_set(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     layouts.write_cifar100(tmp_path, monkeypatch)  # three classes of it
-    monkeypatch.setattr(views, "_CLASSES", {"cifar100": 100, "cifar10": 10})
+    class_counts(monkeypatch, cifar100=100, cifar10=10)
     command = ["table3", "--columns", "resnet8x4", "--rows", "kd", "--data", str(tmp_path)]
     assert main([*command, *SMALL, "--out", str(tmp_path / "out")]) == 2
     assert "cifar100 has 100 classes" in capsys.readouterr().err

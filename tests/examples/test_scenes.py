@@ -13,8 +13,8 @@ from scipy.io import savemat
 
 import unpaired
 from data import Views
+from data.decode import read_colours
 from data.scenes import read_multispectral
-from data.sources import read_rgb
 from tests.examples.entries import recipe_views, results
 
 tifffile = pytest.importorskip("tifffile")
@@ -106,7 +106,7 @@ def test_axis_orders_and_formats_give_the_same_image(tmp_path: Path) -> None:
 
 def test_photographs_are_brought_to_the_common_size(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), (10, 20, 30)).save(tmp_path / "a.png")
-    pixels = read_rgb(tmp_path / "a.png", (4, 5), resize=True)
+    pixels = read_colours(tmp_path / "a.png", (4, 5), resize=True)
     assert pixels.shape == (3, 4, 5)
     assert (pixels == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
 
@@ -131,14 +131,14 @@ def _image(name: str, shape: tuple[int, ...], value: float = 1.0):
     [
         (_without("MS"), r"MS does not exist; fix: --data must name the folder"),
         (_without("RGB"), r"RGB does not exist"),
-        (_without("RGB", "River"), r"class folders of .* differ: River in one alone"),
-        (lambda root: (root / "MS" / "Sea").mkdir(), r"differ: Sea in one alone"),
+        (_without("RGB", "River"), r"class folders differ: River in .*MS alone"),
+        (lambda root: (root / "MS" / "Sea").mkdir(), r"differ: Sea in .*MS alone"),
         (_written("MS/Town/2.tif", b"II*\x00 no image"), r"2\.tif cannot be read"),
         (_written("MS/Town/0.mat", b"no matlab"), r"0\.mat cannot be read"),
         (_written("RGB/Town/photo1.jpg", b"\xff\xd8 cut"), r"photo1\.jpg cannot be read"),
         (_image("MS/Town/0.mat", (SIZE, SIZE, 14)), r"\(12, 12, 14\), expected 10 bands"),
         (_image("MS/Town/0.mat", (SIZE, SIZE)), r"expected 10 bands"),
-        (_image("MS/Town/0.mat", (8, 8, BANDS)), r"0\.mat is 8x8, others are 12x12"),
+        (_image("MS/Town/0.mat", (8, 8, BANDS)), r"Town/0\.mat is 8x8, .* is 12x12"),
         (_image("MS/Town/0.mat", (SIZE, SIZE, BANDS), np.nan), r"holds NaN or infinity"),
         (lambda root: savemat(root / "MS/Town/0.mat", {"x": 1}), r"no key 'msi', only: x"),
     ],

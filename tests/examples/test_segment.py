@@ -114,7 +114,7 @@ def test_intersection_over_union_is_by_counts_over_all_scenes(folders: Path):
         "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",),
         masks=folders / "masks", device="cpu", test_fraction=0.5,
     )  # fmt: skip
-    views = scenes.open_scene_views(options, "scenes")
+    views = scenes.open_scene_views(options)
 
     class Bright(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_both_modalities_and_the_mask_are_cropped_alike(folders: Path):
         "scenes", Options, rich=(folders / "rich",), poor=(folders / "masks",),
         masks=folders / "masks", device="cpu", crop=16, batch_size=4,
     )  # fmt: skip
-    views = scenes.open_scene_views(options, "scenes")
+    views = scenes.open_scene_views(options)
     batches = scenes.SceneBatches(options, poor=views.poor, rich=views.rich, masks=views.masks)
     seen = []
     for batch in batches.epoch(0):
@@ -163,7 +163,7 @@ def test_scenes_without_a_mask_are_pairs_without_labels(folders: Path):
         "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",),
         masks=folders / "masks", device="cpu",
     )  # fmt: skip
-    views = scenes.open_scene_views(options, "scenes")
+    views = scenes.open_scene_views(options)
     assert len(views.poor) == 11
     assert len(views.held_out_poor) == 1
     assert int((views.poor.known() >= 0).sum()) == 5
@@ -181,7 +181,7 @@ def test_an_ignored_value_is_no_label_and_finer_masks_are_voted_on(folders: Path
         "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",),
         masks=folders / "masks", ignore=7, finer=2,
     )  # fmt: skip
-    targets = scenes.open_scene_views(options, "scenes").masks.take(torch.arange(3))
+    targets = scenes.open_scene_views(options).masks.take(torch.arange(3))
     assert (targets[:, :4, :4] == -100).all()
     assert (targets[:, 4:] >= 0).all()
     assert torch.equal(targets[:, 8, 8], targets[:, 9, 9])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import train as script
-from data import views
-from tests.examples.entries import outcome, results
+from tests.examples.entries import class_counts, outcome, results
 
 Runner = Callable[..., int]
 
@@ -87,7 +86,7 @@ def test_what_has_no_pairs_is_sent_to_the_other_script(name: str, capsys: pytest
 def test_a_data_set_of_another_number_of_classes_is_refused(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(views, "_CLASSES", {"tiny": 100})
+    class_counts(monkeypatch, tiny=100)
     assert run() == 2
     assert "100 classes" in capsys.readouterr().err
 
