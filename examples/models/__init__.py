@@ -1,6 +1,6 @@
 """Networks by name: timm's own, the papers' that it lacks (one file here a family), and smp's.
 
-A file registers its networks with ``timm.models.register_model``; importing it is all it takes.
+A file registers its networks with timm; importing it is all it takes.
 """
 
 from __future__ import annotations

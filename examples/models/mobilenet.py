@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from timm.models import register_model
 from torch import Tensor, nn
 
-from models.head import Head, own_options
-
-__all__ = ["CifarMobileNetV2", "crd_mobilenet_v2"]
+from models.head import Head, register
 
 # Expansion, channels at full width, blocks, stride of the first. Fewer strides than ImageNet's.
 _GROUPS = (
@@ -39,13 +34,10 @@ class InvertedResidual(nn.Module):
         return x + out if self.added else out
 
 
-class CifarMobileNetV2(Head, nn.Module):
-    """A MobileNetV2 for images of 32x32 and more, with the parts timm's tools look for.
+class CifarMobileNetV2(Head):
+    """A MobileNetV2 for images of 32x32 and more; its map is a sixteenth.
 
-    Args:
-        width: of all but the last convolution, which never has fewer than 1,280 channels.
-        num_classes: outputs of ``fc``; 0 leaves the pooled embedding.
-        in_chans: channels of the images.
+    The last convolution never has fewer than 1,280 channels, whatever the width.
     """
 
     def __init__(self, width: float, num_classes: int = 10, in_chans: int = 3) -> None:
@@ -53,19 +45,15 @@ class CifarMobileNetV2(Head, nn.Module):
         in_chs, reduction = int(32 * width), 2
         self.num_features = self.head_hidden_size = int(1280 * max(width, 1))
         self.conv1 = nn.Sequential(*_convolved(in_chans, in_chs, 3, 2))
-        groups: list[nn.Module] = []
-        self.feature_info: list[dict[str, Any]] = []
+        self.blocks = nn.Sequential()
         for number, (expansion, full, count, stride) in enumerate(_GROUPS):
             chs = int(full * width)
             blocks = [InvertedResidual(in_chs, chs, stride, expansion)]
             blocks += [InvertedResidual(chs, chs, 1, expansion) for _ in range(count - 1)]
-            groups.append(nn.Sequential(*blocks))
+            self.blocks.append(nn.Sequential(*blocks))
             in_chs, reduction = chs, reduction * stride
             if number in _STAGES:
-                self.feature_info.append(
-                    {"num_chs": chs, "reduction": reduction, "module": f"blocks.{number}"}
-                )
-        self.blocks = nn.Sequential(*groups)
+                self.add_stage(f"blocks.{number}", chs, reduction, None)
         self.conv2 = nn.Sequential(*_convolved(in_chs, self.num_features, 1))
         self.reset_classifier(num_classes)
         for module in self.modules():
@@ -75,13 +63,8 @@ class CifarMobileNetV2(Head, nn.Module):
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to the last convolution's map (B, num_features, H/16, W/16)."""
         features: Tensor = self.conv2(self.blocks(self.conv1(x)))
         return features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _convolved(
@@ -91,7 +74,5 @@ def _convolved(
     return convolution, nn.BatchNorm2d(out_chs), nn.ReLU()
 
 
-@register_model
-def crd_mobilenet_v2(pretrained: bool = False, **options: Any) -> CifarMobileNetV2:
-    """Half width: the paper's student. timm's ``mobilenetv2_050`` is ImageNet's."""
-    return CifarMobileNetV2(0.5, **own_options(pretrained, options))
+# The paper's student; timm's mobilenetv2_050 is ImageNet's.
+register("crd_mobilenet_v2", CifarMobileNetV2, 0.5)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models import register_model
 from torch import Tensor, nn
 
-from models.head import Head, own_options
-
-__all__ = ["CifarShuffleNetV1", "crd_shufflenet_v1"]
+from models.head import Head, register
 
 
 class ShuffleUnit(nn.Module):
@@ -44,15 +39,10 @@ class ShuffleUnit(nn.Module):
         return F.relu(out + x)
 
 
-class CifarShuffleNetV1(Head, nn.Module):
-    """A ShuffleNetV1 for images of 32x32 and more, with the parts timm's tools look for.
+class CifarShuffleNetV1(Head):
+    """A ShuffleNetV1 for images of 32x32 and more; its map is an eighth.
 
-    Args:
-        widths: channels of the three stages.
-        depths: units of the three stages.
-        groups: of the 1x1 convolutions.
-        num_classes: outputs of ``fc``; 0 leaves the pooled embedding.
-        in_chans: channels of the images.
+    ``widths`` and ``depths`` are of the stages, ``groups`` of the 1x1 convolutions.
     """
 
     def __init__(
@@ -68,30 +58,13 @@ class CifarShuffleNetV1(Head, nn.Module):
         self.num_features = self.head_hidden_size = widths[-1]
         self.conv1 = nn.Conv2d(in_chans, in_chs, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(in_chs)
-        self.feature_info: list[dict[str, Any]] = []
         for number, (chs, depth) in enumerate(zip(widths, depths, strict=True), start=1):
             units = [ShuffleUnit(in_chs, chs, 2, groups, number == 1)]
             units += [ShuffleUnit(chs, chs, 1, groups, False) for _ in range(depth - 1)]
-            name = f"layer{number}"
-            self.add_module(name, nn.Sequential(*units))
-            self.feature_info.append({"num_chs": chs, "reduction": 2**number, "module": name})
+            self.add_stage(f"layer{number}", chs, 2**number, nn.Sequential(*units))
             in_chs = chs
         self.reset_classifier(num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to the last stage's map (B, num_features, H/8, W/8)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in self.feature_info:
-            x = self.get_submodule(stage["module"])(x)
-        return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-
-@register_model
-def crd_shufflenet_v1(pretrained: bool = False, **options: Any) -> CifarShuffleNetV1:
-    """Three groups, stages of 240-480-960: the paper's student."""
-    own = own_options(pretrained, options)
-    return CifarShuffleNetV1((240, 480, 960), (4, 8, 4), 3, **own)
+# The paper's student.
+register("crd_shufflenet_v1", CifarShuffleNetV1, (240, 480, 960), (4, 8, 4), 3)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models import register_model
 from torch import Tensor, nn
 
-from models.head import Head, own_options
-
-__all__ = ["CifarShuffleNetV2", "crd_shufflenet_v2"]
+from models.head import Head, register
 
 
 class SplitUnit(nn.Module):
@@ -45,14 +40,10 @@ class SplitUnit(nn.Module):
         return rearrange(out, "b (g c) h w -> b (c g) h w", g=2)
 
 
-class CifarShuffleNetV2(Head, nn.Module):
-    """A ShuffleNetV2 for images of 32x32 and more, with the parts timm's tools look for.
+class CifarShuffleNetV2(Head):
+    """A ShuffleNetV2 for images of 32x32 and more; its map is an eighth.
 
-    Args:
-        widths: channels of the three stages and of the last convolution.
-        depths: units of the three stages.
-        num_classes: outputs of ``fc``; 0 leaves the pooled embedding.
-        in_chans: channels of the images.
+    ``widths`` are the channels of the three stages and of the last convolution, ``depths`` units.
     """
 
     def __init__(
@@ -68,35 +59,21 @@ class CifarShuffleNetV2(Head, nn.Module):
         self.num_features = self.head_hidden_size = last
         self.conv1 = nn.Conv2d(in_chans, in_chs, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(in_chs)
-        self.feature_info: list[dict[str, Any]] = []
         for number, (chs, depth) in enumerate(zip(stages, depths, strict=True), start=1):
             units = [SplitUnit(in_chs, chs, 2), *(SplitUnit(chs, chs, 1) for _ in range(depth - 1))]
-            name = f"layer{number}"
-            self.add_module(name, nn.Sequential(*units))
-            self.feature_info.append({"num_chs": chs, "reduction": 2**number, "module": name})
+            self.add_stage(f"layer{number}", chs, 2**number, nn.Sequential(*units))
             in_chs = chs
         self.conv2 = nn.Conv2d(in_chs, last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to the last convolution's map (B, num_features, H/8, W/8)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in self.feature_info:
-            x = self.get_submodule(stage["module"])(x)
-        return F.relu(self.bn2(self.conv2(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        return F.relu(self.bn2(self.conv2(super().forward_features(x))))
 
 
 def _depthwise(chs: int, stride: int) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(chs, chs, 3, stride, 1, groups=chs, bias=False), nn.BatchNorm2d(chs)
 
 
-@register_model
-def crd_shufflenet_v2(pretrained: bool = False, **options: Any) -> CifarShuffleNetV2:
-    """Stages of 116-232-464, full width: the paper's student."""
-    own = own_options(pretrained, options)
-    return CifarShuffleNetV2((116, 232, 464, 1024), (4, 8, 4), **own)
+# Full width: the paper's student.
+register("crd_shufflenet_v2", CifarShuffleNetV2, (116, 232, 464, 1024), (4, 8, 4))

@@ -6,16 +6,12 @@ Two 3x3 convolutions with batch norm a level, halved by max pooling, doubled by 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from models.head import own_options
-
-__all__ = ["UNet"]
+from models.head import register
 
 
 class UNet(nn.Module):
@@ -62,14 +58,5 @@ def _block(ins: int, outs: int) -> nn.Sequential:
     return nn.Sequential(*half(ins), *half(outs))
 
 
-def _registered(width: int) -> None:
-    def build(pretrained: bool = False, **options: Any) -> UNet:
-        widths = (width, 2 * width, 4 * width, 8 * width)
-        return UNet(widths, **own_options(pretrained, options))
-
-    build.__name__ = build.__qualname__ = f"unet{width}"
-    register_model(build)
-
-
 for _width in (8, 12, 16, 32, 64):
-    _registered(_width)
+    register(f"unet{_width}", UNet, (_width, 2 * _width, 4 * _width, 8 * _width))
