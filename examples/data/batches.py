@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as vision
 
 from data.draws import permutation, uniform
@@ -76,7 +77,7 @@ class Batches:
         """The batches of an epoch counted from 0; ``ids`` names a row of ``rich`` for every row."""
         rank, count = self.share
         steps = [part.tensor_split(count)[rank] for part in self._order(number)]
-        yield from self._read(_Rows(self, number, ids), steps)
+        yield from self._read(steps, number, ids)
 
     def _order(self, number: int) -> list[Tensor]:
         """The rows of every batch of an epoch, further by a length of the set with every pass.
@@ -108,28 +109,27 @@ class Batches:
         """This process's share of all images in their order, neither cropped nor flipped."""
         rank, count = self.share
         rows = torch.arange(len(self._led))[rank::count]
-        yield from self._read(_Rows(self), list(rows.split(size)))
-
-    def take(self, rows: Tensor, epoch: int | None = None, ids: Tensor | None = None) -> Batch:
-        return self.made(rows, epoch, ids).to(self.device)
+        yield from self._read(list(rows.split(size)))
 
     def first(self, size: int | None = None) -> Batch:
         """The first rows as they are, each beside some row of ``rich``; a step's where no size."""
         if size is None:
             size = min(self.size, len(self._led)) // self.share[1]
         ids = None if self.rich is None else torch.arange(len(self._led)) % len(self.rich)
-        return self.take(torch.arange(size), ids=ids)
+        return self.made(torch.arange(size), None, ids).to(self.device)
 
     @property
     def streamed(self) -> bool:
         """Whether images are read during the training."""
         return any(i is not None and i.pixels is None for i in (self.poor, self.rich))
 
-    def _read(self, epoch: _Rows, steps: list[Tensor]) -> Iterator[Batch]:
+    def _read(
+        self, steps: list[Tensor], number: int | None = None, ids: Tensor | None = None
+    ) -> Iterator[Batch]:
         loader = DataLoader(
-            epoch,
+            steps,
             batch_size=None,
-            sampler=[rows.tolist() for rows in steps],
+            collate_fn=partial(self.made, number=number, ids=ids),
             num_workers=self.workers if self.streamed else 0,
             # It draws a seed for its workers, which must not move the training's own.
             generator=torch.Generator(),
@@ -170,16 +170,6 @@ class Batches:
         if draws is None or options.crop == "resized":
             return normal
         return padded_crops(normal, draws, pad=options.pad, flip=options.flip)
-
-
-@dataclass(frozen=True)
-class _Rows(Dataset[Batch]):
-    of: Batches
-    number: int | None = None
-    ids: Tensor | None = None
-
-    def __getitem__(self, rows: list[int]) -> Batch:
-        return self.of.made(torch.tensor(rows), self.number, self.ids)
 
 
 def _passes(rows: Tensor, key: tuple[int, ...], count: int, length: int) -> Tensor:

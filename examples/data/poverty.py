@@ -7,7 +7,6 @@ the order of the images changes it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,15 @@ import torch
 from torch import Tensor
 
 from data.draws import stream
+from recipe import near
 from structkd import views
 
 _DRAWS = 11
+_NUMBERS = {
+    "noise": (views.salt_and_pepper, "amount"),
+    "lowres": (views.resolution, "factor"),
+    "blur": (views.blur, "sigma"),
+}
 EXAMPLES = "noise:0.5, noise:0.3-0.9, lowres:8, grey, blur:2, bands:3,2,1, bands:3,2,1@2750"
 
 
@@ -62,40 +67,32 @@ def poverty(text: str, option: str = "--view") -> Poverty:
         ValueError: No such kind, or an argument that is no number, missing or out of range.
     """
     kind, _, argument = text.partition(":")
-    known = ("noise", "lowres", "grey", "blur", "bands")
+    known = (*_NUMBERS, "grey", "bands")
     if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = near(kind, known)
         raise ValueError(f"{option} {text}: unknown view {kind!r}; {hint}as in {EXAMPLES}")
     if bool(argument) == (kind == "grey"):
-        raise ValueError(
-            f"{option} {text}: {kind} {'takes no number' if argument else 'needs a number'}; as in "
-            f"{EXAMPLES}"
-        )
+        needs = "takes no number" if argument else "needs a number"
+        raise ValueError(f"{option} {text}: {kind} {needs}; as in {EXAMPLES}")
     try:
         if kind == "grey":
             return Poverty(text, views.luma)
         if kind == "bands":
             places, _, white = argument.partition("@")
-            chosen = [int(place) for place in places.split(",")]
-            if min(chosen) < 0 or (white and not 0 < float(white) < float("inf")):
+            chosen, bright = [int(place) for place in places.split(",")], float(white or 255)
+            if min(chosen) < 0 or not 0 < bright < float("inf"):
                 raise ValueError("channels are counted from 0, and WHITE is a value above 0")
-            if not white:
-                return Poverty(text, partial(views.bands, places=chosen))
-            return Poverty(text, partial(_photo, places=chosen, white=float(white)), as_photo=True)
-        if kind == "noise":
-            least, to, most = argument.partition("-")
-            amount = (float(least), float(most)) if to else float(least)
-            view, drawn = partial(views.salt_and_pepper, amount=amount), True
-        else:
-            own = {"lowres": (views.resolution, "factor"), "blur": (views.blur, "sigma")}[kind]
-            view, drawn = partial(own[0], **{own[1]: float(argument)}), False
-        made = Poverty(text, view, drawn)
+            shown = partial(_bands, places=chosen, scale=255 / bright if white else 1)
+            return Poverty(text, shown, as_photo=bool(white))
+        view, name = _NUMBERS[kind]
+        ends = argument.split("-") if kind == "noise" else [argument]
+        number = float(argument) if len(ends) == 1 else tuple(map(float, ends))
+        made = Poverty(text, partial(view, **{name: number}), drawn=kind == "noise")
         made(torch.zeros(1, 1, 8, 8), torch.zeros(1))  # a number out of range is told now
     except ValueError as error:
         raise ValueError(f"{option} {text}: {error}; as in {EXAMPLES}") from error
     return made
 
 
-def _photo(images: Tensor, places: list[int], white: float) -> Tensor:
-    return views.bands(images, places) * (255 / white)
+def _bands(images: Tensor, places: list[int], scale: float) -> Tensor:
+    return views.bands(images, places) * scale
