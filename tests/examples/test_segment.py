@@ -187,6 +187,25 @@ def test_an_ignored_value_is_no_label_and_finer_masks_are_voted_on(folders: Path
     assert torch.equal(targets[:, 8, 8], targets[:, 9, 9])
 
 
+@pytest.mark.parametrize("values", [(), (0, 255)])
+def test_every_mask_is_read_once(folders: Path, values: tuple, monkeypatch: pytest.MonkeyPatch):
+    seen, read = [], scenes.read_bands
+
+    def counted(file: Path) -> np.ndarray:
+        seen.append(file.stem)
+        return read(file)
+
+    monkeypatch.setattr(scenes, "read_bands", counted)
+    options = recipe(
+        "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",),
+        masks=folders / "masks", values=values,
+    )  # fmt: skip
+    views = scenes.open_scene_views(options).held(options)
+    assert views.masks.fingerprint != views.held_out_masks.fingerprint
+    assert len(views.summary()) == 3
+    assert sorted(seen) == NAMES
+
+
 def test_any_size_is_predicted_whole():
     network = torch.nn.Sequential(torch.nn.MaxPool2d(32), torch.nn.Upsample(scale_factor=32))
     assert models.padded(network, torch.randn(1, 2, 45, 33)).shape == (1, 2, 45, 33)
