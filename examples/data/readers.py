@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,7 @@ def open_archive(root: Path, options: Options) -> Source:
     parts = []
     for half in ("train", "test"):
         which = {"split": half} if title == "STL10" else {"train": half == "train"}
-        with _Fetching(title, folder, [*kind.train_list, *kind.test_list, *meta]):
+        with _fetching(title, folder, [*kind.train_list, *kind.test_list, *meta]):
             found = kind(str(root), download=options.download, **which)
         labels = found.labels if title == "STL10" else found.targets
         images = found.data if title == "STL10" else found.data.transpose(0, 3, 1, 2)
@@ -92,32 +93,25 @@ def open_archive(root: Path, options: Options) -> Source:
     return Source(list(found.classes), *parts)
 
 
-@dataclass
-class _Fetching:
-    """Says in one line that the network failed, or that what lies in a folder is damaged."""
+@contextmanager
+def _fetching(name: str, folder: Path, files: Sequence[Sequence[str]] = ()) -> Iterator[None]:
+    """Says in one line that the network failed, or which files (name, checksum) are damaged."""
+    from torchvision.datasets.utils import check_integrity
 
-    name: str
-    folder: Path
-    files: Sequence[Sequence[str]] = ()  # with their checksums
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, URLError | TimeoutError | ConnectionError):
-            reason = getattr(error, "reason", error)
-            raise ValueError(
-                f"{self.name} could not be fetched: the network failed ({reason}); fix: try again, "
-                "or fetch it elsewhere and name its folder with --data"
-            ) from error
-        broken = (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError)
-        if isinstance(error, broken):
-            from torchvision.datasets.utils import check_integrity
-
-            bad = [f for f, md5 in self.files if not check_integrity(str(self.folder / f), md5)]
-            raise ValueError(
-                f"{self.name} in {self.folder} is damaged or incomplete ({', '.join(bad) or error})"
-                "; fix: delete it and run again with --download"
-            ) from error
+    try:
+        yield
+    except (URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"{name} could not be fetched: the network failed ({reason}); fix: try again, or fetch "
+            "it elsewhere and name its folder with --data"
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        bad = [file for file, md5 in files if not check_integrity(str(folder / file), md5)]
+        raise ValueError(
+            f"{name} in {folder} is damaged or incomplete ({', '.join(bad) or error}); fix: delete "
+            "what is damaged and fetch it again, by --download where it can be"
+        ) from error
 
 
 # Class folders.
@@ -144,7 +138,7 @@ def open_tiny_imagenet(root: Path, options: Options) -> Source:
     if options.download and not inner.is_dir():
         from torchvision.datasets.utils import download_and_extract_archive
 
-        with _Fetching(_TINY_URL, root):
+        with _fetching(_TINY_URL, root):
             download_and_extract_archive(_TINY_URL, str(root), md5=_TINY_MD5, remove_finished=True)
     notes = inner / "val" / "val_annotations.txt"
     for part in (inner / "wnids.txt", inner / "train", inner / "val" / "images", notes):
@@ -182,7 +176,7 @@ def open_imagenet(root: Path, options: Options) -> Source:
     halves = [root / "train", root / "val"]
     if not halves[0].is_dir() and list(root.glob("ILSVRC2012_*.tar*")):
         for half in halves:
-            with _Fetching("ImageNet", root):
+            with _fetching("ImageNet", root):
                 ImageNet(str(root), split=half.name)
     for half in halves:
         if not half.is_dir():
