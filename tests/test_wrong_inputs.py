@@ -171,7 +171,7 @@ SCRIPTS = {
     "train.py mnist --student resnet9x": ("--student", "resnet8x4"),
     "train.py mnist --size 7": ("--size", "leave it out"),
     "train.py cifar10": ("data directory", "--data DIR"),
-    "train.py cifar10 --data gone": ("gone", "existing folder"),
+    "train.py cifar10 --data gone": ("gone", "unpacked folder"),
     "train.py pairs": ("--rich DIR", "--poor DIR"),
     "train.py folders": ("pairs", "unpaired.py"),
     "unpaired.py mnist --rows alon": ("--rows", "alone"),
