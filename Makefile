@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that spin while they wait slow small networks down many times on shared cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs package clean
 
 # One thread is faster than two on networks as small as the demo's; two students train side by side.
 demo: export OMP_NUM_THREADS ?= 1
@@ -29,6 +29,13 @@ docs: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"
 	$(PYTHON) -m sphinx -W --keep-going docs docs/_build/html
 
+# What would be uploaded: both archives, and the wheel used where no extra is installed.
+package: $(INSTALLED)
+	rm -rf dist
+	$(PYTHON) -m build --outdir dist .
+	$(PYTHON) -m twine check --strict dist/*
+	$(PYTHON) .ci/package.py
+
 $(INSTALLED): pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
@@ -36,4 +43,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ from structkd.matching.sembridge import ConvergenceWarning, Match, SemBridgeMatc
 from structkd.projectors import ConvAdapter, Projector
 from structkd.transport import LagrangianPlanner, TransportPlan
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdversarialFeatureLoss",

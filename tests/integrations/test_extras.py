@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from structkd.integrations._extra import NEEDS
+
 
 def _run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -25,4 +27,4 @@ def test_a_missing_package_names_its_extra(package: str, extra: str) -> None:
         f"try:\n    import structkd.integrations.{extra}\n"
         "except ImportError as error:\n    print(error)"
     )
-    assert f"pip install 'structkd[{extra}]'" in said
+    assert f"pip install {NEEDS[extra]}" in said
