@@ -1,8 +1,8 @@
-"""A job: what is missing of a table is trained, and each student stored as soon as it is finished.
+"""A job trains the missing students of a table and stores each as soon as it is finished.
 
-Nothing here knows how a network learns. A :class:`Job` looks up what is stored, tries a step of
-every row, tells how long all of it takes, shares the work among processes, stores, and prints the
-table. What is trained, and on what, its subclass says: ``train.Session``.
+A :class:`Job` looks up what is stored, tries a step of every row, estimates how long the table
+takes, shares the work among processes, stores, and prints the table. Its subclass ``train.Session``
+decides what is trained, and on which data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ENDED_LONG = 24 * 3600  # seconds of training that are not begun without --yes
 class Job(ABC):
     """Rows times seeds of one table, in the folder ``--out``.
 
-    Opening one opens its images and tries its networks; nothing is trained before :meth:`run`.
+    Making one opens its images and tries its networks; nothing is trained before :meth:`run`.
     """
 
     title = "accuracy on poor images"
@@ -84,7 +84,7 @@ class Job(ABC):
 
     @abstractmethod
     def open(self, **given: Any) -> None:
-        """Open the images, where they are not given, and refuse what no training can have."""
+        """Open the images, where they are not given, and reject options that cannot work."""
 
     @abstractmethod
     def teacher_training(self) -> Any:
@@ -92,11 +92,11 @@ class Job(ABC):
 
     @abstractmethod
     def student_training(self, method: Any, seed: int) -> Any:
-        """A student's training, newly drawn; the teacher is the one that is there."""
+        """A student's training, newly drawn, with the teacher that was trained."""
 
     @abstractmethod
     def fit(self, training: Any, keeper: Epochs | None) -> nn.Module:
-        """Train, from the last epoch that was kept; the network to measure."""
+        """Train, from the last epoch that was kept; returns the network to measure."""
 
     @abstractmethod
     def evaluated(self, student: nn.Module) -> dict[str, Any]:
@@ -109,11 +109,11 @@ class Job(ABC):
     @property
     @abstractmethod
     def held_out(self) -> int:
-        """How many images a student is evaluated on: part of the time that is told."""
+        """How many images a student is evaluated on; it is part of the estimated time."""
 
     @abstractmethod
     def settings(self, role: str) -> dict[str, Any]:
-        """All that the weights of a role depend on, as plain values: others, another result."""
+        """All that the weights of a role depend on, as plain values that identify the result."""
 
     @abstractmethod
     def student_settings(self, method: Any, seed: int) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Job(ABC):
     # The job.
 
     def run(self) -> list[Run]:
-        """Train what is missing; the runs in the order of the rows and seeds, failed ones too."""
+        """Train what is missing; returns all runs by row and seed, failed ones included."""
         items, missing = self.items, self.missing()
         if missing and not self.helper:
             self.preflight(missing)
@@ -151,7 +151,7 @@ class Job(ABC):
         self.show.runs = len(items)
         try:
             self._work(items)
-        except BaseException:  # nobody is left who would tell of what they do
+        except BaseException:  # no process is left to report their progress
             for other in others:
                 other.terminate()
             raise
@@ -172,7 +172,7 @@ class Job(ABC):
         return [item for item in self.items if self._stored(*item) is None]
 
     def preflight(self, missing: list[tuple[Any, int]]) -> float:
-        """A step of every missing row, and a look at test images: failures and the seconds."""
+        """Try a step of every missing row: stores failures, returns the estimated seconds."""
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
@@ -347,7 +347,7 @@ class Job(ABC):
         return "failed" in (self._found(method, seed) or {})
 
     def _stored(self, method: Any, seed: int) -> Run | None:
-        """The run, where it needs no training: it is finished, or would fail again."""
+        """The stored run, if it needs no training: it is finished, or would fail again."""
         mine = (method.label, seed) in self._mine
         if self.options.fresh and not mine:
             return None
@@ -355,12 +355,12 @@ class Job(ABC):
         if run is None:
             config = self.student_settings(method, seed)
             if not self.helper and self.store.by_other_code(method.label, seed, config):
-                self.show.once(f"{method.label} seed {seed}: its result is by other code, it is "
-                               "trained again")  # fmt: skip
+                self.show.once(f"{method.label} seed {seed}: its result was made by other code, so "
+                               "it is trained again")  # fmt: skip
             return None
         if "failed" not in run or mine or self.helper:
             return run
-        # Nothing is random: what diverged diverges again. Other errors may have been mended.
+        # Nothing is random, so a divergence would repeat. The cause of another error may be gone.
         return run if run.get("error") in (None, "FloatingPointError") else None
 
     def _told(self, run: Run | None) -> str:
@@ -398,7 +398,7 @@ def _check_device(name: str) -> None:
 
 
 def main(kind: type, job: type[Job], arguments: Sequence[str] | None = None, like: str = "") -> int:
-    """Run a command: 0, 1 where a row failed, 2 after one line on stderr, 130 for Ctrl-C.
+    """Run a command. Returns 0, 1 if a row failed, 2 after one line on stderr, 130 for Ctrl-C.
 
     ``kind`` are the script's options, ``like`` its recipe where none is typed.
     """
@@ -417,14 +417,14 @@ def main(kind: type, job: type[Job], arguments: Sequence[str] | None = None, lik
 
 
 def reported(action: Callable[[], int]) -> int:
-    """Run a command; an error raised on purpose becomes one line on stderr and the code 2."""
+    """Run a command; an expected error becomes one line on stderr and the code 2."""
     try:
         return action()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last epoch", file=sys.stderr)
+        print("stopped; the same command resumes from the last epoch", file=sys.stderr)
         return 130
     except OSError as error:
-        line = f"{error}; what is finished is kept, the same command goes on"
+        line = f"{error}; finished students are kept, and the same command resumes"
     except (ValueError, TypeError, FloatingPointError) as error:
         *_, last = traceback.walk_tb(error.__traceback__)
         place = Path(last[0].f_code.co_filename).resolve()

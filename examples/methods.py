@@ -1,4 +1,4 @@
-"""Rows by the library's own specs, and names for some of them in ``methods.yaml``."""
+"""Rows of a table as specs of the library; ``methods.yaml`` has names for some."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def loaded(kind: str) -> type[structkd.Criterion]:
     """The class of a criterion: of structkd, or ``FILE.py:CLASS``.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no criterion of that name.
     """
     place, colon, name = kind.rpartition(":")
     if not colon:

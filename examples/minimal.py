@@ -1,7 +1,8 @@
 """A whole cross-modal training on one screen: ``python examples/minimal.py``.
 
 The teacher sees 4,000 digits clean. The student sees them with seven pixels in ten replaced by
-black or white: alone, or with the structure of what the teacher makes of the clean ones.
+black or white, and learns from the labels alone, or also from the structure of the teacher's maps
+of the clean ones.
 """
 
 import argparse

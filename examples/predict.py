@@ -3,8 +3,8 @@
 Prints the classes of images with their probabilities, or for a student of ``segment.py`` the share
 of pixels of each; ``--masks DIR`` writes the pixels' classes. ``--onnx FILE`` and ``--torch-export
 FILE`` write the network to a file that takes raw images (N, bands, H, W), float32 in the images'
-own numbers (0 to 255 for photographs), normalises inside and gives logits; what the file answers is
-compared with the checkpoint's own answers.
+own numbers (0 to 255 for photographs), normalises inside and gives logits. Its logits are compared
+with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _CLOSE = 1e-3  # of logits, between two engines
 
 @dataclass(frozen=True)
 class Options:
-    # A student's or a teacher's file.
+    # Checkpoint of a student or a teacher.
     checkpoint: tyro.conf.Positional[Path]
     # Images of the modality that it was trained on.
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    # Classes that are printed for each.
+    # How many classes to print for each image.
     top: int = 3
-    # Write a PNG a picture, with each pixel's class as the training masks have it.
+    # Folder for a PNG of each image, with every pixel's class as in the training masks.
     masks: Path | None = None
     # Write an ONNX file.
     onnx: Path | None = None
@@ -68,10 +68,10 @@ class Network(nn.Module):
 
 
 def load(path: Path) -> tuple[Network, dict[str, Any]]:
-    """A checkpoint's network, ready to predict, and all that the file says of it.
+    """A checkpoint's network, ready to predict, and everything else in the file.
 
     Raises:
-        ValueError: the file is damaged, or no student's or teacher's.
+        ValueError: the file is damaged, or not of a student or teacher.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist; fix: name a .pt file of --out")

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar, or plain lines where output is piped; its history."""
+"""The progress of a run: a bar, or plain lines where output is piped, and the history."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Show:
         self._board = None
 
     def begin(self, label: str, epochs: int, steps: int, done: int) -> None:
-        """A training starts, or goes on after ``done`` epochs."""
+        """A training starts, or resumes after ``done`` epochs."""
         self.label, self._epochs, self._steps, self._done = label, epochs, steps, done
         self._spoke = 0.0
         if self.quiet:
             return
         if done:
-            self.say(f"{label}: goes on after epoch {done} of {epochs}")
+            self.say(f"{label}: resumes after epoch {done} of {epochs}")
         if self.console.is_terminal:
             columns = "{task.description}", BarColumn(10), "{task.fields[text]}"
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -100,14 +100,14 @@ class Show:
             )
 
     def warn(self, text: str) -> None:
-        """Something is odd; each training says a thing once, whatever its numbers are."""
+        """Print a warning; a training prints each kind once, whatever its numbers are."""
         kind = re.sub(r"[\d.]+", "", text)
         if not self.quiet and kind not in self._warned:
             self._warned.add(kind)
             self.say(f"warning: {text}")
 
     def once(self, text: str) -> None:
-        """A line that is said only once."""
+        """Print a line only once."""
         if text not in self._said:
             self._said.add(text)
             self.say(text)
@@ -134,7 +134,7 @@ def shown(means: dict[str, float]) -> str:
 
 
 def collapsed(began: Any, now: Any) -> str | None:
-    """What to say where a layer's filters were thrown far, in nearly one direction."""
+    """The warning for layers whose filters were thrown far, in nearly one direction."""
     lost = [
         f"{name} (norm {old.norm:.2g} to {now[name].norm:.2g}, rank {old.rank:.1f} to "
         f"{now[name].rank:.1f})"
@@ -178,7 +178,7 @@ class Running:
         return found
 
     def one_class(self) -> str | None:
-        """What to say where nearly everything was called one class."""
+        """The warning for predictions that are nearly all of one class."""
         if self._calls is None:
             return None
         called, true = self._calls.sum(0), self._calls[:-1].sum(1)

@@ -1,6 +1,6 @@
 """A recipe and the command line as one set of options.
 
-A recipe is a YAML file of the names that a script's options have; what is typed comes over it.
+A recipe is a YAML file with a script's options by name; options on the command line override it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _Kind = TypeVar("_Kind")
 def parsed(
     arguments: Sequence[str], kind: type[_Kind], default: str = "", program: str = ""
 ) -> _Kind:
-    """``RECIPE --option ...``: a recipe's options, and those that are given over them.
+    """``RECIPE --option ...``: a recipe's options, overridden by those that are typed.
 
-    Where a script has a ``default`` recipe, none need be typed.
+    A script with a ``default`` recipe needs none on the command line.
     """
     given = list(arguments)
     program = program or Path(sys.argv[0]).name
@@ -80,7 +80,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
-    """A value of YAML as the option has it: specs become text again, which is what is typed."""
+    """A value of YAML in the option's type: specs become text again, as they are typed."""
     default = field.default
     if isinstance(default, tuple) or isinstance(value, list):
         values = value if isinstance(value, list | tuple) else [value]
@@ -110,6 +110,6 @@ def _known(kind: type) -> list[str]:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A hint; empty where no name is near."""
+    """A hint of near names; empty if there are none."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {found[0]!r}? " if found else ""

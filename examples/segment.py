@@ -41,16 +41,16 @@ class Options(SceneOptions, train.LoopOptions):
     criterion: tuple[str, ...] = (
         "alone", MEAN_TEACHER, "{type: DenseStructureLoss, weight: 5.0}",
     )  # fmt: skip
-    # Class whose intersection over union is the table's; the mean of all by default.
+    # Class whose intersection over union the table shows; the mean of all by default.
     judged: str = ""
-    # Stages that criteria on maps read.
+    # Stages that criteria on maps read: encoder, decoder or both.
     layers: str = "both"
-    # What takes the steps, its largest rate and its decay, which are another loop's.
+    # Optimizer.
     optimizer: str = "adamw"
     lr: float = 2e-3
     weight_decay: float = 1e-2
     clip: str = "none"
-    # Least share of a student's batch that has labels, under --labels.
+    # With --labels, the least share of a student's batch that has labels.
     labelled: float = 0.5
     # Bands of the rich images that are shown as red, green and blue.
     rgb: Annotated[tuple[int, ...], tyro.conf.Suppress] = ()
@@ -62,9 +62,9 @@ class Options(SceneOptions, train.LoopOptions):
 
 
 class MeanTeacher(nn.Module):
-    """A student beside its moving average, whose sure answers are labels for the other pixels.
+    """A student beside its moving average, whose confident answers label the other pixels.
 
-    Tarvainen & Valpola (NeurIPS 2017) with FixMatch's bound on what is believed.
+    Tarvainen & Valpola (NeurIPS 2017), with FixMatch's least confidence.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -73,7 +73,7 @@ class MeanTeacher(nn.Module):
         self.average = copy.deepcopy(network).requires_grad_(False)
 
     def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and targets of which the missing ones are the average's where it is sure."""
+        """Logits, and targets: the average's answers, where it is confident, for missing ones."""
         self._follow()
         self.average.train()  # both see one batch's statistics
         with torch.no_grad():
@@ -247,7 +247,7 @@ def _short(method: Any) -> str:
 
 
 def _shown_scenes(masks: Masks, classes: list[str], judged: str) -> Tensor:
-    """Four scenes, evenly among those of which the judged class is a fifth to four fifths."""
+    """Four scenes, evenly among those with a fifth to four fifths of the judged class."""
     label = classes.index(judged) if judged else len(classes) - 1
     targets = masks.take(torch.arange(len(masks)))
     shares = (targets == label).flatten(1).double().mean(1)

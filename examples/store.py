@@ -61,7 +61,7 @@ def first_line(error: BaseException) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as a file can have it; one that had to be changed keeps apart from its likes."""
+    """A name that a file can have; a long one is cut and gets a hash, so that names stay apart."""
     plain = re.sub(r"[^\w.+=-]+", "_", name).strip("_")
     return plain if len(plain) <= 80 else f"{plain[:70]}-{key({'name': name})}"
 
@@ -104,7 +104,7 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
 
 
 def agreed(value: Any) -> Any:
-    """The first process's value, in all processes of a training."""
+    """The value of the first process, in all processes of a training."""
     (found,) = broadcast_object_list([value])
     return found
 
@@ -119,7 +119,8 @@ def lock(folder: Path, name: str) -> FileLock:
 def held(folder: Path, name: str, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
     """Hold a lock for all processes of this training; tells whether it is held.
 
-    Where somebody else has it, ``waiting`` is called and it is waited for; without, it is not held.
+    If another process holds it, ``waiting`` is called and this one waits; without ``waiting`` it
+    gives up.
     """
     ours, mine = lock(folder, name), True
     if PartialState().is_main_process:
@@ -156,7 +157,7 @@ class Store:
     """``results.json``: every finished run with its settings; written again after each run.
 
     Runs of other settings stay in the file; a run is known by method, seed and settings, and has
-    its ``measure`` or says why it failed. A file that is there and is none is a ValueError.
+    its ``measure`` or says why it failed. A damaged file is a ValueError.
     """
 
     def __init__(self, folder: Path, measure: str = "accuracy") -> None:
@@ -252,17 +253,17 @@ class Checkpoint:
         return self.folder / f"{self.name}.pt"
 
     def save(self, model: nn.Module, **facts: Any) -> None:
-        """Write the weights, their checksum, the settings, and what a user of them needs."""
+        """Write the weights, their checksum, the settings, and what is needed to use them."""
         weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         content = {"weights": weights, "sha256": digest(weights), "settings": self.settings}
         content |= {"structkd": structkd.__version__, **facts}
         write_atomically(self.path, lambda file: torch.save(content, file))
 
     def load_into(self, network: nn.Module) -> dict[str, Any] | None:
-        """Load the weights if they are there; all that the file holds, or None.
+        """Load the weights if they are there; returns all that the file holds, or None.
 
         Raises:
-            ValueError: It is damaged, or of other settings.
+            ValueError: The file is damaged, or has other settings.
         """
         if not self.path.exists():
             return None
@@ -281,7 +282,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """All that a file holds.
 
     Raises:
-        ValueError: It is damaged, or no checkpoint of these examples.
+        ValueError: The file is damaged, or no checkpoint of these examples.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -319,7 +320,7 @@ class Epochs:
     tell: Callable[[str], None]  # where to say that something could not be kept or read
 
     def save(self, accelerator: Accelerator, history: list[dict[str, float]]) -> None:
-        """Keep the last epoch; where that fails the training goes on, and says so."""
+        """Keep the last epoch; if that fails, the training warns and goes on."""
         epoch = len(history)
         temporary, place = self.folder / f".{epoch}.part", self.folder / f"epoch-{epoch}"
         try:
@@ -344,7 +345,7 @@ class Epochs:
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator: Accelerator) -> list[dict[str, float]]:
-        """Bring the training to the last whole epoch; its history, empty where nothing was kept.
+        """Bring the training to the last whole epoch; returns its history, or an empty list.
 
         Where epochs were kept and all are damaged, it is a ValueError.
         """
@@ -356,7 +357,7 @@ class Epochs:
         return list(kept["history"])
 
     def clear(self) -> None:
-        """Forget all epochs: the training is over and stored."""
+        """Delete the epochs, once the training is over and stored."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _last_whole(self) -> str | None:

@@ -31,7 +31,7 @@ class Row:
 
     @property
     def accuracy(self) -> str:
-        """``mean ± std``; what failed, or is the same number for every seed, is told."""
+        """``mean ± std``, with a remark if seeds failed or all have the same number."""
         if not self.accuracies:
             return f"failed: {self.failures[0]}"
         text = f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")

@@ -1,8 +1,8 @@
 """Distil a rich modality into a poor one: ``python examples/train.py mnist --criterion alone kd``.
 
 A whole training in one file, meant to be copied: a teacher on rich images, a lone student on poor
-ones, students with criteria. Images come from ``data/``, networks from timm and ``models/``;
-``job.py`` runs rows and seeds of a table, ``store.py`` keeps what is finished.
+ones, students with criteria. Images come from ``data/``, networks from timm and ``models/``.
+``job.py`` runs the rows and seeds of a table, and ``store.py`` keeps finished results.
 """
 
 from __future__ import annotations
@@ -56,43 +56,43 @@ class LoopOptions(ImageOptions):
     teacher: str = "resnet32x4"
     # Network of the students.
     student: str = "resnet8x4"
-    # Students of a row, each from its own initial weights; the first one's weights are kept.
+    # Each row is trained once a seed, from its own initial weights; the first one's are kept.
     seeds: tuple[int, ...] = (0, 1, 2)
     # Passes over the training images.
     epochs: int = 100
-    # Passes of the teacher, where it has its own number.
+    # Passes of the teacher; --epochs by default.
     teacher_epochs: int | None = None
     # Largest learning rate; it falls along a cosine.
     lr: float = 0.05
-    # What takes the steps.
+    # Optimizer.
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    # On the network and the criterion's heads.
+    # Weight decay of the network and of the criterion's heads.
     weight_decay: float = 5e-4
-    # Of gradients: none, agc:0.1 (a share of each filter's own norm), norm:1 or value:1.
+    # How gradients are clipped: none, agc:0.1 (at a share of each filter's norm), norm:1, value:1.
     clip: str = "agc:0.1"
     # Let the criterion's weight fall to 0 along a cosine.
     falling: bool = False
-    # Least share of a student's batch that has labels, under --labels.
+    # With --labels, the least share of a student's batch that has labels.
     labelled: float = 1 / 3
     # Decay of the moving average of the weights that is evaluated; 0 for none.
     ema: float = 0.0
-    # Autocast.
+    # Precision of autocast.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # auto, cpu, cuda, ...
     device: str = "auto"
-    # Students that train side by side.
+    # How many students train side by side.
     jobs: int = 1
     # Folder for all that is written; runs/RECIPE by default.
     out: Path | None = None
-    # Train again what is already finished.
+    # Train finished students again.
     fresh: bool = False
     # Write TensorBoard files.
     tensorboard: bool = False
-    # Begin what takes longer than a day.
+    # Start even if the table takes longer than a day.
     yes: bool = False
 
     def check(self) -> None:
-        """Refuse what no training can have."""
+        """Raise for values that no training can have."""
         super().check()
         at_least(self, epochs=1, jobs=1, weight_decay=0)
         if not self.lr > 0:
@@ -168,13 +168,13 @@ def distilled(labels: float) -> Callable[..., Any]:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The mean over the rows with a label, of all processes; 0 where no row has one."""
+    """The mean over the labelled rows of all processes; 0 if no row has a label."""
     features = structkd.Features(logits=logits if logits.dtype == torch.float64 else logits.float())
     return structkd.SupervisionLoss(gather=True)(features, structkd.Features(), target)
 
 
 def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Module:
-    """Train, from the last epoch that was kept; the network to evaluate.
+    """Train, from the last epoch that was kept; returns the network to evaluate.
 
     Raises:
         FloatingPointError: An epoch's loss is not finite; names the epoch and the terms.
@@ -193,7 +193,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
     ema = ModelEmaV3(network, decay=options.ema) if options.ema else None
     steps = options.epochs * len(batches)
 
-    # Yours to change: what takes the steps, and how long they are.
+    # Yours to change: the optimizer and its learning rate.
     optimizer = create_optimizer_v2(
         model, {"sgd": "momentum"}.get(options.optimizer, options.optimizer), options.lr,
         options.weight_decay, momentum=0.9, filter_bias_and_bn=False,
@@ -362,7 +362,7 @@ class Session(job.Job):
         return Training(label, model, network, batches, options, distilled(method.labels))
 
     def stages(self, method: Method, network: nn.Module) -> list[str]:
-        """Where the criteria look into a network."""
+        """The layers that the criteria read."""
         return method.stages(models.stage_names(network))
 
     def _distiller(

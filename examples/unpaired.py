@@ -1,10 +1,11 @@
 """Nothing is paired: ``python examples/unpaired.py folders --rich DIR --poor DIR``.
 
-A teacher on rich images, students on poor images of other samples: only the classes are shared. Two
-ways bring them together. The teacher's images *made poor* are pairs that nobody had to collect; and
-SemBridge (Wei et al., AAAI 2026), in three stages, gives every student image a teacher image of its
-class by a matcher that learns from such pairs (SSM), lets the student choose again while it learns
-(DynM), and aligns what is left (SKA). The loop, the table and what is kept are ``train.py``'s.
+The teacher learns from rich images, the students from poor images of other scenes: only the classes
+are shared. There are two ways to distil all the same. The teacher's images *made poor* are pairs
+that need not be collected. SemBridge (Wei et al., AAAI 2026) gives every student image a teacher
+image of its class: by a matcher that learns from such pairs (SSM), by the student's own predictions
+while it learns (DynM), and with a loss that aligns their features (SKA). The loop, the table and
+what is kept are as in ``train.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Row:
 
     ``first`` is the first match: ``semantic`` is the matcher's, ``random`` a draw in the class,
     ``each epoch`` a new draw for every epoch, ``itself`` the student's own image in the rich
-    modality, which without pairs only a reference has; empty for no match.
+    modality, which exists for a reference only; empty for no match.
     """
 
     criterion: str | None = None  # over pairs made poor; "" for that of --criterion
@@ -79,23 +80,23 @@ ROWS: Mapping[str, Row] = {
 class Options(train.Options):
     """Options of a job without pairs; a recipe is a YAML file of the same names."""
 
-    # Rows of the table, of unpaired.ROWS.
+    # Rows of the table, by the names in unpaired.ROWS.
     rows: tuple[str, ...] = (
         "alone", "pairs made poor", "pairs made poor + dense", "SemBridge as published",
     )  # fmt: skip
-    # What is minimised over matches, and over made pairs in the row that says so.
+    # Criterion over matches, and over free pairs in the row `pairs made poor + criterion`.
     criterion: tuple[str, ...] = ("{type: KDLoss, temperature: 4.0}",)
     # Over matches: weights of cross-entropy, criterion and alignment, as published.
     weights: tuple[float, float, float] = (0.3, 0.4, 0.003)
-    # Let the criterion's weight over made pairs fall to 0 along a cosine.
+    # Let the criterion's weight over free pairs fall to 0 along a cosine.
     falling: bool = True
-    # What makes the teacher's images poor, where that is not --view.
+    # What makes the teacher's images poor; --view by default.
     pseudo: str = ""
     # The matcher's two encoders; the teacher's network by default.
     matcher: str = ""
     # Passes of the matcher.
     matcher_epochs: int = 100
-    # Epochs of 200 at which students choose again: the first, the step, its growth, how often.
+    # Epochs, of 200, at which students choose again: the first, the step, its growth, how often.
     rematch: tuple[int, int, int, int] = (30, 30, 5, 4)
 
     def check(self) -> None:
@@ -114,7 +115,7 @@ class Options(train.Options):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The rows; where none were asked for and labels are few, those without matches."""
+        """The rows; by default, if labels are few, only those without matches."""
         if self.labels is None or self.rows != type(self).rows:
             return self.rows
         return tuple(name for name in self.rows if not ROWS[name].first)
@@ -286,14 +287,14 @@ class Session(train.Session):
 
 @torch.no_grad()
 def outputs(network: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> Tensor:
-    """What a network gives for all images as they are, in their order, on the CPU."""
+    """A network's outputs for all images without augmentation, in order, on the CPU."""
     batches = Batches(train.Options(), poor=replace(images, targets=None)).still()
     return torch.cat([network(batch.poor.to(device)).float().cpu() for batch in batches])
 
 
 @dataclass(frozen=True)
 class Galleries:
-    """All that a choice of teacher images reads; ids are rows of the rich images."""
+    """What is needed to choose teacher images; ids are rows of the rich images."""
 
     semantic: RetrievalGallery | None  # the rich images by the matcher's embedding
     queries: Tensor | None  # the student images' embeddings by the matcher, (N, D)
@@ -329,7 +330,7 @@ class Galleries:
 
 
 def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
-    # A match is good long before a plan is exact, and keeps its limits all the same.
+    # A match is good long before its plan is exact, and the limits always hold.
     limits: dict[str, Any] = {"gradient": "none", "max_iterations": 100, "tolerance": 1e-3}
     planner = LagrangianPlanner(EPSILON, "capacity", **limits) if planned else None
     return SemBridgeMatcher(gallery, planner, capacity=CAPACITY)
@@ -346,7 +347,7 @@ def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -
 
 
 def rematch_epochs(published: Sequence[int], epochs: int) -> list[int]:
-    """Published epochs, which are of 200, at the same places of another number of epochs."""
+    """The published epochs, of 200, at the same shares of another number of epochs."""
     start, step, growth = (round(value * epochs / 200) for value in published[:3])
     schedule = RematchSchedule(max(1, start), max(1, step), growth, times=published[3])
     return schedule.epochs(epochs)
@@ -370,7 +371,7 @@ class Trace:
 
 @dataclass(eq=False)
 class Chooser:
-    """Names every student's teacher image before an epoch, and keeps the trace."""
+    """Chooses every student's teacher image before an epoch, and keeps the trace."""
 
     row: Row
     student: nn.Module

@@ -102,9 +102,9 @@ def labels(
 ) -> tuple[Tensor, Tensor]:
     """Returns class indices ``(B,)`` and which rows have one, after checking both.
 
-    A row without a label, -100, has the index 0 and False beside it. The range is read on the CPU
-    only: on an accelerator that would stall the stream, so there the device's own assertion speaks.
-    ``of`` says what ``classes`` is, ``name`` what the argument is called.
+    A row without a label (-100) gets the index 0 and False. The range is checked on the CPU only:
+    on an accelerator that would stall the stream, so the device's own assertion reports the error
+    there. ``of`` describes ``classes`` in an error, and ``name`` is what the argument is called.
     """
     if target is None:
         raise ValueError(

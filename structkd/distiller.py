@@ -1,4 +1,4 @@
-"""Student, frozen teacher, captures and criterion as one module that a training loop can own."""
+"""Student, frozen teacher, captures and criterion as one module for a training loop."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _living: weakref.WeakSet[Distiller] = weakref.WeakSet()
 class Distiller(nn.Module):
     """Distils a frozen teacher into a student, as one module.
 
-    It owns the captures of both networks, the criterion and the teacher. The student is the very
-    module that went in: ``distiller.student`` has its own keys and attributes, and its
-    ``state_dict()`` loads into the bare network at any step. The teacher is frozen and runs in eval
+    It owns the captures of both networks, the criterion and the teacher. The student stays the
+    module that was passed in: ``distiller.student`` has its own keys and attributes, and its
+    ``state_dict()`` loads into the bare network at any time. The teacher is frozen and runs in eval
     mode whatever mode it is set to; it moves with ``.to()``, and it is in no ``parameters()``,
     ``state_dict()``, DDP bucket or EMA copy.
 
-    The optimizer takes ``distiller.parameters()``: the student's and the criterion's, which are
-    there before the first batch tells their shape. Under DDP wrap the Distiller,
+    Give ``distiller.parameters()`` to the optimizer: the parameters of the student and the
+    criterion, which exist before the first batch gives them a shape. Under DDP wrap the Distiller,
     ``DistributedDataParallel(distiller)``, which is right for every criterion.
     ``torch.compile(distiller)``, autocast, ``copy.deepcopy`` and ``pickle`` take it as it is.
 
@@ -158,12 +158,12 @@ class Distiller(nn.Module):
             target: Labels ``(B,)``, or ``(B, H, W)`` of pixels, for criteria that read them, -100
                 where there is none.
             x_teacher: The teacher's input, the same samples in the same order: ``x_teacher=x``
-                where both networks see the same. With ``paired`` the samples that it names alone,
-                which may be none.
+                where both networks see the same. With ``paired``, pass only the teacher's images of
+                the marked rows; the batch may be empty.
             paired: The rows of the batch that have a pair: a mask ``(B,)``, or int64 positions
-                ``(n,)`` in the order of ``x_teacher``; all by default. The criterion is given these
-                rows and no others, with their labels and their index. On an accelerator leave masks
-                on the CPU, or give positions, so that nothing waits.
+                ``(n,)`` in the order of ``x_teacher``; all by default. The criterion gets these
+                rows only, with their labels and their index. On an accelerator keep a mask on the
+                CPU, or pass positions, so that the host does not wait.
             index: Positions of the samples in the data set ``(B,)``, for criteria with a memory.
 
         Returns:
@@ -176,7 +176,7 @@ class Distiller(nn.Module):
                 of the student that trains.
         """
         if self._capture is None:
-            raise RuntimeError("this Distiller was detached: call attach() to distil on")
+            raise RuntimeError("this Distiller was detached: call attach() before you distil again")
         feats_t: Features | None = None if self._reads_teacher else Features()
         if x_teacher is None and self._reads_teacher and paired is None:
             raise TypeError(
@@ -195,10 +195,10 @@ class Distiller(nn.Module):
         return output, self.criterion.terms(feats_s, feats_t or Features(), target)
 
     def step_epoch(self) -> None:
-        """Tells the criterion that an epoch of training is over.
+        """Tells the criterion that an epoch of training has ended.
 
         Warns:
-            UserWarning: If the student's parameters moved since the last call and none of the
+            UserWarning: If the student's parameters changed since the last call and none of the
                 criterion's did: no optimizer has them.
         """
         self.criterion.step_epoch()
@@ -208,8 +208,8 @@ class Distiller(nn.Module):
             )
             if student and not criterion and self._versions[1]:
                 warnings.warn(
-                    f"no optimizer moves the parameters of {type(self.criterion).__name__}: make "
-                    "it of distiller.parameters(), the student's and the criterion's",
+                    f"no optimizer updates the parameters of {type(self.criterion).__name__}: make "
+                    "it with distiller.parameters(), which has the criterion's too",
                     stacklevel=2,
                 )
         self._versions = None
@@ -273,7 +273,7 @@ class Distiller(nn.Module):
         return self
 
     def _build(self, example: Any) -> None:
-        """Runs all once, in eval mode so that no statistic moves: the criterion takes its shape."""
+        """Runs everything once in eval mode, to shape the criterion without moving a statistic."""
         is_pair = isinstance(example, tuple | list) and len(example) == 2
         x_s, x_t = example if is_pair else (example, example)
         assert self._capture is not None
@@ -291,7 +291,7 @@ class Distiller(nn.Module):
             count = _batch_of(feats_s)
             leaves = leaves_of(self.criterion)
             enough = max(count, 2, *(leaf.min_batch for leaf in leaves))
-            for leaf in leaves:  # one criterion is made for a size of the batch
+            for leaf in leaves:  # one criterion depends on the batch size
                 enough = getattr(leaf, "batch_size", None) or enough
             rows = torch.arange(enough) % count
             feats_s = feats_s.rows(rows).replace(index=torch.zeros_like(rows))
@@ -359,7 +359,7 @@ class Distiller(nn.Module):
                 raise ValueError(
                     f"{type(leaf).__name__} compares samples and was made without gather=True, but "
                     "another criterion of the sum exchanges with all processes, some of which may "
-                    "have no row: say gather=True for all of them"
+                    "have no row: set gather=True for all of them"
                 )
         told = Shards.read(size if has_teacher else -1, device)
         without = [place for place, count in enumerate(told.sizes) if count < 0]
@@ -401,7 +401,7 @@ class Distiller(nn.Module):
         elif "student" not in fixes:
             call = call.replace("layers=", "teacher_layers=", 1)
         raise ValueError(
-            f"{type(self.criterion).__name__} reads what no layer was named for (of the "
+            f"{type(self.criterion).__name__} reads fields without a named layer (of the "
             f"{', of the '.join(said)}); likely layers of yours: Distiller(..., {call})"
         )
 
@@ -439,11 +439,11 @@ class Distiller(nn.Module):
 
 
 def falling(step: int, total: int) -> float:
-    r"""Share of a weight that is left at a step, falling from 1 to 0 along a cosine.
+    r"""Factor for a weight at a step, which falls from 1 to 0 along a cosine.
 
-    :math:`\frac{1}{2} (1 + \cos(\pi \, step / total))`, and 0 from ``total`` on. Distillation whose
-    weight falls shapes the student while it still moves much, and leaves the last word to the
-    labels. It is a factor in the loop.
+    :math:`\frac{1}{2} (1 + \cos(\pi \, step / total))`, and 0 from ``total`` on. Distillation with
+    a falling weight shapes the student early in the training and leaves the end to the labels.
+    Multiply the terms by it in the training loop.
 
     Args:
         step: Steps done, >= 0: batches or epochs.
@@ -469,8 +469,8 @@ def falling(step: int, total: int) -> float:
 class _Frozen:
     """A teacher with its capture, held where ``nn.Module`` does not look for submodules.
 
-    Deep copies (an EMA, a mean teacher) share the teacher and its hooks, unless they are moved
-    elsewhere. Who detaches takes off the hooks that are its own, and leaves the others their use.
+    Deep copies (an average of weights, a mean teacher) share the teacher and its hooks, unless they
+    are moved to another device. Detaching one of them removes only its own hooks.
     """
 
     def __init__(self, module: nn.Module, layers: dict[str, Any]) -> None:
@@ -490,8 +490,8 @@ class _Frozen:
     def features(self, x: Any, *, of_example: bool = False) -> Features:
         """Runs the teacher in eval mode and returns what it gives, without gradient.
 
-        A batch of no samples gives features of no rows, by way of one sample of zeros: many a
-        network cannot reshape nothing.
+        An empty batch gives features with no rows. It is run as one sample of zeros, because many
+        networks cannot reshape an empty batch.
         """
         if self.capture.removed:  # by the one that this is a copy of
             self.attach()
@@ -569,8 +569,8 @@ def _alike(tensor: Tensor, other: Tensor) -> bool:
 def _called(name: str, network: nn.Module, x: Any, *, of_example: bool = False) -> Any:
     """Calls a network with a tensor, a tuple of arguments or a dict of keywords.
 
-    An error inside the network goes on as it is, with a sentence that says which network it was,
-    and on what.
+    An error inside the network keeps its type and text; a note says which network it came from, and
+    with which input.
     """
     arguments: tuple[Any, ...] = (x,)
     keywords: dict[str, Any] = {}

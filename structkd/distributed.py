@@ -25,7 +25,7 @@ def rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather along the batch; its backward sums what every rank asks of a shard.
+    """All-gather along the batch; its backward sums the gradients of all ranks for a shard.
 
     ``DistributedDataParallel`` divides the summed parameter gradients by the world size. Every rank
     computes the same loss of the same gathered batch, so the sum over ranks is the world size times
@@ -70,10 +70,10 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Shards:
-    """How many rows of a batch every process holds, and what adds them up.
+    """How many rows of a batch every process holds, and how to gather and sum over all of them.
 
-    Criteria that need the whole batch are handed one. Of a process by itself, whose batch is the
-    whole batch, ``gather`` and ``sum`` return what they are given.
+    Criteria that need the whole batch get one. With a single process ``gather`` and ``sum`` return
+    their argument.
 
     Attributes:
         sizes: The number of rows of every rank, in rank order.
@@ -98,8 +98,8 @@ class Shards:
         """Asks all ranks how many rows they hold; all of them must call it.
 
         On the CPU the ranks may hold different numbers. On an accelerator reading the numbers would
-        stall the stream at every step, so there they must agree, and the device's own assertion
-        speaks where they do not.
+        stall the stream at every step. There they must agree, and the device's own assertion fails
+        if they do not.
 
         Args:
             count: This rank's number of rows.
@@ -259,6 +259,6 @@ def average_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> None:
         dist.all_reduce(flat)
         *means, anywhere = torch.split(flat, [*(p.numel() for p in members), len(members)])
         for parameter, mean, has in zip(members, means, anywhere.tolist(), strict=True):
-            # What has a gradient nowhere keeps none: an optimizer then leaves it alone.
+            # A parameter without a gradient on any rank keeps none, so an optimizer skips it.
             if has:
                 parameter.grad = (mean / world_size()).view_as(parameter)

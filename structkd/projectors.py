@@ -1,4 +1,4 @@
-"""The trainable heads that criteria own, which take their shape at the first call."""
+"""Trainable heads of criteria, which take their shape at the first call."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from structkd._checks import describe, whole
 
 
 class LazyHead(LazyModuleMixin, nn.Module):
-    """A head whose shape the first call tells, in torch's own way of lazy modules.
+    """A head that takes its shape at the first call, as torch's lazy modules do.
 
-    Its parameters are there from the start, uninitialized, so that an optimizer that was made
-    before the first call trains them. They take the device of what they meet, and float64 where
-    that is float64. Loading a state dict shapes them as well; a head that the saved criterion did
-    not need, or had not shaped yet, may be missing there.
+    Its parameters exist from the start, uninitialized, so that an optimizer made before the first
+    call trains them. They take the device of their first input, and float64 where that is float64.
+    Loading a state dict shapes them as well; a head that the saved criterion did not need, or had
+    not shaped yet, may be missing there.
 
     A subclass implements ``initialize_parameters``, which is given what ``forward`` is given, and
     calls :func:`shaped` on the lazy layers of torch inside it.
@@ -126,8 +126,8 @@ class Projector(LazyHead):
         ``(B, in_dim)`` to ``(B, out_dim)``, in the dtype of the parameters.
 
     Raises:
-        TypeError, ValueError: If a width is no whole number of at least 1, nothing tells
-            ``out_dim``, or a later call brings another width than the first.
+        TypeError, ValueError: If a width is no whole number of at least 1, ``out_dim`` is not
+            known, or a later call brings another width than the first.
 
     Example:
         >>> import torch
@@ -165,7 +165,7 @@ class Projector(LazyHead):
                 return
             if width is None:
                 raise ValueError(
-                    "out_dim is missing: nothing tells how wide the projection is, say Projector(D)"
+                    "out_dim is missing: the projection's width is not known; pass it, Projector(D)"
                 )
         value = embedding
         for layer in self.net:
@@ -210,7 +210,7 @@ class ConvAdapter(LazyHead):
 
     Raises:
         TypeError, ValueError: If an argument is no whole number of at least 1, ``kernel_size`` is
-            even, nothing tells ``out_channels``, or a later call brings other channels.
+            even, ``out_channels`` is not known, or a later call brings other channels.
 
     Example:
         >>> import torch
@@ -241,8 +241,8 @@ class ConvAdapter(LazyHead):
                 return
             if width is None:
                 raise ValueError(
-                    "out_channels is missing: nothing tells how many channels to bring the map to, "
-                    "say ConvAdapter(C)"
+                    "out_channels is missing: the channels to bring the map to are not known; pass "
+                    "them, ConvAdapter(C)"
                 )
         shaped(self.conv, _as_map(features), width)
         self.out_channels = len(self.conv.weight)
@@ -268,10 +268,10 @@ class ConvAdapter(LazyHead):
 class StackedLinear(LazyHead):
     """The weights of a linear map for every stage, in one parameter.
 
-    How many stages there are, the first call tells, and an optimizer may be made before it. So one
-    parameter holds all: the rows of stage k are its outputs, the columns its inputs, and columns
-    that a narrower stage does not have stay 0, since no gradient reaches them. Every stage starts
-    as ``nn.Linear`` or a 1x1 ``nn.Conv2d`` does.
+    The number of stages is known at the first call only, and an optimizer may be made before it. So
+    one parameter holds all stages: the rows of stage k are its outputs, the columns its inputs, and
+    columns that a narrower stage does not have stay 0, since no gradient reaches them. Every stage
+    starts as ``nn.Linear`` or a 1x1 ``nn.Conv2d`` does.
 
     Args:
         bias: Whether every stage has a bias.

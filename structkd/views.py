@@ -1,9 +1,9 @@
-"""Rich images made poor: the free pairs of a setting that has none.
+"""Rich images made poor: pairs for a setting in which nothing is paired.
 
 Each function takes float images ``(B, C, H, W)`` and returns new ones of the same device and dtype;
-they are chained by calling one on the other's result. Make poor what is not normalised yet, and
-normalise the result as the student's own images are. :func:`structkd.diagnostics.modality_gap`
-says how far the result is from these.
+they are chained by calling one on the other's result. Apply them before normalisation, and
+normalise the result as the student's own images are. :func:`structkd.diagnostics.modality_gap` says
+how far the result is from these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def bands(images: Tensor, places: Sequence[int]) -> Tensor:
         ``(B, len(places), H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, or a place is no channel of theirs.
+        TypeError, ValueError: If ``images`` are not of this kind, or a place is not one of their
+            channels.
 
     Example:
         >>> bands(torch.arange(4.0).view(1, 4, 1, 1), [3, 2, 1]).flatten()
@@ -68,7 +69,8 @@ def spectral_response(images: Tensor, response: Tensor) -> Tensor:
         ``(B, channels, H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, or R does not have a column for each channel.
+        TypeError, ValueError: If ``images`` are not of this kind, or R does not have a column for
+            each channel.
 
     Example:
         >>> response = torch.tensor([[0.5, 0.5, 0.0]])  # one grey channel of the first two bands
@@ -103,7 +105,7 @@ def luma(images: Tensor) -> Tensor:
         ``(B, 1, H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, or not of three channels.
+        TypeError, ValueError: If ``images`` are not of this kind, or do not have three channels.
 
     References:
         ITU-R BT.601.
@@ -136,8 +138,9 @@ def salt_and_pepper(
 
     Args:
         images: ``(B, C, H, W)``, floating point, within ``values``.
-        amount: a, the expected share of pixels that are replaced, in [0, 1]. From a pair, least and
-            most, each image's a is drawn evenly: for a student whose noise is not known so well.
+        amount: a, the expected share of pixels that are replaced, in [0, 1]. Given a pair (least,
+            most), each image's a is drawn uniformly between them: for a student whose noise is not
+            known exactly.
         values: Black and white; the range of the images before they are normalised.
         generator: What draws u, and a before it, on its own device; torch's own by default.
 
@@ -145,8 +148,8 @@ def salt_and_pepper(
         ``(B, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, ``amount`` is out of range, or (told on the CPU
-            only) images leave ``values``.
+        TypeError, ValueError: If ``images`` are not of this kind, ``amount`` is out of range, or
+            (checked on the CPU only) images leave ``values``.
 
     Example:
         >>> grey = torch.full((1, 1, 100, 100), 0.5)
@@ -197,7 +200,7 @@ def resolution(images: Tensor, factor: float) -> Tensor:
         ``(B, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, or ``factor`` is below 1.
+        TypeError, ValueError: If ``images`` are not of this kind, or ``factor`` is below 1.
 
     Example:
         >>> resolution(torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 1, 1, 4), 4).flatten()
@@ -224,7 +227,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
         ``(B, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: If images are none, or ``sigma`` is not above 0.
+        TypeError, ValueError: If ``images`` are not of this kind, or ``sigma`` is not above 0.
 
     Example:
         >>> blurred = blur(torch.eye(9)[None, None], 1.0)
@@ -257,7 +260,8 @@ def mixed(own: Tensor, pseudo: Tensor) -> tuple[Tensor, Tensor]:
         others, which are ``paired`` in the call of a :class:`structkd.Distiller`.
 
     Raises:
-        TypeError, ValueError: If one is no images, or they do not fit together.
+        TypeError, ValueError: If an argument is not such a batch of images, or the two do not fit
+            together.
 
     Example:
         >>> x, paired = mixed(torch.zeros(3, 1, 4, 4), luma(torch.ones(2, 3, 4, 4)))

@@ -64,7 +64,7 @@ class Odd(nn.Module):
 
 
 def test_all_that_is_missing_is_told_at_once_and_the_cure_works_as_printed() -> None:
-    with pytest.raises(ValueError, match="reads what no layer was named for") as told:
+    with pytest.raises(ValueError, match="reads fields without a named layer") as told:
         Distiller(Odd(4), Odd(8), structkd.DSLoss())
     said = str(told.value)
     assert "student no embedding and no intermediate" in said
@@ -300,7 +300,7 @@ def test_criterions_parameters_that_no_optimizer_moves_are_told() -> None:
         distiller.step_epoch()
 
     student_alone = torch.optim.SGD(distiller.student.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"no optimizer moves the parameters of FitNetLoss"):
+    with pytest.warns(UserWarning, match=r"no optimizer updates the parameters of FitNetLoss"):
         epoch(student_alone)
     whole = torch.optim.SGD(distiller.parameters(), lr=0.1)
     with warnings.catch_warnings():

@@ -277,6 +277,6 @@ def test_calling_the_bare_network_under_several_processes_is_named(tmp_path: Pat
     out = tmp_path / "out.pt"
     start(_bare_capture_worker, tmp_path, WORLD, str(out))
     said, *shapes = torch.load(out, weights_only=True)
-    assert "gradients nobody averages" in said
+    assert "gradients are not averaged" in said
     assert "FeatureCapture(ddp)" in said
     assert shapes == [[2, 5]] * 4

@@ -23,7 +23,7 @@ class ImageOptions:
     evaluate: Literal["test", "val"] = "test"
     # So many training images have labels; all pairs are distilled.
     labels: int | None = None
-    # Images a step, over all processes.
+    # Images in a batch, over all processes.
     batch_size: int = 64
     # Gigabytes of images that may be held; more are read during the training.
     memory: float = 4.0
@@ -31,7 +31,7 @@ class ImageOptions:
     workers: int = 2
 
     def check(self) -> None:
-        """Refuse what no training can have."""
+        """Raise for values that no training can have."""
         at_least(self, batch_size=1, memory=0, workers=0)
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"--test-fraction must lie in (0, 1), got {self.test_fraction}")

@@ -1,4 +1,4 @@
-"""The CRD benchmark's map to the teacher's channels."""
+"""The CRD benchmark's adapter to the teacher's channels."""
 
 from __future__ import annotations
 

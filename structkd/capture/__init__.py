@@ -21,7 +21,7 @@ from structkd.capture.layout import MapReader, stated_layouts
 from structkd.distributed import world_size
 from structkd.features import Features
 
-ALL = "all"  # every stage that the network tells
+ALL = "all"  # every stage that is known of the network
 
 
 class FeatureCapture:
@@ -29,20 +29,20 @@ class FeatureCapture:
 
     Layers are dotted names as in ``named_modules()``; ``"fc:input"`` is what goes into a layer. On
     timm models names are optional: the embedding is then the classifier's input and the
-    intermediate map the last stage but one of ``feature_info``. Where such a choice does not work
-    out, the field stays empty, and a criterion that reads it says why. Wrapped models (DDP,
+    intermediate map the last stage but one of ``feature_info``. If these defaults do not fit the
+    network, the field stays empty, and a criterion that reads it reports why. Wrapped models (DDP,
     ``torch.compile``) take the inner model's names.
 
     What comes out is always channels first. timm's ``(B, H, W, C)`` maps are permuted; the patches
     of a transformer become a map ``(B, C, H, W)``, without class, distillation and register tokens;
-    rows ``(B, C)`` are maps without positions. Where nothing tells the layout, ``layout`` states
-    it.
+    rows ``(B, C)`` are maps without positions. Where the layout cannot be determined, pass
+    ``layout``.
 
     Call the capture in place of the module, or let the training loop call the module and then
     :meth:`read`. Reading hands the tensors over: the capture keeps neither them nor their graph. A
     layer that runs several times in a forward pass gives its last output. A layer object that has
-    several names counts where it runs as part of the layer that was named; where that cannot be
-    told, reading raises.
+    several names is captured where it runs inside the layer that was named; if that is ambiguous,
+    reading raises an error.
 
     The network stays the user's. The capture works whether ``torch.compile``, DDP, an EMA copy or
     activation checkpointing come before it or after it. A copy of the network carries no capture,
@@ -52,16 +52,16 @@ class FeatureCapture:
     Args:
         module: The network; it is neither copied nor changed beyond its hooks.
         intermediate: Layer name, or names shallow to deep; ``"all"`` takes every stage of a network
-            that tells them: timm's (with ``features_only`` too), and the encoder stages and decoder
-            blocks of segmentation networks of segmentation_models_pytorch, torchvision and
+            whose stages are known: timm's (with ``features_only`` too), and the encoder stages and
+            decoder blocks of segmentation networks of segmentation_models_pytorch, torchvision and
             transformers. An empty list takes none.
         embedding: Layer name giving ``(B, D)`` (or ``(B, D, 1, 1)``, which is flattened); an empty
             string for none.
         logits: Layer name giving ``(B, K)``, or ``(B, K, H, W)`` of pixels; by default the module's
             own output where that is such a tensor, or the ``logits`` (of pixels, torchvision's
             ``out``) in it.
-        layout: The layout of the intermediate layers where it cannot be found out, one for all or
-            one each: ``NCHW``, ``NHWC``, ``NCL`` (audio), ``NLC`` (tokens) or ``NC``.
+        layout: The layout of the intermediate layers where it cannot be determined, one for all or
+            one for each: ``NCHW``, ``NHWC``, ``NCL`` (audio), ``NLC`` (tokens) or ``NC``.
 
     Raises:
         ValueError: If a name is no layer of the module (the near names are listed, or the likely
@@ -123,10 +123,10 @@ class FeatureCapture:
         unnamed = ["embedding"] if self.embedding is None else []
         if intermediate is None and not self.intermediate and not self._absent:
             unnamed.append("intermediate")
-        self.unnamed = tuple(unnamed)  # fields that nobody named a layer for, the network neither
+        self.unnamed = tuple(unnamed)  # fields without a layer, from the user or the network
         for field in unnamed:
             self._absent[field] = (
-                "no layer was named, and the network does not tell one itself as timm's models "
+                "no layer was named, and this network does not list its layers as timm's models "
                 f"do; name one: {_suggestion(likely, unnamed)}"
             )
         self._logits_cure = f"name the layer that gives them: {_suggestion(likely, ['logits'])}"
@@ -158,7 +158,7 @@ class FeatureCapture:
                     self._handles.append(hook.attach())
         self._handles.append(Hook(self, inner, "finish").attach())
         if backbone.is_compiled(module):
-            torch.compiler.reset()  # what was compiled before knows no hooks
+            torch.compiler.reset()  # code compiled earlier runs without the hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Features:
         """Runs the module on the arguments and returns what it captured.
@@ -291,7 +291,7 @@ class FeatureCapture:
         self._ran = self._runs = self._with_grad = False
 
     def reported(self, kind: str, name: str, value: Any, depth: int) -> None:
-        """Takes what a hook reports; for the capture's own hooks."""
+        """Stores what one of the capture's own hooks reports."""
         if kind == "start":
             self._forget()
             self._runs = True
@@ -316,7 +316,7 @@ class FeatureCapture:
             return
         before = self._captured.get(name)
         if before is not None and before[2] < depth:
-            return  # the chain itself has spoken; its part ran again by itself
+            return  # the chain has reported; a part of it ran again alone
         # A later report takes the place of an earlier one, and of what was wrong with that.
         self._problems.pop(name, None)
         if before is not None and before[2] == depth and place.is_unsure(depth):
@@ -354,7 +354,7 @@ class FeatureCapture:
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             raise RuntimeError(
                 "several processes train, but this capture calls the bare network, whose gradients "
-                "nobody averages: make the capture of the wrapped one, FeatureCapture(ddp), or "
+                "are not averaged: make the capture of the wrapped one, FeatureCapture(ddp), or "
                 "call the network yourself and then capture.read(), with "
                 "structkd.distributed.average_gradients where there is no wrapper"
             )
@@ -446,7 +446,7 @@ class _Place:
             )
         return (
             f"layer {self.name!r} never fired in the last forward pass; name a layer that "
-            "forward() calls (code compiled before the capture was made knows no hooks: call "
+            "forward() calls (code compiled before the capture runs without its hooks: call "
             "torch.compiler.reset())"
         )
 
@@ -512,7 +512,7 @@ def _layer_names(
         names = backbone.all_stages(inner)
         if not names:
             raise ValueError(
-                "intermediate='all' needs a network that tells its stages, by timm's feature_info "
+                "intermediate='all' needs a network whose stages are known, by timm's feature_info "
                 "or as segmentation networks of smp, torchvision and transformers do; name the "
                 f"layers: {_suggestion(likely, ['intermediate'])}"
             )
@@ -526,7 +526,7 @@ def _wrong_name(
     layers: Mapping[str, nn.Module],
     likely: Mapping[str, str | list[str]],
 ) -> str | None:
-    """Says that a name is no layer of the network and which ones are, None where it is one."""
+    """Returns an error that lists the network's layers if a name is none of them, else None."""
     if not isinstance(name, str):
         raise TypeError(f"{argument} must name layers by strings, got {describe(name)}")
     layer = _layer_of(name)
@@ -586,7 +586,7 @@ def _logits_in(output: Any) -> Any:
 
 
 def _without_logits(output: Any, cure: str) -> str:
-    """Says what a network gave in which there are no logits, and what to do."""
+    """Describes an output without logits, and what to do about it."""
     return (
         f"the network gave {_came(output)}, in which no logits (B, K) or (B, K, H, W) are marked "
         f"as such; {cure}"

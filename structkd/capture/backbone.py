@@ -1,4 +1,4 @@
-"""What a network says of itself: wrappers, stages, classifier, prefix tokens, likely layers."""
+"""What can be read off a network: wrappers, stages, classifier, prefix tokens, likely layers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _name_in(module: nn.Module, name: str) -> str:
 
 
 def all_stages(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of all stages, shallow to deep, that a network tells by its package's ways.
+    """Returns the names of all stages, shallow to deep, by the conventions of a network's package.
 
     Those are timm's ``feature_info``; smp's ``encoder`` and ``decoder.blocks``; the layers of
     torchvision's segmentation ``backbone``; the ``stages`` of transformers' SegFormer.

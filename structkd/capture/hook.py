@@ -1,4 +1,4 @@
-"""The one hook of a capture: it reports to its capture, and to nobody else."""
+"""The hook of a capture, which reports to that capture only."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ class Reporter(Protocol):
 class Hook:
     """Reports what a layer gets or gives, while both the layer and the capture are its own.
 
-    It holds the capture and the layer weakly, so that neither keeps the other alive. In a deep copy
-    of the network it is a function that does nothing, and so it is in a replica, whose layers are
-    others, and in an exported or traced network. It never raises: what is wrong is told when the
-    capture is read, so that the network stays usable.
+    It holds the capture and the layer weakly, so that neither keeps the other alive. In a deep
+    copy, a replica, and an exported or traced network it is a function that does nothing. It never
+    raises: errors are reported when the capture is read, so that the network stays usable.
     """
 
     def __init__(

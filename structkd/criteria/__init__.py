@@ -1,4 +1,4 @@
-"""The criteria by name, and how a config says one."""
+"""The criteria by name, and how a config describes one."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ CRITERIA: Mapping[str, type[Criterion]] = {
 
 Spec: TypeAlias = Criterion | type[Criterion] | Mapping[str, Any] | str | Sequence[Any]
 
-# What a dict says of a criterion beside its options.
+# Entries of a criterion's dict beside its options.
 _RESERVED = ("type", "weight", "name")
 
 
 def build_criterion(spec: Spec) -> Criterion:
-    """Makes a criterion of what a config says.
+    """Makes a criterion from a config.
 
-    A dict has the words of the constructor: ``{"type": "KDLoss", "temperature": 2.0}`` is
+    A dict holds the constructor's arguments: ``{"type": "KDLoss", "temperature": 2.0}`` is
     ``KDLoss(temperature=2.0)``. ``weight`` beside them is the criterion's weight in a sum, as in
     ``0.5 * KDLoss()``, and ``name`` its name there, by which ``state_dict`` goes. An option that is
     itself a dict with a ``type`` is made first.

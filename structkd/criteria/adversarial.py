@@ -1,4 +1,4 @@
-"""Criteria that a discriminator learns: telling the student from the teacher."""
+"""Criteria with a discriminator that learns to tell the student from the teacher."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class AdversarialFeatureLoss(Criterion):
 
     .. math:: L_D = \frac{1}{B} \sum_b \mathrm{softplus}(-D(t_b)) + \mathrm{softplus}(D(h(s_b)))
 
-    Terms: ``AFKD-adversarial`` and ``AFKD-discriminator``. How one backward pass trains both, and
-    why not by gradient reversal, is told at :class:`AdversarialLogitsLoss`. The paper writes the
+    Terms: ``AFKD-adversarial`` and ``AFKD-discriminator``. For how one backward pass trains both,
+        and why not by gradient reversal, see :class:`AdversarialLogitsLoss`. The paper writes the
     saturating :math:`\log(1 - D(s))` for the student; the optimum is the same. It adds the labels'
     cross-entropy, which belongs to the training loop.
 
@@ -145,7 +145,7 @@ class AdversarialFeatureLoss(Criterion):
         blocks: Residual blocks of the discriminator.
         adapter: Module ``(B, D_s) -> (B, D_t)`` in place of the linear one.
         adversarial_weight: w >= 0; it leaves the discriminator's own loss as it is.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         embeddings ``(B, D_s)`` and ``(B, D_t)``, or maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or

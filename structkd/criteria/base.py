@@ -43,11 +43,11 @@ class Criterion(nn.Module):
     field's tensors directly. The teacher is a constant: it is detached inside. Internals run in
     float32 at least with autocast off, and gradients return in the caller's dtype.
 
-    A criterion is made of its options alone. What depends on the networks, a projector for example,
-    takes its shape at the first call, in place: an optimizer that was made before trains it.
-    Trainable parts are parameters and memories are buffers, so ``.to()``, ``state_dict()`` and
-    ``parameters()`` cover all of it. They stay in float32 where ``.half()`` or ``.bfloat16()`` is
-    called on a module that holds the criterion.
+    A criterion is constructed from its options alone. Parts that depend on the networks, such as a
+    projector, take their shape at the first call, in place: an optimizer made before that trains
+    them. Trainable parts are parameters and memories are buffers, so ``.to()``, ``state_dict()``
+    and ``parameters()`` cover all of it. They stay in float32 where ``.half()`` or ``.bfloat16()``
+    is called on a module that holds the criterion.
 
     No criterion adds the labels' cross-entropy unless it is asked to. Labels may be missing: a
     target of -100 marks a row without one.
@@ -59,7 +59,7 @@ class Criterion(nn.Module):
     themselves are never resized.
 
     To write one, name the fields it ``reads`` and implement :meth:`compute`. If it compares the
-    samples of a batch with each other, say ``over_ranks = "gathered"``: under ``gather`` it is then
+    samples of a batch with each other, set ``over_ranks = "gathered"``: under ``gather`` it is then
     given the rows of all processes. Parts that depend on the networks are torch's lazy modules.
 
     Args:
@@ -80,10 +80,10 @@ class Criterion(nn.Module):
     # constructor sets it on the instance.
     reads: tuple[str, ...] = ()
     reads_teacher: ClassVar[bool] = True  # whether it looks at the teacher at all
-    # How it goes over processes. "rows": every sample by itself. "gathered": under gather, compute
-    # is given the rows of all processes. "sums": compute is given Shards as a fourth argument, and
-    # adds up what it needs. "always": as "sums", and a training call exchanges without gather too,
-    # so that no rank may miss it; its buffers are then equal on all ranks.
+    # How it works on several processes. "rows": every sample by itself. "gathered": under gather,
+    # compute is given the rows of all processes. "sums": compute is given Shards as a fourth
+    # argument, and adds up what it needs. "always": as "sums", and a training call exchanges
+    # without gather too, so that no rank may miss it; its buffers are then equal on all ranks.
     over_ranks: Literal["rows", "gathered", "sums", "always"] = "rows"
     # What logits of pixels become. "rows": a row each, at the student's size. "labelled": likewise,
     # at the target's size. "maps": they stay (B, K, H, W), at the student's size.
@@ -165,10 +165,10 @@ class Criterion(nn.Module):
             part.epoch_ended()
 
     def epoch_ended(self) -> None:
-        """Moves a schedule on by one epoch, where this criterion has one; override it there."""
+        """Moves a schedule on by one epoch; override it in a criterion that has one."""
 
     def extra_repr(self) -> str:
-        """Returns the options, in the words of the constructor and of a criterion's dict."""
+        """Returns the options, written as in the constructor and in a criterion's dict."""
         shown = []
         for name in inspect.signature(type(self)).parameters:
             value = self.__dict__.get("enabled" if name == "terms" else name)
@@ -242,7 +242,7 @@ class Criterion(nn.Module):
             )
 
     def _join(self, first: Tensor) -> None:
-        """Goes where the first features are, and to float64 where they are that."""
+        """Moves to the device of the first features, and to float64 if they are float64."""
         self.to(device=first.device, dtype=torch.float64 if first.dtype == torch.float64 else None)
 
     def _read(self, given: Input, name: str) -> Features:
@@ -491,7 +491,7 @@ def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Te
 
 
 def missing(reader: str, name: str, features: Features, field: str) -> str:
-    """Returns what to say where a field is missing, with the capture's reason if it gave one."""
+    """Returns the message for a missing field, with the capture's reason if it gave one."""
     return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
 
 
@@ -585,7 +585,7 @@ def _check_tensor(tensor: Tensor, name: str, field: str) -> None:
 
 
 def _check_scores(logits: Tensor, name: str) -> None:
-    """Raises where logits are probabilities; asked of the first batch, since it reads values."""
+    """Raises where logits are probabilities; done for the first batch only, as it reads values."""
     values = logits.detach()
     if values.numel() == 0 or values.shape[1] < 2:
         return

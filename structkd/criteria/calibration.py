@@ -142,8 +142,8 @@ class _Embeddings(nn.Module):
 class _Projections(LazyHead):
     """Of every student layer to every teacher layer: 1x1, 3x3 and 1x1, with batch norm and ReLU.
 
-    What the pairs have in common lies in one parameter, since their number is told late: weights
-    as :class:`StackedLinear` has them, the norms' one after another.
+    One parameter holds the weights of all pairs, because their number is known at the first call
+    only: as :class:`StackedLinear` stores them, the norms' one after another.
     """
 
     def __init__(self) -> None:

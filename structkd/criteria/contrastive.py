@@ -55,16 +55,16 @@ class ContrastiveRepresentationLoss(Criterion):
     few B (K + 1) tables, 8.4 MB each for the indices at B = 64.
 
     ``index`` is the sample's position in the data set, in ``Features.index``: the student's is
-    read, and the teacher's where the student's has none. Both banks go by it. In unpaired use,
-    where a student's sample is matched with another row of the teacher's set, that is the
-    student's position, and the teacher's bank holds at each the last teacher's row that was
-    matched with it. Of a position that comes twice in a batch the last one counts. A sample whose
+    read, and the teacher's where the student's has none. Both banks go by it. Where nothing is
+    paired, and a student's sample is matched with another row of the teacher's set, ``index`` is
+    the student's position, and the teacher's bank holds there the last teacher's row that was
+    matched with it. If a position comes twice in a batch, the last one counts. A sample whose
     embedding is not finite leaves the banks as they are.
 
-    Under several processes a training call is a collective one. All ranks move all rows of the
-    whole batch, so that their banks stay equal and nothing need be broadcast; Z is that of the
-    whole first batch; and a rank takes its own rows of the negatives that are drawn for the whole
-    batch. They must be made with one seed.
+    With several processes a training call is a collective one: all of them must make it. All ranks
+    move all rows of the whole batch, so that their banks stay equal without a broadcast; Z is that
+    of the whole first batch; and a rank takes its own rows of the negatives that are drawn for the
+    whole batch. They must be made with one seed.
 
     Args:
         dataset_size: N, the number of training samples.
@@ -81,9 +81,9 @@ class ContrastiveRepresentationLoss(Criterion):
         ``[0, N)``; output a scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If the index is missing, of another length or device, or outside the bank (on a
-            CPU; elsewhere the device's own assertion speaks), a width is not that of the first
-            call, or an argument is out of range.
+        ValueError: If the index is missing, of another length or device, or outside the bank
+            (checked on the CPU; on other devices by their own assertion), a width is not that of
+            the first call, or an argument is out of range.
         TypeError: If the index holds no whole numbers.
 
     References:
@@ -131,7 +131,7 @@ class ContrastiveRepresentationLoss(Criterion):
             rows = torch.empty(self.dataset_size, self.embedding_dim)
             self.register_buffer(name, rows.uniform_(-bound, bound, generator=random))
         self.register_buffer("log_normalizer", torch.zeros(2))
-        # Numbers, not truths: torch's average of weights with its buffers subtracts them.
+        # Numbers, not bools: torch's average of weights subtracts its buffers.
         self.register_buffer("normalized", torch.zeros(2))
         self.register_buffer("draws", torch.tensor([self.seed, 0]))  # the seed, and how many
 

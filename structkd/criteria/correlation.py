@@ -27,7 +27,7 @@ REDUCTIONS = ("mean", "sum")
 TERMS = ("SEM-1", "SEM-2")
 
 _CROSSOVER = 4
-# Modules that treat every row by itself. Batch norm does not, and of others nobody knows.
+# Modules known to treat every row by itself. Batch norm does not, and others may not.
 _ROW_WISE = (
     *(nn.Identity, nn.Linear, nn.LayerNorm, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh),
     *(nn.Sequential, Projector),
@@ -44,9 +44,9 @@ class CrossCorrelationLoss(Criterion):
         L = \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \neq j} C_{ij}^2
 
     where :math:`z_{\cdot,i}` is a column over the batch. The loss is a sum over ``d`` channels, as
-    printed, so its weight goes with ``1 / d`` unless ``reduction="mean"``. Terms: ``SEM-1``
-    (diagonal), ``SEM-2``. A channel that is zero (constant, if centred) over the batch correlates
-    with nothing: C is 0 there.
+    printed, so the weight that suits it changes with ``1 / d`` unless ``reduction="mean"``. Terms:
+    ``SEM-1`` (diagonal), ``SEM-2``. A channel that is zero (constant, if centred) over the batch
+    correlates with nothing: C is 0 there.
 
     The loss has two exact forms. ``matrix`` builds the d x d matrix. ``gram`` uses
     :math:`\|C\|_F^2 = \langle Z_s Z_s^T, Z_t Z_t^T \rangle_F` on column-normalised Z, which needs
@@ -232,7 +232,7 @@ def _is_row_wise(projector: nn.Module) -> bool:
 
 
 def _unit_columns(projected: Tensor, center: bool, floor: float) -> Tensor:
-    """Scales columns to unit length; columns with nothing in them become zero, not noise."""
+    """Scales columns to unit length; a column of rounding errors alone becomes zero."""
     length = torch.linalg.vector_norm(projected, dim=0)
     empty = length <= 0
     if center:

@@ -45,7 +45,7 @@ class FlowMatrixLoss(Criterion):
             brings it to the teacher's channels, or None. FSP compares channel by channel, so by
             default there is a 1x1 convolution wherever the channels of the first call differ.
         layer: Positions in ``Features.intermediate`` of the maps to read; all by default.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, the k-th of the student with

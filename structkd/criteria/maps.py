@@ -1,4 +1,4 @@
-"""Criteria on what maps say together: attention, neuron selectivity, channels over positions."""
+"""Criteria that summarise maps: attention, neuron selectivity, channels over positions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AttentionTransferLoss(Criterion):
     Args:
         p: Power >= 1 of the channel responses.
         layer: Position, or several, in ``Features.intermediate`` of the maps to pair; else all.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, of any two kinds in a pair,
@@ -146,7 +146,7 @@ class NeuronSelectivityLoss(Criterion):
 
     Args:
         layer: Position, or several, in ``Features.intermediate`` of the maps to pair; else all.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         as many maps ``(B, C, H, W)`` or tokens ``(B, N, C)`` of both, of any two kinds in a pair,
@@ -199,8 +199,8 @@ class ChannelWiseLoss(Criterion):
     .. math::
         L = \frac{\tau^2}{C} \sum_c KL(\phi_c(t) \,\|\, \phi_c(s))
 
-    the mean over the batch. It is for dense predictions: what a channel says of a position against
-    the other positions, whatever its level. Term: ``CWD``.
+    the mean over the batch. It is for dense predictions: it compares how a channel ranks positions,
+    whatever the channel's level. Term: ``CWD``.
 
     Args:
         temperature: tau > 0.
@@ -209,7 +209,7 @@ class ChannelWiseLoss(Criterion):
         layer: Position in ``Features.intermediate`` of the map to read.
         adapter: Module that brings the student's map ``(B, C, H, W)`` to the teacher's channels; by
             default a :class:`ConvAdapter` where the channels of the first call differ.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         logits ``(B, K, H, W)`` of both, the teacher's brought to the student's size by bilinear

@@ -29,9 +29,9 @@ class FitNetLoss(Criterion):
     with r a convolution to the teacher's channels, linear for tokens and rows, trained with the
     student. Maps of other sizes are average-pooled to a common size before r. Term: ``FitNets``.
 
-    That is ``form="squared"``, the default, whose size goes with the square of the teacher's scale,
-    and so does the weight that suits it. ``form="log"`` is the logarithm of the error's share of
-    the teacher's variance,
+    That is ``form="squared"``, the default. Its size grows with the square of the teacher's scale,
+    so the weight that suits it depends on the teacher. ``form="log"`` is the logarithm of the
+    error's share of the teacher's variance,
 
     .. math::
         L = \log \Big( \frac{\mathrm{mean} \, (r(F_s) - F_t)^2}
@@ -39,10 +39,10 @@ class FitNetLoss(Criterion):
 
     with the variance of each of the teacher's channels over the positions of all samples, about its
     mean. The scale of the teacher cancels, so one weight means the same on every teacher, and the
-    pull does not fade as the error falls until a hundredth of the variance is left. The share is 1
-    for a regressor that knows the teacher's mean and no more. A channel that is constant, but for
-    the rounding of its mean, has a variance of 0; where all channels are, there is nothing to
-    learn, and the share counts as 1, without a gradient.
+    gradient does not fade until a hundredth of the variance is left. The share is 1 for a regressor
+    that predicts the teacher's mean only. A channel that is constant, but for the rounding of its
+    mean, has a variance of 0; where all channels are, there is nothing to learn, and the share
+    counts as 1, without a gradient.
 
     Args:
         form: ``squared`` or ``log``.
@@ -132,7 +132,7 @@ class VariationalInformationLoss(Criterion):
     Args:
         init_variance: Value of every v_c at the start, > 1e-5.
         layer: Position in ``Features.intermediate`` of the map to read.
-        gather: Accepted by every criterion; without effect here, where no sample meets another.
+        gather: Accepted by every criterion; without effect here, as samples are not compared.
 
     Shape:
         maps ``(B, C, H, W)``, tokens ``(B, N, C)`` or rows ``(B, C)``, of any two kinds, any float
@@ -167,7 +167,7 @@ class VariationalInformationLoss(Criterion):
 
     @property
     def variance(self) -> Tensor:
-        """The learned variances ``(C_t,)``, once the first call has told how many."""
+        """The learned variances ``(C_t,)``, which exist from the first call on."""
         if is_lazy(self.gaussian.rho):
             raise ValueError("variance has no shape before the first call: call the criterion once")
         return self.gaussian.variance()

@@ -79,7 +79,7 @@ class RelationalLoss(Criterion):
         self.distance_weight = number("distance_weight", distance_weight, at_least=0)
         self.angle_weight = number("angle_weight", angle_weight, at_least=0)
         if self.distance_weight == self.angle_weight == 0:
-            raise ValueError("distance_weight and angle_weight are both 0: nothing is left")
+            raise ValueError("distance_weight and angle_weight are both 0: set one above 0")
 
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None
@@ -163,7 +163,7 @@ class DistilVPRLoss(Criterion):
         self.curvature = number("curvature", curvature, above=0)
         if self.distance_weight == self.angle_weight == self.geodesic_weight == 0:
             raise ValueError(
-                "distance_weight, angle_weight and geodesic_weight are all 0: nothing is left"
+                "distance_weight, angle_weight and geodesic_weight are all 0: set one above 0"
             )
 
     def compute(
@@ -191,8 +191,8 @@ class CorrelationCongruenceLoss(Criterion):
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{2} \frac{(2 \gamma)^p}{p!} (x_i^T x_j)^p, \qquad
         L = \frac{1}{B^2} \|K^s - K^t\|_F^2
 
-    Both embeddings train, as published. Nothing then keeps the teacher's from giving way: all rows
-    alike would be an optimum, so add a loss on the labels. Term: ``CC``.
+    Both embeddings train, as published. The teacher's may then collapse, because equal rows are an
+    optimum; add a loss on the labels to prevent that. Term: ``CC``.
 
     Args:
         embedding_dim: Width of both linear embeddings.

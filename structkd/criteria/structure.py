@@ -45,7 +45,7 @@ class DSLoss(Criterion):
     :class:`DenseStructureLoss`, which is not the paper's.
 
     Args:
-        variant: How the parts are made that are not given. ``measured``, the default, has the
+        variant: How to make the parts that are not given. ``measured``, the default, has the
             options that did best on held-out data in our sweep, docs/choices.md: gamma 5 on the
             mean over SEM's channels and 0.02 on DCM, centred embeddings, a linear projector, the
             sign of the prose. ``printed`` has the equations as printed: one gamma of 0.1 for both,
@@ -57,8 +57,8 @@ class DSLoss(Criterion):
         dcm: The part on a map, likewise.
         srm: Add the labels' cross-entropy. The target may then mark rows without a label by -100,
             which the other parts use all the same.
-        gather: Compute every part on the batch of all processes. A part that is given says so
-            itself.
+        gather: Compute every part on the batch of all processes. A part that is given has its own
+            ``gather``.
 
     Shape:
         ``Features`` with ``embedding (B, D)`` where SEM is on, ``intermediate`` where DCM is on,

@@ -27,7 +27,7 @@ class SupervisionLoss(Criterion):
 
     It is what ``torch.nn.functional.cross_entropy`` computes, as a criterion that can stand in a
     sum. A batch without a label costs exactly 0, with a gradient of 0, where torch's mean is NaN.
-    One logit says yes or no: its labels are 0 and 1, and L is the binary cross-entropy of
+    A single logit is a binary answer: its labels are 0 and 1, and L is the binary cross-entropy of
     ``sigmoid(s)``. It reads the student only: the teacher's features may be empty. Term: ``SRM``.
 
     Args:
@@ -36,8 +36,8 @@ class SupervisionLoss(Criterion):
             ``DistributedDataParallel`` then equal the single-process run, whatever number of labels
             a rank holds, none included. Without it every rank takes the mean of its own, which is
             the same where all rows have labels. It is off by default, like every criterion's,
-            because a call is then a collective one: a validation on rank 0 alone would wait for
-            the others for ever.
+            because all processes must then make the call: a validation on rank 0 alone would wait
+            for ever.
 
     Shape:
         the student's logits ``(B, K)`` or ``(B, K, H, W)``, any float dtype; target ``(B,)`` or
@@ -103,9 +103,9 @@ class DiceLoss(Criterion):
             {\frac{1}{2} \sum_b (p_{bk} + y_{bk}) + c}
 
     with c the ``smooth``. A class that no row has costs nothing, as in segmentation_models_pytorch,
-    whose ``DiceLoss`` this equals. One logit says yes or no, by the sigmoid, and counts as one
-    class. It reads the student only. Rare classes weigh as much as frequent ones, which is why it
-    stands beside a cross-entropy: ``SupervisionLoss() + DiceLoss()``. Term: ``Dice``.
+    whose ``DiceLoss`` this equals. A single logit is a binary answer, by the sigmoid, and counts as
+    one class. It reads the student only. Rare classes weigh as much as frequent ones, which is why
+    it stands beside a cross-entropy: ``SupervisionLoss() + DiceLoss()``. Term: ``Dice``.
 
     Args:
         smooth: c >= 0.
@@ -157,7 +157,7 @@ class DiceLoss(Criterion):
 
 
 def _two_or_more(student: Features, reader: str) -> tuple[Tensor, bool]:
-    """Returns the student's logits, and whether one said yes or no: it has a 0 for no before it."""
+    """Returns the student's logits, a single one with a 0 before it, and whether it was single."""
     logits = student.logits
     if logits is None:
         raise ValueError(missing(reader, "student.logits", student, "logits"))

@@ -39,7 +39,7 @@ class UniformityCalibrationLoss(Criterion):
     The paper's prose and its Eq. 10 disagree on the second term. The prose says that it shortens
     the distance between student and teacher; minimising :math:`\log E[\exp(-d^2)]`, which is what
     Eq. 10 does, lengthens it. ``cross_sign="separate"`` is Eq. 10 as printed; ``"align"`` follows
-    the prose and subtracts the term. docs/choices.md shows what each does.
+    the prose and subtracts the term. docs/choices.md compares them.
 
     The paper gives neither sigma nor a normalisation. Unit rows with sigma^2 = 1/2 (Wang & Isola)
     are the default; the other documented choice is raw rows with the median distance between

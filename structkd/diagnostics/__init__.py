@@ -1,4 +1,4 @@
-"""Dimensional structure in numbers."""
+"""Numbers that describe embeddings, filters, modalities and pairs of networks."""
 
 from structkd.diagnostics.embeddings import effective_rank, self_similarity, uniformity
 from structkd.diagnostics.filters import FilterDirections, filter_collapse

@@ -1,4 +1,4 @@
-"""What a diagnosis takes as rows."""
+"""The check of rows that all diagnostics share."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from structkd.diagnostics.embeddings import effective_rank
 
 
 class FilterDirections(NamedTuple):
-    """What :func:`filter_collapse` says of one convolution.
+    """The result of :func:`filter_collapse` for one convolution.
 
     Attributes:
         norm: Mean Euclidean norm of the filters.
@@ -36,10 +36,10 @@ def filter_collapse(module: nn.Module) -> dict[str, FilterDirections]:
     Such a convolution does not change with the scale of its filters, so its effective learning rate
     is ``lr / |w|^2``. A strong criterion on early maps can throw all filters of a layer far in one
     common direction within an epoch. Their norms are large then and their rank is small, no later
-    gradient parts them, and the run is lost although no gradient is large and no channel is dead.
-    Compare with the same network as it was initialised, or trained without the criterion: a norm
-    several times as large *and* a clearly lower rank is a collapse. Clipping every unit's gradient
-    by the norm of its weights prevents it (``timm.utils.agc.adaptive_clip_grad``).
+    gradient separates them, and the run is lost although no gradient is large and no channel is
+    dead. Compare with the same network as it was initialised, or trained without the criterion: a
+    norm several times as large *and* a clearly lower rank is a collapse. Clipping every unit's
+    gradient by the norm of its weights prevents it (``timm.utils.agc.adaptive_clip_grad``).
 
     The rank is :func:`effective_rank` of the filters scaled to unit length, one a row. A
     convolution counts if the next module that its parent registers is a batch norm of as many

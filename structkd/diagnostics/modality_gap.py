@@ -19,7 +19,7 @@ class ModalityGapWarning(UserWarning):
 
 
 class ModalityGap(NamedTuple):
-    """What :func:`modality_gap` says of each channel.
+    """The result of :func:`modality_gap`, for each channel.
 
     Attributes:
         mean: Standardised difference of the means, pseudo minus real, ``(C,)`` float64.
@@ -62,9 +62,9 @@ class ModalityGap(NamedTuple):
 def modality_gap(pseudo: Tensor, real: Tensor, *, warn: bool = False) -> ModalityGap:
     r"""Compares made poor with real poor images, channel by channel: moments, and their grain.
 
-    A student that is distilled over free pairs learns what *made* poor images show; it rests on
-    these being like its own. Over all pixels of all images, and with g the mean squared difference
-    of horizontal neighbours plus that of vertical ones,
+    A student that is distilled over free pairs learns from *made* poor images, so these must be
+    like its own. Over all pixels of all images, and with g the mean squared difference of
+    horizontal neighbours plus that of vertical ones,
 
     .. math::
         d_c = \frac{\mu_c^{made} - \mu_c^{real}}
@@ -75,19 +75,21 @@ def modality_gap(pseudo: Tensor, real: Tensor, *, warn: bool = False) -> Modalit
     A channel is far apart where :math:`|d_c| > 0.25` or the variances differ by more than a factor
     of 2, the rule of thumb for two samples that are to be compared at all, or where the grain
     differs by more than 5 %. Grain is where noise, blur and resolution show, which moments hardly
-    see. What is near here need not be alike: let a run of the lone student tell.
+    see. Images that are near by these numbers may still differ: compare with a run of the lone
+    student.
 
     Args:
         pseudo: Rich images made poor, ``(N, C, H, W)``, floating point, some hundred or more.
         real: The student's own images ``(M, C, H, W)``, likewise, and in the same units.
-        warn: Whether to warn, too, where a channel is far apart.
+        warn: Whether to warn where a channel is far apart.
 
     Returns:
-        The result by channel, which tells itself: ``print(gap.describe())``. A channel that is
-        constant in both has ratio 1, and 0 or infinity for d.
+        The result by channel, in words by ``print(gap.describe())``. A channel that is constant in
+        both has ratio 1, and 0 or infinity for d.
 
     Raises:
-        TypeError, ValueError: If one is no images, or they differ in channels or in size.
+        TypeError, ValueError: If an argument is not such a batch of images, or they differ in
+            channels or in size.
 
     Warns:
         ModalityGapWarning: If asked, where a channel is far apart.

@@ -1,4 +1,4 @@
-"""What of a teacher a student's modality can show."""
+"""How much of a teacher's maps a student's maps predict."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ def predictable_share(
 ) -> Tensor:
     """Share of every teacher channel's variance that a linear map of the student's predicts.
 
-    Between a student trained *without* a teacher and the teacher it says how much of the teacher's
-    maps the student shows already. What no map predicts, the student's modality may not show, or
-    the student may not have learned to see: it does not foretell by itself what
-    :class:`structkd.DenseStructureLoss` gains.
+    For a student trained *without* a teacher it measures how much of the teacher's maps the student
+    shows already. What is not predicted, the student's modality may not show, or the student may
+    not have learned. The share alone does not foretell what :class:`structkd.DenseStructureLoss`
+    gains.
 
-    Positions of maps are samples. The map is the ridge regression of the closed form there, and so
-    is the rule for few positions: below 10 a student channel it is fitted on one half of them and
-    measured on the other, both ways.
+    Positions of maps are samples. The linear map is the ridge regression of that criterion's closed
+    form. With fewer than 10 positions for each student channel it is fitted on one half of them and
+    measured on the other, and the other way round.
 
     Args:
         student: Maps ``(B, C_s, H, W)``, tokens ``(B, N, C_s)`` or rows ``(B, C_s)``.
         teacher: The teacher's for the same samples, ``C_t`` channels, of any of these kinds;
             maps of other sizes are average-pooled to a common size.
         ridge: > 0, times the mean variance of the student's channels.
-        split: Fit and measure on halves or not; none follows the rule.
+        split: Whether to fit and measure on halves. None: only with fewer than 10 positions for
+            each student channel.
 
     Returns:
         ``(C_t,)``, float32 at least, at most 1: 0 for a constant channel, and below 0 where halves

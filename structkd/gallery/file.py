@@ -24,8 +24,8 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes a state of tensors and plain values; readers see the old file or the whole new one.
 
     It is written to a temporary file in the same folder, which then takes the file's place, with
-    the permissions of the file that was there, or else those that ``open`` gives. Of a symlink it
-    is the target that is replaced.
+    the permissions of the old file, or else those that ``open`` gives. If ``path`` is a symlink,
+    its target is replaced.
 
     Raises:
         ValueError: If ``path`` is no regular file, a folder or a device for example.
@@ -36,7 +36,8 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     if target.exists():
         if not target.is_file():
             raise ValueError(f"path must name a regular file or a new one, got {str(path)!r}")
-        # Replacing a file asks for no permission to write to it; whoever took that away meant it.
+        # Replacing a file needs no permission to write to it, but a read-only file is meant to
+        # stay.
         if not os.access(target, os.W_OK):
             raise PermissionError(f"{path} is read-only: save under another name, or allow writing")
         mode = stat.S_IMODE(target.stat().st_mode)

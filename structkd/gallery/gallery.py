@@ -29,16 +29,15 @@ class RetrievalGallery:
         [\, \log q_i,\; 1 \,] \rangle
 
     Vectors are kept in float32. Candidates are proposed in float32; their scores are computed again
-    and ranked in float64, and equal ones stand by id, the lowest first. With ``index="Flat"``,
-    which torch searches on any device, the result is that of a float64 search over the class: where
-    rounding leaves a doubt, more candidates are asked for. So many equal teachers in a class cost
-    time. Other indexes are FAISS's, on the CPU; they rank exactly what they found, and what they
-    miss stays missed. A class too small to train its index (39 vectors a centroid) is searched
-    exactly.
+    and ranked in float64, and equal scores are ordered by id. With ``index="Flat"``, which torch
+    searches on any device, the result is that of a float64 search over the class: where rounding
+    leaves a doubt, more candidates are looked at, so many equal teachers in a class cost time.
+    Other indexes are FAISS's, on the CPU; they rank exactly what they find, but may miss samples. A
+    class too small to train its index (39 vectors a centroid) is searched exactly.
 
     A class's index is built by the first search after an :meth:`add` to the class, from all that
-    the class holds. Samples are added and never changed: where what embeds them trains on, embed
-    all of them again every few epochs, and put a new gallery of that in place of the old one.
+    the class holds. Samples are added and never changed. If the network that embeds them keeps
+    training, embed all of them again every few epochs, and make a new gallery.
 
     The gallery can be pickled and searched inside DataLoader workers, forked or spawned; import
     torch before faiss for that.
@@ -97,7 +96,7 @@ class RetrievalGallery:
         self._metric = NegativeKL(self.temperature) if metric == "kl" else Cosine()
         width = self.dim + 1 if metric == "kl" else self.dim
         self._spec = IndexSpec(width, index, parameters, device)
-        # What every add() brought, by column; joined when it is first read.
+        # The columns of every add(), joined when they are first read.
         self._pieces: list[dict[str, Tensor]] = [
             {
                 "vectors": torch.empty(0, self.dim),
@@ -140,12 +139,12 @@ class RetrievalGallery:
                 they count on from the largest so far, which is the position in the teacher's data
                 set if all of it is added in order.
             features: The teacher's features of these samples, kept on the CPU for :meth:`features`
-                (``index`` is not kept: the ids are it). Give them in every call or in none.
+                (without ``index``, which the ids replace). Give them in every call or in none.
 
         Raises:
             ValueError: If shapes disagree, a vector is not finite or (for ``cosine``) zero, an id
                 comes twice or is negative, or ``features`` are unlike those of earlier calls. The
-                gallery is then what it was.
+                gallery is then unchanged.
             TypeError: If a tensor has the wrong dtype.
         """
         vectors = usable_vectors(vectors, "vectors", self.dim, directed=self.metric == "cosine")
@@ -241,7 +240,8 @@ class RetrievalGallery:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to one file, with a version and a checksum.
 
-        Whoever reads meanwhile, and whatever goes wrong, finds the old file whole or the new one.
+        The file is replaced in one step: a reader meanwhile, or after a crash, finds the whole old
+        file or the whole new one.
 
         Raises:
             ValueError: If ``path`` is no regular file.
@@ -253,7 +253,7 @@ class RetrievalGallery:
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu") -> RetrievalGallery:
         """Reads a gallery that :meth:`save` wrote, also in structkd 0.1.0.
 
-        The checksum tells damage, not malice: load only files that you trust.
+        The checksum detects damage, not tampering: load only files that you trust.
 
         Raises:
             ValueError: If the file is of another kind or version, cut short, or damaged.
@@ -378,7 +378,7 @@ def _as_of_now(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def queries_of(features: Features | Tensor, metric: str) -> Tensor:
-    """Returns what a gallery of this metric is asked with: logits for ``kl``, else embeddings."""
+    """Returns the queries for a gallery of this metric: logits for ``kl``, else embeddings."""
     if isinstance(features, Tensor):
         return features
     if not isinstance(features, Features):
@@ -403,7 +403,7 @@ def whole_numbers(values: Tensor, name: str, count: int | None = None) -> Tensor
 def usable_vectors(vectors: Tensor, name: str, dim: int, *, directed: bool) -> Tensor:
     """Returns rows as float32 on the CPU after checking that a metric can score them.
 
-    ``directed``: a row of zeros is refused, for it has no direction.
+    ``directed``: a row of zeros, which has no direction, is an error.
     """
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(vectors)}")

@@ -108,7 +108,7 @@ class IndexSpec:
                 f"{str(device)!r}: index='Flat', which torch searches, may lie on any device"
             )
         else:
-            # What FAISS refuses, it refuses here and not at the first large class.
+            # So that FAISS rejects it here, not at the first large class.
             self._check(self._new())
 
     def filled(self, factors: Tensor) -> Any:
@@ -154,7 +154,7 @@ class IndexSpec:
         return index
 
     def _check(self, index: Any) -> None:
-        """Refuses what cannot serve a class; reads how many vectors the training needs."""
+        """Raises if the index cannot search a class; reads how many vectors its training needs."""
         faiss, parts = load_faiss(), _parts(index)
         if any(isinstance(part, faiss.IndexIDMap) for part in parts):
             raise ValueError(
@@ -195,7 +195,7 @@ def load_faiss() -> ModuleType:
 
 @functools.cache
 def _one_thread_after_fork(set_threads: Callable[[int], None]) -> None:
-    """A forked child has none of its parent's OpenMP threads, and would wait for them for ever."""
+    """Sets one thread in a forked child, which would wait for its parent's OpenMP threads."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(set_threads, 1))
 
@@ -274,7 +274,7 @@ class ClassIndex:
         """Returns float64 scores and ids ``(Q, k)`` of the nearest, ranked in float64.
 
         ``k + SPARE`` are proposed in float32. Where float32 could have hidden a better one, a flat
-        search is asked for ever more.
+        search returns more and more candidates.
         """
         count = len(self.rows)
         scores = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
@@ -299,7 +299,7 @@ class ClassIndex:
     def _propose(self, queries: Tensor, asked: int) -> tuple[Tensor, Tensor | None]:
         """Returns places ``(Q, asked)`` in the class, and how good a row left out can be.
 
-        Of a FAISS index nobody knows that.
+        For a FAISS index that is not known.
         """
         factors = self.metric.queries(queries)
         if not self.is_flat:

@@ -1,1 +1,1 @@
-"""Other people's training loops: timm's and mmpretrain's. Import the one you use by its name."""
+"""Integrations with the training loops of timm and mmpretrain, each imported by its name."""

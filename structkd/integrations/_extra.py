@@ -1,4 +1,4 @@
-"""What to say where an optional package is missing."""
+"""The error for a missing optional package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loop hands on as images: one batch for both networks, or a pair of batches."""
+"""The images that a loop passes: one batch for both networks, or a pair of batches."""
 
 from __future__ import annotations
 

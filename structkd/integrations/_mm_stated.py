@@ -1,4 +1,4 @@
-"""What mmpretrain's classifiers, their configs and data samples say of themselves."""
+"""What can be read off mmpretrain's classifiers, configs and data samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def default_layers(classifier: nn.Module) -> dict[str, Any]:
     """Returns what to capture of an mmpretrain classifier where nothing else is asked for.
 
     Args:
-        classifier: An ``ImageClassifier`` or a ``TimmClassifier``; of others nothing is known.
+        classifier: An ``ImageClassifier`` or a ``TimmClassifier``; any other has no defaults.
     """
     backbone, head = getattr(classifier, "backbone", None), getattr(classifier, "head", None)
     if backbone is None:  # TimmClassifier holds a timm model that has its head in it

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainableDistiller(Distiller):
-    """A Distiller that counts epochs where nobody tells it of one.
+    """A Distiller that counts epochs itself, for loops that do not call ``step_epoch``.
 
     timm's script calls ``train()`` once at the beginning of each epoch, so a call of ``train()``
     after a training step ends the criterion's epoch.
@@ -49,16 +49,16 @@ class TrainableDistiller(Distiller):
 class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
     """A ``timm.task`` task that distils with any criterion of structkd.
 
-    It takes what timm's ``FeatureDistillationTask`` takes, and does what it does in timm's loop:
-    ``get_trainable_module()`` has the student's and the criterion's parameters for the optimizer,
-    weight-decay rules, clipping, EMA and DDP; ``get_eval_model()`` is the student;
+    It takes the arguments of timm's ``FeatureDistillationTask`` and works as that does in timm's
+    loop: ``get_trainable_module()`` has the student's and the criterion's parameters for the
+    optimizer, weight-decay rules, clipping, EMA and DDP; ``get_eval_model()`` is the student;
     ``get_checkpoint_state()`` holds the student's weights under ``state_dict``, the criterion's
     parameters and memories under ``task_state``, and nothing of the teacher.
 
     The loss is ``task_loss_weight * task loss + distill_loss_weight * sum of the terms``, both 1 by
     default; with ``task_loss_weight`` alone the other is its complement, as in timm. With
     ``falling_epochs`` the terms have a weight beside it that falls from 1 to 0 over so many epochs,
-    :func:`structkd.falling`, so that the labels have the last word.
+    :func:`structkd.falling`, so that the end of the training is left to the labels.
 
     Args:
         student_model: The network to train, with timm's ``pretrained_cfg``.
@@ -70,8 +70,8 @@ class DistillationTask(FeatureDistillationTask):  # type: ignore[misc]
         example: Input of the student, or a pair (the student's, the teacher's), from which a
             criterion reads widths. By default two blank images of the sizes in each network's
             ``pretrained_cfg``.
-        falling_epochs: Epochs of the training, over which the terms' weight falls to 0; none keeps
-            it.
+        falling_epochs: Epochs of the training, over which the terms' weight falls to 0; None keeps
+            it constant.
         **options: Further options of timm's ``FeatureDistillationTask``: ``distill_loss_weight``,
             ``task_loss_weight``, ``teacher_pretrained_path``, ``device``, ``dtype`` and others.
 

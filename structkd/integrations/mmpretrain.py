@@ -81,7 +81,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
 
     The modes ``predict`` and ``tensor`` are the student's own. In mode ``loss`` the student's
     losses come back with the criteria's terms, every one under a name that begins with ``loss_``,
-    so that mmengine optimises what it logs; the student's own ``loss`` is called ``loss_student``,
+    so that mmengine optimises and logs them; the student's own ``loss`` is called ``loss_student``,
     and the log's ``loss`` is the sum of all.
 
     A checkpoint holds the student under ``distiller.student.``, the criteria's parameters and
@@ -89,12 +89,12 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
     ``init_cfg=dict(type="Pretrained", checkpoint=..., prefix="distiller.student.")`` loads the
     student alone.
 
-    A criterion of one's own takes part once it is registered,
+    Your own criterion can be used in a config once it is registered,
     ``@structkd.integrations.mmpretrain.MODELS.register_module()``.
 
-    Where only some samples of a batch have a pair, say so in a data sample's ``paired``, True or
-    False; the teacher's images of the others do not count. :class:`FallingWeightHook` lets the
-    criteria's weight fall over the training.
+    If only some samples of a batch have a pair, set each data sample's ``paired`` to True or False;
+    the teacher's images of the others do not count. :class:`FallingWeightHook` lets the criteria's
+    weight fall over the training.
 
     Criteria with a memory get mmpretrain's ``sample_idx``. A criterion's epoch ends when mmengine's
     epoch does; loops that count iterations have none.
@@ -110,7 +110,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
             scores, the input of its last linear layer, the last stage of the backbone but one.
         teacher_layers: The same for the teacher, where its layers have other names.
         example_size: Channels, height and width of the blank images from which a criterion reads
-            widths. By default what the student says of itself, and 224 by 224 where it does not.
+            widths. By default the size in the student's config, or 224 by 224.
         data_preprocessor: As in mmpretrain; the student's by default. Where the teacher has
             one that normalises otherwise, its input is normalised anew.
         train_cfg: mmpretrain's batch augmentations, as in its ``ImageClassifier``.
@@ -179,7 +179,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
         return same_buffers(self)
 
     def init_weights(self) -> None:
-        """Initialises the student as mmengine does; a Distiller's parts are not seen by it."""
+        """Initialises the student as mmengine does, which does not look inside a Distiller."""
         super().init_weights()
         initialise = getattr(self.student, "init_weights", None)
         if callable(initialise):

@@ -19,7 +19,7 @@ from structkd.integrations._timm_task import DistillationTask, TrainableDistille
 
 __all__ = ["DistillationTask", "TrainableDistiller", "main", "read_spec", "swapped_in"]
 
-# What a YAML file may say: keywords of the task that timm's script does not pass itself.
+# Entries of a YAML file: keywords of the task that timm's script does not pass itself.
 SPEC_KEYS = (
     "distill",
     "layers",
@@ -72,7 +72,7 @@ def swapped_in(options: Mapping[str, Any]) -> Iterator[None]:
     Args:
         options: Keywords of the task besides those that the script passes.
     """
-    import timm.task  # its absence is told by the task's module
+    import timm.task  # the task's module raises if it is missing
 
     class Chosen(DistillationTask):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ def _epochs(arguments: Sequence[str]) -> int:
     found, _ = reader.parse_known_args(list(arguments))
     if found.epochs is None:
         raise ValueError(
-            "--falling needs to know the length of the training: say --epochs N among the script's "
+            "--falling needs the length of the training: add --epochs N to the script's "
             "own arguments"
         )
     return int(found.epochs)

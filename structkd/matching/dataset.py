@@ -15,7 +15,7 @@ from structkd._checks import describe, whole
 from structkd.gallery.gallery import whole_numbers
 from structkd.matching.sembridge import Match
 
-_MISSING = object()  # a label that is not there: None is one that may be
+_MISSING = object()  # marks a missing label, since None may be a label
 
 
 class MatchedSample(NamedTuple):
@@ -65,8 +65,8 @@ class MatchedDataset(Dataset[MatchedSample]):
 
     Raises:
         ValueError: If the match does not cover the students, or an id is no position of
-            ``teacher_set``. On access: if a label is missing; if both labels are whole numbers and
-            differ, the match belongs to other data or another order.
+            ``teacher_set``. On access: if a label is missing, or both labels are whole numbers and
+            differ, which means that the match belongs to other data or another order.
         TypeError: If an argument has the wrong type. On access: if a sample is none of these.
 
     Example:

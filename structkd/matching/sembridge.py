@@ -49,7 +49,7 @@ class Match:
 
 
 class ConvergenceWarning(UserWarning):
-    """A plan stopped at its planner's most iterations, before it was as exact as asked for."""
+    """A plan stopped at ``max_iterations`` before it reached the planner's tolerance."""
 
 
 class SemBridgeMatcher(nn.Module):
@@ -58,16 +58,16 @@ class SemBridgeMatcher(nn.Module):
     Without a planner it is the nearest in the class, as published: by cosine of the embeddings (the
     first matching), or by KL of the logits (dynamic matching), whichever the gallery has. While a
     student is unsure, the nearest by KL are the few teacher samples that are unsure too: in our
-    runs 6 % of them served everybody, and accuracy fell (docs/unpaired.md).
+    runs 6 % of them served all students, and accuracy fell (docs/unpaired.md).
 
-    With one, a few teacher samples no longer serve every student. The columns of the plan are the
-    candidates that FAISS finds for the students of a class, its costs are -score (1 - cosine, or
-    KL), and every student is a row of equal mass. ``capacity`` and ``both`` planners are rounded to
-    one teacher a student, in rounds: every free student asks for the open teacher with most of its
-    mass, and a teacher takes those that bring it most until it is full. No teacher then serves more
-    than :math:`\lceil \mathrm{capacity} \cdot n / m \rceil` of the ``n`` students of a class with
-    ``m`` teachers. Where the candidates cannot take all students, more are looked up. A ``rows``
-    planner has no such limit: its match is the nearest, its weight the softmax.
+    With a planner, a few teacher samples no longer serve every student. The columns of the plan are
+    the candidates that FAISS finds for the students of a class, its costs are -score (1 - cosine,
+    or KL), and every student is a row of equal mass. ``capacity`` and ``both`` planners are rounded
+    to one teacher a student, in rounds: every free student asks for the open teacher with most of
+    its mass, and a teacher takes those that bring it most until it is full. No teacher then serves
+    more than :math:`\lceil \mathrm{capacity} \cdot n / m \rceil` of the ``n`` students of a class
+    with ``m`` teachers. Where the candidates cannot take all students, more are looked up. A
+    ``rows`` planner has no such limit: its match is the nearest, its weight the softmax.
 
     More than 1024 students of a class are planned in blocks, on what the earlier left open.
 

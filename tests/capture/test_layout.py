@@ -99,7 +99,7 @@ def test_every_stage_of_a_timm_model() -> None:
     with torch.no_grad():
         feats = FeatureCapture(timm_net("resnet18"), intermediate="all")(images(64))
     assert [m.shape[1] for m in feats.intermediate] == [64, 64, 128, 256, 512]
-    with pytest.raises(ValueError, match=r"'all' needs a network that tells its stages.*name the"):
+    with pytest.raises(ValueError, match=r"'all' needs a network whose stages are known.*name the"):
         FeatureCapture(nn.Sequential(nn.Linear(2, 2)), intermediate="all")
 
 

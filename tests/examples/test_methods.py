@@ -159,7 +159,7 @@ def test_a_file_of_ones_own_is_a_row_and_its_change_is_noticed(
     file.write_text(OWN.replace("1.0", "2.0"))
     assert run("--epochs", "1", "--criterion", *rows) == 0
     said = capsys.readouterr().out
-    assert said.count("its result is by other code, it is trained again") == 2
+    assert said.count("its result was made by other code, so it is trained again") == 2
     assert len(trained) == 5
     again = [found["terms"]["Mean"] for found in results(tmp_path / "out")[2:]]
     assert again[0] != one["terms"]["Mean"]

@@ -58,12 +58,12 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         cut(patch, label, after=1)
         assert main([*command, str(tmp_path / "cut")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert not (tmp_path / "cut/results.json").exists()
     torch.rand(7)  # another process draws from elsewhere
     assert main([*command, str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out
-    assert any(label in line for line in said.splitlines() if "goes on after epoch 1" in line)
+    assert any(label in line for line in said.splitlines() if "resumes after epoch 1" in line)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert not list((tmp_path / "cut/epochs").glob("*/epoch-*"))
 
@@ -111,7 +111,7 @@ def test_a_damaged_epoch_is_named_and_the_one_before_it_is_taken(
     assert run("--criterion", "alone", "--epochs", "4") == 0
     said = capsys.readouterr().out
     assert f"{left / 'epoch-3'} is damaged" in said
-    assert "goes on after epoch 2 of 4" in said
+    assert "resumes after epoch 2 of 4" in said
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
@@ -206,9 +206,9 @@ def test_a_teacher_that_cannot_be_kept_is_one_line(
         assert run("--criterion", "alone") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert run("--criterion", "alone") == 0
-    assert "goes on after epoch 3 of 3" in capsys.readouterr().out
+    assert "resumes after epoch 3 of 3" in capsys.readouterr().out
 
 
 def test_results_that_cannot_be_written_are_there_when_the_disk_has_room(
@@ -222,7 +222,7 @@ def test_results_that_cannot_be_written_are_there_when_the_disk_has_room(
         assert run("--criterion", "alone") == 2
     assert "No space left" in capsys.readouterr().err
     assert run("--criterion", "alone") == 0
-    assert "alone seed 0: goes on after epoch 3 of 3" in capsys.readouterr().out
+    assert "alone seed 0: resumes after epoch 3 of 3" in capsys.readouterr().out
     assert len(results(tmp_path / "out")) == 1
 
 
