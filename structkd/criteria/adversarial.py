@@ -134,7 +134,7 @@ class AdversarialFeatureLoss(Criterion):
     .. math:: L_D = \frac{1}{B} \sum_b \mathrm{softplus}(-D(t_b)) + \mathrm{softplus}(D(h(s_b)))
 
     Terms: ``AFKD-adversarial`` and ``AFKD-discriminator``. For how one backward pass trains both,
-        and why not by gradient reversal, see :class:`AdversarialLogitsLoss`. The paper writes the
+    and why not by gradient reversal, see :class:`AdversarialLogitsLoss`. The paper writes the
     saturating :math:`\log(1 - D(s))` for the student; the optimum is the same. It adds the labels'
     cross-entropy, which belongs to the training loop.
 
