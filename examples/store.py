@@ -117,7 +117,7 @@ def lock(folder: Path, name: str) -> FileLock:
 
 @contextmanager
 def held(folder: Path, name: str, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold a lock for all processes of this training; tells whether it is held.
+    """Hold a lock for all processes of this training; returns whether it is held.
 
     If another process holds it, ``waiting`` is called and this one waits; without ``waiting`` it
     gives up.

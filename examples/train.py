@@ -251,7 +251,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
         if keeper is not None:
             keeper.save(accelerator, history)
         show.epoch(history)
-        # Early in a training one class is usual: from half way on it is told, once.
+        # Early in a training one class is usual, so the warning comes from half way on, once.
         if epoch + 1 in (max(options.epochs // 2, min(5, options.epochs)), options.epochs):
             looks = {"class": running.one_class()}
             looks["filters"] = collapsed(began, filter_collapse(network))

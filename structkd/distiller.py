@@ -180,7 +180,7 @@ class Distiller(nn.Module):
         feats_t: Features | None = None if self._reads_teacher else Features()
         if x_teacher is None and self._reads_teacher and paired is None:
             raise TypeError(
-                "x_teacher is missing, the teacher's input of the same samples: say x_teacher=x "
+                "x_teacher is missing, the teacher's input of the same samples: pass x_teacher=x "
                 "where both networks see the same images"
             )
         if x_teacher is not None and self._reads_teacher:
@@ -378,7 +378,7 @@ class Distiller(nn.Module):
         return zero.to(torch.promote_types(zero.dtype, torch.float32))
 
     def _check_layers(self, reads: tuple[str, ...]) -> None:
-        """Raises where nobody named a layer that the criterion reads, with the likely ones."""
+        """Raises if a layer that the criterion reads was not named, and lists likely ones."""
         assert self._capture is not None
         asked = [("student", self._capture)]
         asked += [("teacher", self._frozen.capture)] if self._reads_teacher else []
@@ -603,7 +603,7 @@ def _how_called(name: str, network: nn.Module, x: Any, *, of_example: bool) -> s
         said += f"called with {describe(x)}"
     if of_example:
         said += "; example=(a, b) is the student's input a and the teacher's b: for networks of two"
-        said += " arguments say example=((x, meta), (x, meta))"
+        said += " arguments pass example=((x, meta), (x, meta))"
     return said
 
 

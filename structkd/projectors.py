@@ -104,7 +104,7 @@ def shaped(layer: nn.Module, value: Tensor, width: int | None = None) -> None:
 
 
 def project(head: nn.Module, value: Tensor, width: int) -> Tensor:
-    """Calls a head of this library, which is told the width, or a module of the user's."""
+    """Calls a head of this library with the width, or a module of the user's without it."""
     projected: Tensor = head(value, width) if isinstance(head, LazyHead) else head(value)
     return projected
 
@@ -115,8 +115,7 @@ class Projector(LazyHead):
     It takes the width of what it is given at its first call.
 
     Args:
-        out_dim: Width of the projection; by default the one that the first call asks for, as
-            criteria do.
+        out_dim: Width of the projection; by default that of the first call, which criteria give.
         hidden_dim: Width of the hidden layers, ``out_dim`` by default.
         layers: Number of linear layers, 1 for a linear projector.
         bias: Whether the last linear layer has a bias.
@@ -199,8 +198,8 @@ class ConvAdapter(LazyHead):
     It takes the channels of what it is given at its first call.
 
     Args:
-        out_channels: Channels of the result; by default those that the first call asks for, as
-            criteria do.
+        out_channels: Channels of the result; by default those of the first call, which criteria
+            give.
         kernel_size: Odd size of the convolution. Tokens are a map one pixel high, rows one pixel.
         skip_equal: Be the identity, without parameters, where channels agree at the first call.
 

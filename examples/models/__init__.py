@@ -1,6 +1,6 @@
 """Networks by name: timm's own, the papers' that it lacks (one file here a family), and smp's.
 
-A file registers its networks with timm; importing it is all it takes.
+A file registers its networks with ``timm.models.register_model`` when it is imported.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def _segmentation(name: str, num_classes: int, in_chans: int) -> nn.Module:
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """Dotted names of a network's stages, first to last, that timm or its own package tells.
+    """Dotted names of a network's stages, first to last, as timm or its own package lists them.
 
     Raises:
-        ValueError: it tells none.
+        ValueError: no stages are known.
     """
     try:
         with structkd.FeatureCapture(model, intermediate="all", embedding="") as capture:
             return list(capture.intermediate)
     except ValueError as error:
-        raise ValueError(f"{type(model).__name__} tells no stages: {error}") from error
+        raise ValueError(f"{type(model).__name__} has no known stages: {error}") from error
 
 
 def padded(network: nn.Module, images: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class FeatureCapture:
 
         Raises:
             RuntimeError: If no forward pass ran since the last read, a named layer never fired or
-                was replaced since the capture was made, nothing tells which run of a shared layer
+                was replaced since the capture was made, it is ambiguous which run of a shared layer
                 object was meant, a later layer overwrote a captured tensor in place, or a captured
                 tensor has lost the gradient that the forward pass has.
             ValueError: If a captured tensor has a shape that its field cannot take.
@@ -421,7 +421,7 @@ class _Place:
         return _kind_of(self.name)
 
     def replaced(self, network: nn.Module, captured: Mapping[str, Any]) -> str | None:
-        """Says that the network has another layer of this name by now, None if it has not."""
+        """Describes a layer that was replaced since; None if it was not."""
         dotted, found = _layer_of(self.name), captured.get(self.name)
         now = backbone.layers_at(network, dotted)
         same = any(layer is self.ends[0] for layer in now)
@@ -437,7 +437,7 @@ class _Place:
         )
 
     def silence(self) -> str:
-        """Says that the layer gave nothing."""
+        """Describes a layer that gave nothing."""
         if self.shared_end:
             return (
                 f"layer {self.name!r} was not called itself in the last forward pass, and the part "
@@ -455,7 +455,7 @@ class _Place:
         return depth > 0 or bool(self.others and not self.around)
 
     def several(self, depth: int) -> str:
-        """Says that a layer ran several times, and that nothing tells which run was meant."""
+        """Describes a layer that ran several times, where the run that was meant is ambiguous."""
         if depth > 0:
             why = "was not called itself, and the part at its end ran several times"
         else:
@@ -467,7 +467,7 @@ class _Place:
         )
 
     def elsewhere(self) -> str:
-        """Says that a shared layer ran, but never in the place that was named."""
+        """Describes a shared layer that ran, but never in the place that was named."""
         others = " and ".join(map(repr, self.others))
         return (
             f"layer {self.name!r} is the same object as {others}, and it did not run inside "

@@ -45,7 +45,7 @@ class MapReader:
             image: Height and width of the image that went into the network, if one did.
 
         Raises:
-            ValueError: If the shape fits no layout, or nothing tells which one it has.
+            ValueError: If the shape fits no layout, or fits several and nothing else decides.
         """
         layout = self.stated or self._found(value)
         if len(layout) != value.dim():
@@ -95,7 +95,7 @@ class MapReader:
         elif value.dim() == 4 and kinds != {"last"}:
             return first  # torch's own layout
         raise ValueError(
-            f"layer {self.name!r} gives {describe(value)}, and nothing tells where its channels "
+            f"layer {self.name!r} gives {describe(value)}, and it is not known where its channels "
             f"are: state layout={first!r} if they come first, {last!r} if they come last"
         )
 

@@ -236,7 +236,7 @@ class Criterion(nn.Module):
             for key in state_dict
         ):
             perhaps = "may be" if version is None else "is"
-            rest[-1].append(  # the errors, beside which the raw names of keys are told
+            rest[-1].append(  # added to the errors, which list the keys
                 f"this state dict {perhaps} of structkd 0.1.0, whose {type(self).__name__} kept "
                 "its state under other names: go on with that release, or train a new criterion"
             )
@@ -652,7 +652,7 @@ def _flattened(
 
 
 def _base_name(name: str) -> str:
-    """Returns a member's name without the number that told it from its like."""
+    """Returns a member's name without the number that made it unique."""
     stem, _, count = name.rpartition("_")
     return stem if stem and count.isdigit() else name
 

@@ -44,7 +44,7 @@ class SemanticCalibrationLoss(Criterion):
     through the attention too. Term: ``SemCKD``.
 
     Q and K read a whole row of similarities, so the batch size is part of the published model, and
-    samples are told apart by their place in the batch. It is kept: use ``drop_last=True``.
+    a sample's place in the batch matters. This is kept as published: use ``drop_last=True``.
 
     Args:
         batch_size: The batch size it is trained with, over all processes with ``gather``, >= 2; by
@@ -102,7 +102,7 @@ class SemanticCalibrationLoss(Criterion):
             raise ValueError(
                 f"SemanticCalibrationLoss was made for a batch of {self.batch_size}, the first that"
                 f" it met or its batch_size, got {len(maps_s[0])}: its attention reads a similarity"
-                " to every sample; say batch_size=..., and drop_last=True in the DataLoader"
+                " to every sample; set batch_size=..., and drop_last=True in the DataLoader"
             )
         attention = self.attention(maps_s, maps_t)
         gaps = [

@@ -146,7 +146,7 @@ class CrossCorrelationLoss(Criterion):
             self.projector_dim = whole("projector_dim", projector_dim)
             if self.projector != "mlp":
                 raise ValueError(
-                    f"projector_dim goes with projector='mlp', got projector={self.projector!r}"
+                    f"projector_dim needs projector='mlp', got projector={self.projector!r}"
                 )
         _check_projectors(student_projector, teacher_projector, train_teacher_projector)
         self.train_teacher_projector = train_teacher_projector

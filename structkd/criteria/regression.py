@@ -95,7 +95,7 @@ class FitNetLoss(Criterion):
     ) -> None:
         super().__init__(gather=gather)
         self.form = choice("form", form, FORMS)
-        # The mean of the squared form needs the rows of nobody else.
+        # The mean of the squared form needs this process's rows only.
         self.over_ranks = "sums" if form == "log" else "rows"
         self.layer = checked_layer(layer)
         self.regressor = ConvAdapter(kernel_size=kernel_size) if adapter is None else adapter

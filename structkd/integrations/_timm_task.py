@@ -34,7 +34,7 @@ class TrainableDistiller(Distiller):
     """
 
     epoch = 0  # epochs that are over
-    epoch_open = False  # whether a step was made since the criterion was told of an epoch's end
+    epoch_open = False  # whether a step was made since the criterion's last epoch ended
 
     def train(self: TrainableT, mode: bool = True) -> TrainableT:
         """Sets the mode, and ends the criterion's epoch where one is open and another begins."""

@@ -2,7 +2,7 @@
 
 Importing this module, ``custom_imports=dict(imports=["structkd.integrations.mmpretrain"])`` in a
 config, registers :class:`DistilledClassifier` and every criterion in mmengine's registries in the
-scope ``structkd``, and tells ``torch.load`` of the plain classes that mmengine keeps in its
+scope ``structkd``, and allows ``torch.load`` the plain classes that mmengine keeps in its
 checkpoints, without which PyTorch 2.6 and later cannot resume them.
 """
 

@@ -129,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _epochs(arguments: Sequence[str]) -> int:
-    """Returns what timm's script is told of ``--epochs``.
+    """Returns the ``--epochs`` among the arguments of timm's script.
 
     Raises:
-        ValueError: If it is not told of any.
+        ValueError: If there is no such argument.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--epochs", type=int)

@@ -80,5 +80,5 @@ def test_what_a_network_cannot_be() -> None:
         resnet.CifarResNet(10, (16, 16, 32, 64))
     with pytest.raises(ValueError, match="pretrained must be False"):
         timm.create_model("resnet8", pretrained=True)
-    with pytest.raises(ValueError, match="Linear tells no stages"):
+    with pytest.raises(ValueError, match="Linear has no known stages"):
         models.stage_names(torch.nn.Linear(2, 2))
