@@ -544,7 +544,7 @@ SEM = CrossCorrelationLoss()
         (lambda: DSLoss(sem=4), TypeError, "sem must be a CrossCorrelationLoss or None"),
         (lambda: DSLoss(dcm=SEM), TypeError, "dcm must be a UniformityCalibrationLoss"),
         (lambda: CrossCorrelationLoss(projector="conv"), ValueError, "projector must be one of li"),
-        (lambda: CrossCorrelationLoss(projector_dim=9), ValueError, "goes with projector='mlp'"),
+        (lambda: CrossCorrelationLoss(projector_dim=9), ValueError, "needs projector='mlp'"),
         (
             lambda: CrossCorrelationLoss(projector="mlp", projector_dim=0),
             ValueError,
