@@ -19,6 +19,8 @@ _Level = tuple[Tensor, Tensor]  # the means of student and teacher, (C_s,) and (
 
 # The share of a variance that nothing can know: log(share + 0.01) stays finite.
 UNKNOWABLE = 0.01
+# Positions from which a product for every map takes no longer than one for all of them.
+_WORTH = 64
 
 
 class Columns(NamedTuple):
@@ -47,7 +49,7 @@ class Moments(NamedTuple):
     """Means, and second moments divided by N.
 
     Attributes:
-        mean_s: ``(C_s,)``, about the mean of all samples, so 0 unless they were cut.
+        mean_s: ``(C_s,)``, about the mean of all samples, so taken for 0 unless they were cut.
         mean_t: ``(C_t,)``, likewise.
         spread_s: The student's covariance ``(C_s, C_s)``, or its diagonal ``(C_s,)``.
         var_t: ``(C_t,)``.
@@ -134,10 +136,15 @@ def log_error(
 def _means(pairs: Sequence[Columns], shards: Shards) -> list[_Level | None]:
     with torch.no_grad():
         sums = [
-            [_count(x, _samples(x)), *(side.sum(tuple(range(1, side.dim()))) for side in (x, t))]
+            [_count(x, _samples(x)), _sum(x), _sum(t)]
             for x, t, _, _ in pairs
         ]
         return [(first / count, second / count) for count, first, second in _total(sums, shards)]
+
+
+def _sum(side: Tensor) -> Tensor:
+    # Position by position first: torch takes four times as long for both dimensions at once.
+    return side if side.dim() == 1 else _sum(side.sum(dim=-1))
 
 
 def _count(side: Tensor, number: int) -> Tensor:
@@ -193,9 +200,9 @@ def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Momen
     return Moments(
         mean_s,
         mean_t,
-        torch.where(both, 0, spread_s),
-        torch.where(dead_t, 0, var_t),
-        torch.where(dead_s[:, None] | dead_t, 0, cross),
+        spread_s.masked_fill(both, 0),
+        var_t.masked_fill(dead_t, 0),
+        cross.masked_fill(dead_s[:, None] | dead_t, 0),
     )
 
 
@@ -219,13 +226,14 @@ class _Sums(torch.autograd.Function):
         width = len(own)
         found = []
         for part in _halves(columns, cut):
+            part = part.flatten(1)
             own, other = part[:width], part[width:]
             if whole:
                 square, cross = torch.split(own @ part.T, [width, len(other)], dim=1)
             else:
                 square, cross = _squares(own), own @ other.T
             found += [square, _squares(other), cross]
-            if centred:
+            if centred and cut is not None:
                 found += [own.sum(dim=1), other.sum(dim=1)]
         return tuple(found)
 
@@ -240,29 +248,35 @@ class _Sums(torch.autograd.Function):
         width = len(own_columns)
         if torch.is_grad_enabled():  # the gradient's own gradient is wanted
             columns = torch.cat([own_columns, other_columns])
-        each = 5 if ctx.centred else 3
+            if ctx.centred and ctx.cut is None:  # whose shift goes with them
+                mean = _along(columns.flatten(1).mean(dim=1), columns)
+                columns = columns - mean + mean.detach()
+        each = 5 if ctx.centred and ctx.cut is not None else 3
         grads_s, grads_t = [], []
         for position, part in enumerate(_halves(columns, ctx.cut)):
             own, square_t, cross, *first = grads[position * each : (position + 1) * each]
-            first_s, first_t = first or (own.new_zeros(1), own.new_zeros(1))
+            first_s, first_t = first or (None, None)
             if ctx.whole:
-                weights = torch.cat([own + own.T, cross], dim=1)
-                grads_s.append(_product(weights, part, first_s))
+                grad = _product(torch.cat([own + own.T, cross], dim=1), part, first_s)
             else:
                 grad = _product(cross, part[width:], first_s)
-                grads_s.append(torch.addcmul(grad, own[:, None], part[:width], value=2))
+                grad.addcmul_(_along(own, part), part[:width], value=2)
+            grads_s.append(grad)
             if ctx.needs_input_grad[1]:
                 grad = _product(cross.T, part[:width], first_t)
-                grads_t.append(torch.addcmul(grad, square_t[:, None], part[width:], value=2))
-        grad_s = _joined(grads_s) if ctx.needs_input_grad[0] else None
-        grad_t = _joined(grads_t) if ctx.needs_input_grad[1] else None
+                grads_t.append(grad.addcmul_(_along(square_t, part), part[width:], value=2))
+        grad_s = _joined(grads_s, own_columns) if ctx.needs_input_grad[0] else None
+        grad_t = _joined(grads_t, other_columns) if ctx.needs_input_grad[1] else None
         return grad_s, grad_t, None, None, None, None
 
 
 def _stacked(x: Tensor, t: Tensor, level: _Level | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns both sides, shifted, and the buffer ``(C_s + C_t, N)`` that they lie in."""
+    """Returns both sides, shifted, and the buffer ``(C_s + C_t, ...)`` that they lie in."""
     if torch.compiler.is_compiling():  # which makes one pass of it by itself
-        own, other = _shifted(x, level and level[0]), _shifted(t, level and level[1])
+        own, other = (
+            side if level is None else side - _along(level[position], side)
+            for position, side in enumerate((x, t))
+        )
         return own, other, torch.cat([own, other]).detach()
     both: tuple[Tensor, Tensor, Tensor] = _Stacked.apply(x, t, level)
     return both
@@ -276,41 +290,44 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor, level: _Level | None) -> tuple[Tensor, Tensor, Tensor]:
-        size = (len(x) + len(t), _samples(x))
-        by_sample = x.stride(0) == 1 and len(x) > 1
-        columns = x.new_empty(size[::-1]).T if by_sample else x.new_empty(size)
+        behind, width = x.shape[1:], len(x) + len(t)
+        if x.stride(0) == 1 and len(x) > 1:
+            columns = x.new_empty(*behind, width).movedim(-1, 0)
+        else:
+            columns = x.new_empty(width, *behind)
         own, other = columns[: len(x)], columns[len(x) :]
-        for rows, side, shift in zip((own, other), (x, t), level or (None, None), strict=True):
-            place = rows.view(side.shape)
+        for place, side, shift in zip((own, other), (x, t), level or (None, None), strict=True):
             if shift is None:
                 place.copy_(side)
             else:
-                torch.sub(side, shift.view(-1, *[1] * (side.dim() - 1)), out=place)
+                torch.sub(side, _along(shift, side), out=place)
         return own, other, columns
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, t, _ = inputs
         _, other, columns = output
-        ctx.shapes = x.shape, t.shape
-        # A gradient of zeros as large as the teacher's map would be made otherwise.
+        # Nor is a gradient of zeros made for them, as large as the maps are.
         constants = (columns,) if ctx.needs_input_grad[1] else (other, columns)
         ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(grads[:2], ctx.shapes, ctx.needs_input_grad[:2], strict=True)
-        return *(grad.view(shape) if needed else None for grad, shape, needed in pairs), None
+        return *grads[:2], None
 
 
-def _shifted(side: Tensor, mean: Tensor | None) -> Tensor:
-    return side.flatten(1) if mean is None else side.flatten(1) - mean[:, None]
+def _along(values: Tensor, columns: Tensor) -> Tensor:
+    """Views a number for every row of ``(C, ...)`` so that it meets all samples behind the row."""
+    return values.view(-1, *[1] * (columns.dim() - 1))
 
 
 def _halves(columns: Tensor, cut: int | None) -> tuple[Tensor, ...]:
-    return (columns,) if cut is None else (columns[:, :cut], columns[:, cut:])
+    if cut is None:
+        return (columns,)
+    flat = columns.flatten(1)
+    return flat[:, :cut], flat[:, cut:]
 
 
 def _squares(columns: Tensor) -> Tensor:
@@ -321,12 +338,21 @@ def _squares(columns: Tensor) -> Tensor:
     return norm.square()
 
 
-def _product(weights: Tensor, columns: Tensor, first: Tensor) -> Tensor:
-    """Returns ``weights @ columns + first[:, None]`` in the memory order of ``columns``."""
+def _product(weights: Tensor, columns: Tensor, first: Tensor | None) -> Tensor:
+    """Returns ``weights @ columns + first`` over the rows of ``(C, ...)``.
+
+    In memory it lies as the columns do, or as maps ``(B, C, H W)`` where each is worth a product of
+    its own: whoever reads it next need not copy it.
+    """
     if columns.stride(0) == 1:
-        return torch.addmm(first, columns.T, weights.T).T
-    return torch.addmm(first[:, None], weights, columns)
+        product = (columns.movedim(0, -1) @ weights.T).movedim(-1, 0)
+    elif columns.dim() == 3 and columns.shape[2] >= _WORTH:
+        maps = columns.transpose(0, 1)
+        product = torch.bmm(weights.expand(len(maps), -1, -1), maps).transpose(0, 1)
+    else:
+        product = (weights @ columns.flatten(1)).view(len(weights), *columns.shape[1:])
+    return product if first is None else product.add_(first[:, None])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _joined(parts: list[Tensor], columns: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1).view(columns.shape)

@@ -21,7 +21,7 @@ def inverse(values: Tensor) -> Tensor:
     """
     # Written so that NaN stays NaN: a comparison with it is false.
     empty = values <= 0
-    return torch.where(empty, 0, 1 / torch.where(empty, 1, values))
+    return values.masked_fill(empty, 1).reciprocal().masked_fill(empty, 0)
 
 
 def inverse_scale(square: Tensor, floor: float) -> Tensor:
@@ -33,7 +33,7 @@ def inverse_scale(square: Tensor, floor: float) -> Tensor:
     """
     square = square + floor * square.mean()
     empty = square <= 0
-    return torch.where(empty, 0, 1 / torch.where(empty, 1, square).sqrt())
+    return square.masked_fill(empty, 1).rsqrt().masked_fill(empty, 0)
 
 
 def unit(values: Tensor, dim: int = 1) -> Tensor:
@@ -44,7 +44,7 @@ def unit(values: Tensor, dim: int = 1) -> Tensor:
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     empty = length < _SHORTEST
-    return torch.where(empty, 0, values / torch.where(empty, 1, length))
+    return (values / length.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
 def is_rounding(deviation: Tensor, level: Tensor) -> Tensor:
