@@ -208,7 +208,8 @@ class Criterion(nn.Module):
         features_t = self._read(teacher, "teacher") if self.reads_teacher else Features()
         if not self._has_met and not torch.compiler.is_compiling() and is_unshaped(self):
             self._join(_named(features_s, "student")[0][1])
-        self._has_met = True
+        if not self._has_met:  # to set an attribute of a module takes as long as a small operation
+            self._has_met = True
         tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
@@ -296,7 +297,8 @@ class Criterion(nn.Module):
         wide = torch.float64 in dtypes
         # A graph that has met a parameter without a shape cannot give it one.
         looks = self._has_shape or not torch.compiler.is_compiling()
-        self._has_shape = looks
+        if looks != self._has_shape:
+            self._has_shape = looks
         for parameter in self.parameters() if looks else ():
             if isinstance(parameter, UninitializedParameter):  # it goes where its first input is
                 self._has_shape = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -446,9 +447,11 @@ def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float |
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    # -inf divided by a temperature has a gradient of NaN in it.
+    if not isinstance(temperature, Tensor):
+        return F.log_softmax(logits / temperature, dim=1)
+    # -inf divided by a temperature that is trained has a gradient of NaN in it.
     closed = logits <= _CLOSED
-    softened = torch.where(closed, 0, logits) / temperature
+    softened = logits.masked_fill(closed, 0) / temperature
     return F.log_softmax(softened.masked_fill(closed, -torch.inf), dim=1)
 
 
@@ -459,10 +462,30 @@ def _yes_no(logits: Tensor) -> Tensor:
 
 def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
     """Returns KL(t || s) of every row ``(B,)`` from log-probabilities ``(B, K)``; 0 log 0 is 0."""
-    share = log_t.exp()
-    never = share == 0
-    gap = torch.where(never, 0, log_t) - torch.where(never, 0, log_s)
-    return (share * gap).sum(dim=1)
+    rows: Tensor = _Divergence.apply(log_s, log_t)
+    return rows
+
+
+class _Divergence(torch.autograd.Function):
+    """Works on its own temporary alone; torch's operations would keep and fill several."""
+
+    @staticmethod
+    def forward(log_s: Tensor, log_t: Tensor) -> Tensor:
+        share = log_t.exp()
+        return (log_t - log_s).mul_(share).masked_fill_(share == 0, 0).sum(dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        log_s, log_t = ctx.saved_tensors
+        grad_s = log_t.exp() * -gradient[:, None]
+        grad_t = None
+        if ctx.needs_input_grad[1]:
+            grad_t = ((log_s - log_t - 1) * grad_s).masked_fill(grad_s == 0, 0)
+        return grad_s, grad_t
 
 
 def _without(logits: Tensor, target: Tensor) -> Tensor:

@@ -135,10 +135,7 @@ def log_error(
 
 def _means(pairs: Sequence[Columns], shards: Shards) -> list[_Level | None]:
     with torch.no_grad():
-        sums = [
-            [_count(x, _samples(x)), _sum(x), _sum(t)]
-            for x, t, _, _ in pairs
-        ]
+        sums = [[_count(x, _samples(x)), _sum(x), _sum(t)] for x, t, _, _ in pairs]
         return [(first / count, second / count) for count, first, second in _total(sums, shards)]
 
 
