@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that spin while they wait slow small networks down many times on shared cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs package clean
+.PHONY: demo test lint docs package bench clean
 
 # One thread is faster than two on networks as small as the demo's; two students train side by side.
 demo: export OMP_NUM_THREADS ?= 1
@@ -24,6 +24,12 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# Beside peers, on a quiet core: make bench ARGS=--check
+bench: export OMP_NUM_THREADS ?= 1
+bench: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --no-deps lightly lightly_utils pytorch-metric-learning
+	$(PYTHON) -m benchmarks $(ARGS)
 
 docs: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"

@@ -1,0 +1,162 @@
+"""What is no criterion, beside its peers: re-matching, plans, a gallery, the import."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structkd import LagrangianPlanner, RetrievalGallery, SemBridgeMatcher
+
+TEMPERATURE = 3.0
+
+
+def measured() -> dict[str, Mapping[str, Any]]:
+    """Returns each operation's row: its seconds, its peer's, their ratio and what was compared."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for name, function in (
+        ("re-matching of 20,000 among 20,000", matching),
+        ("Sinkhorn plan, 64 of 128 x 128", plans),
+        ("gallery of 100,000 x 256, IVF and 4-bit codes", gallery),
+        ("import structkd", imported),
+    ):
+        try:
+            rows[name] = function()
+        except ImportError as error:
+            print(f"not installed: {error.name} (beside {name})")
+    return rows
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
+
+
+def matching(count: int = 20_000, classes: int = 10, subset: int = 60) -> dict[str, Any]:
+    """The published loop takes one student and one teacher of its class at a time, a subset here.
+
+    Its time is a product of counts, so that of the subset is scaled to all students.
+    """
+
+    def draw(peak: float, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randperm(count, generator=generator) % classes
+        logits = 2 * torch.randn(count, classes, generator=generator)
+        return logits + peak * F.one_hot(labels, classes), labels
+
+    teachers, labels_t = draw(8.0, 0)
+    students, labels_s = draw(4.0, 1)
+
+    def rematch() -> Tensor:
+        gallery = RetrievalGallery(classes, metric="kl", temperature=TEMPERATURE)
+        gallery.add(teachers, labels_t)
+        return SemBridgeMatcher(gallery).match(students, labels_s).ids
+
+    def loop() -> Tensor:
+        chosen = []
+        for student, label in zip(students[:subset].double(), labels_s.tolist(), strict=False):
+            log_q = F.log_softmax(student / TEMPERATURE, dim=0)
+            pool = (labels_t == label).nonzero().flatten().tolist()
+            found = []
+            for place in pool:
+                p = F.softmax(teachers[place].double() / TEMPERATURE, dim=0)
+                found.append(F.kl_div(log_q, p, reduction="sum").item())
+            chosen.append(pool[min(range(len(found)), key=found.__getitem__)])
+        return torch.tensor(chosen)
+
+    rematch()
+    own, ids = min((_timed(rematch) for _ in range(3)), key=lambda pair: pair[0])
+    spent, expected = _timed(loop)
+    spent *= count / subset
+    same = f"{int((ids[:subset] == expected).sum())} of {subset} matches the same"
+    return {
+        "peer": f"published loop, {subset} students timed",
+        "seconds": own,
+        "peer_seconds": spent,
+        "ratio": spent / own,
+        "compared": same,
+    }
+
+
+def plans(batch: int = 64, size: int = 128, epsilon: float = 0.1) -> dict[str, Any]:
+    """Both marginals: POT solves one cost after the other."""
+    import ot
+
+    cost = torch.rand(batch, size, size, generator=torch.Generator().manual_seed(0))
+    mass = torch.full((size,), 1 / size)
+    planner = LagrangianPlanner(epsilon, "both", gradient="none", tolerance=1e-4)
+    row = torch.full((batch, size), 1 / size)
+
+    def ours() -> Tensor:
+        return planner(cost, row_mass=row, column_mass=row).plan
+
+    def pot() -> Tensor:
+        return torch.stack(
+            [ot.sinkhorn(mass, mass, c, epsilon, method="sinkhorn_log", stopThr=1e-4) for c in cost]
+        )
+
+    plan, other = ours(), pot()
+    turns = [(_timed(ours)[0], _timed(pot)[0]) for _ in range(3)]
+    own, spent = (statistics.median(times) for times in zip(*turns, strict=True))
+    return {
+        "peer": "POT, one by one",
+        "seconds": own,
+        "peer_seconds": spent,
+        "ratio": spent / own,
+        "compared": f"plans differ by {float((plan - other).abs().sum(dim=(1, 2)).max()):.0e}",
+    }
+
+
+def gallery(rows: int = 100_000, width: int = 256, queries: int = 500) -> dict[str, Any]:
+    """Embeddings of 16 intrinsic dimensions with noise: the exact search is the peer."""
+    import faiss  # after torch
+
+    faiss.omp_set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(16, width, generator=generator) / 4
+    latent = torch.randn(rows + queries, 16, generator=generator)
+    data = latent @ basis + 0.1 * torch.randn(rows + queries, width, generator=generator)
+    labels = torch.zeros(rows + queries, dtype=torch.int64)
+    found = {}
+    for index, parameters in (
+        ("Flat", ""),
+        ("IVF632,PQ64x4fs,RFlat", "nprobe=32,k_factor_rf=10"),
+    ):
+        held = RetrievalGallery(width, index=index, parameters=parameters)
+        held.add(data[:rows], labels[:rows])
+
+        def search(held: RetrievalGallery = held) -> Any:
+            return held.search(data[rows:], labels[rows:])[1][:, 0]
+
+        search()
+        found[index] = min((_timed(search) for _ in range(3)), key=lambda pair: pair[0])
+    (exact, wanted), (own, ids) = found.values()
+    return {
+        "peer": "exact search",
+        "seconds": own,
+        "peer_seconds": exact,
+        "ratio": exact / own,
+        "compared": f"recall {float((ids == wanted).float().mean()):.3f}",
+    }
+
+
+def imported(turns: int = 4) -> dict[str, Any]:
+    """In fresh processes that take turns; the first turn reads the files from the disk."""
+    times: dict[str, list[float]] = {"import torch": [], "import torch, structkd": []}
+    for _ in range(turns):
+        for statement, spent in times.items():
+            code = (
+                f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+            )
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            spent.append(float(done.stdout))
+    alone, both = (min(spent[1:]) for spent in times.values())
+    return {"peer": "import torch", "seconds": both, "peer_seconds": alone, "ratio": alone / both}
