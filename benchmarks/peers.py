@@ -91,12 +91,23 @@ def features(kind: str, value: Any) -> Features:
     return Features(intermediate=value)
 
 
-def usual_kd(criterion: Any, temperature: float = 4.0) -> Loss:
+def usual_kd(_: Any, temperature: float | Tensor = 4.0) -> Loss:
     def loss(s: Tensor, t: Tensor, _: Any) -> Tensor:
         if s.dim() == 4:
             s, t = (value.movedim(1, -1).flatten(0, 2) for value in (s, t))
         log_s, share = F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1)
         return F.kl_div(log_s, share, reduction="batchmean") * temperature**2
+
+    return loss
+
+
+def learned_kd(_: Any) -> Loss:
+    """The published curriculum: its temperature is trained through both softmaxes."""
+    raw = torch.ones(1, requires_grad=True)
+
+    def loss(s: Tensor, t: Tensor, _: Any) -> Tensor:
+        raw.grad = None
+        return usual_kd(None, 1 + 20 * raw.to(s.device).sigmoid())(s, t, _).squeeze()
 
     return loss
 
@@ -349,7 +360,7 @@ def cases() -> dict[str, Case]:
         ("DKDLoss", "logits", ("published", published_dkd, 1e-3)),
         ("LogitStandardizationLoss", "logits", (td, lskd, None)),
         ("LogitMSELoss", "logits", ("F.mse_loss", _of(F.mse_loss), 1e-4)),
-        ("CurriculumTemperatureLoss", "logits", ("F.kl_div", usual_kd, None)),
+        ("CurriculumTemperatureLoss", "logits", ("F.kl_div", learned_kd, None)),
         ("SupervisionLoss", "logits", (*ce, 1e-4)),
         ("SupervisionLoss, pixels", "pixels", (*ce, 1e-4)),
         ("DiceLoss", "pixels", ("smp", soft_dice, None), (*ce, None)),
@@ -380,6 +391,7 @@ def cases() -> dict[str, Case]:
     }
     sizes = {
         **{"DenseStructureLoss": _WIDE, "CrossCorrelationLoss": _DEEP, "CORALLoss": _DEEP},
+        "NeuronSelectivityLoss": {**SIZES["map"], "large": (64, 128, 128, 8)},
         **{"RelationalLoss": _TRIPLES, "ContrastiveRepresentationLoss": _BANKS},
     }
     # Those without a peer: their time, growth and memory stand in the JSON file alone.

@@ -158,10 +158,12 @@ class LogitMSELoss(Criterion):
         shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        counted = (logits_s > _CLOSED) & (logits_t > _CLOSED) | logits_s.isnan() | logits_t.isnan()
+        # The minimum keeps NaN, which counts.
+        gone = torch.minimum(logits_s.detach(), logits_t) <= _CLOSED
         if self.ignore is not None:
-            counted = counted & self._measured(target, logits_s)
-        gaps = torch.where(counted, logits_s, 0) - torch.where(counted, logits_t, 0)
+            gone = gone | ~self._measured(target, logits_s)
+        gaps = (logits_s - logits_t).masked_fill_(gone, 0)
+        counted = ~gone
         if self.form == "log":
             assert shards is not None
             if len(logits_s) < 2 and shards.total < 2:
@@ -262,17 +264,11 @@ class DKDLoss(Criterion):
         logits_s, logits_t = _scores(student, teacher, "DKDLoss")
         tau = self.temperature
         index, labelled = labels(target, *logits_s.shape, reader="DKDLoss")
-        others_s, others_t = _without(logits_s, index), _without(logits_t, index)
-        binary = _divergence(
-            _binary(logits_s, others_s, index, tau), _binary(logits_t, others_t, index, tau)
-        )
+        two_s, others_s, _ = _decoupled(logits_s, index, tau)
+        two_t, others_t, alone = _decoupled(logits_t, index, tau)
+        binary = _divergence(two_s, two_t)
         # Where all other classes are masked out there is nothing to compare among them.
-        alone = (others_t <= _CLOSED).all(dim=1, keepdim=True)
-        others = _divergence(
-            _log_softmax(torch.where(alone, 0, others_s), tau),
-            _log_softmax(torch.where(alone, 0, others_t), tau),
-        )
-        others = torch.where(alone[:, 0], 0, others)
+        others = torch.where(alone[:, 0], 0, _divergence(others_s, others_t))
         means = [labelled_mean(part, labelled, shards) for part in (binary, others)]
         return {
             "DKD-target": self.alpha * tau**2 * means[0],
@@ -488,19 +484,19 @@ class _Divergence(torch.autograd.Function):
         return grad_s, grad_t
 
 
-def _without(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns every row without its target's column, ``(B, K - 1)``."""
-    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, columns + (columns >= target[:, None]))
+def _decoupled(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logarithms of ``(p_y, 1 - p_y)``, ``(B, 2)``, and among the classes other than y.
 
-
-def _binary(logits: Tensor, others: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Returns the logarithms of ``(p_y, 1 - p_y)``, ``(B, 2)``."""
+    The latter are ``(B, K)``, with -inf at y; the third says where all others are masked out,
+    ``(B, 1)``.
+    """
     own = logits.gather(1, target[:, None]) / temperature
-    alone = (others <= _CLOSED).all(dim=1, keepdim=True)
-    rest = torch.logsumexp(torch.where(alone, 0, others) / temperature, dim=1, keepdim=True)
-    rest = rest.masked_fill(alone, -torch.inf)
-    return F.log_softmax(torch.cat([own, rest], dim=1), dim=1)
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    alone = others.detach().amax(dim=1, keepdim=True) <= _CLOSED
+    others = others.masked_fill(alone, 0) / temperature
+    rest = torch.logsumexp(others, dim=1, keepdim=True)
+    two = torch.cat([own, rest.masked_fill(alone, -torch.inf)], dim=1)
+    return F.log_softmax(two, dim=1), others - rest, alone
 
 
 def _standardized(logits: Tensor) -> Tensor:
@@ -510,10 +506,10 @@ def _standardized(logits: Tensor) -> Tensor:
     """
     closed = logits <= _CLOSED
     count = (~closed).sum(dim=1, keepdim=True).clamp_min(1).to(logits.dtype)
-    shown = torch.where(closed, 0, logits)
-    centred = torch.where(closed, 0, shown - shown.sum(dim=1, keepdim=True) / count)
+    shown = logits.masked_fill(closed, 0)
+    centred = (shown - shown.sum(dim=1, keepdim=True) / count).masked_fill_(closed, 0)
     deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
     # What is left of a constant row is the rounding of its mean, up to 6 eps at 20,000 classes.
     flat = is_rounding(deviation, shown.detach().abs().amax(dim=1, keepdim=True))
-    rows = torch.where(flat, 0, centred / torch.where(flat, 1, deviation))
-    return rows.masked_fill(closed, -torch.inf)
+    rows: Tensor = centred / deviation.masked_fill(flat, 1)
+    return rows.masked_fill_(flat, 0).masked_fill_(closed, -torch.inf)

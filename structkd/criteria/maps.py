@@ -92,7 +92,9 @@ class AttentionTransferLoss(Criterion):
 
     def _attention(self, features: Tensor) -> Tensor:
         # Q does not change with the map's scale; near 1 no power over- or underflows.
-        peak = features.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
+        given, every = features.detach(), (1, 2, 3)
+        # Without a copy, which the absolute values would be.
+        peak = torch.maximum(given.amax(every, keepdim=True), -given.amin(every, keepdim=True))
         scale = 1 / peak.clamp_min(torch.finfo(peak.dtype).tiny)
         if self.p == 2:
             power: Tensor = _MeanSquare.apply(features, scale)

@@ -44,7 +44,8 @@ def unit(values: Tensor, dim: int = 1) -> Tensor:
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     empty = length < _SHORTEST
-    return (values / length.masked_fill(empty, 1)).masked_fill(empty, 0)
+    scaled: Tensor = values / length.masked_fill(empty, 1)
+    return scaled.masked_fill(empty, 0)
 
 
 def is_rounding(deviation: Tensor, level: Tensor) -> Tensor:
@@ -87,8 +88,8 @@ def takes_gram(form: str, embedding: Tensor, crossover: int, rows: int | None = 
         form: ``auto`` takes the cheaper one.
         embedding: Of the batch and the width in question.
         rows: B, where these are a part of the batch only.
-        crossover: The ``d / B`` from which the Gram form was measured to be the cheaper one, by
-            benchmarks/forms.py. It is above 1 because the Gram form computes in float64.
+        crossover: The ``d / B`` from which the Gram form was measured to be the cheaper one, on a
+            CPU. It is above 1 because the Gram form computes in float64.
     """
     if form != "auto":
         return form == "gram"
