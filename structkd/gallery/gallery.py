@@ -48,7 +48,7 @@ class RetrievalGallery:
         temperature: T > 0, for ``kl`` only; the paper's is 3.
         index: ``"Flat"``, or the FAISS factory string of every class's index, ``"IVF1024,Flat"``
             for example. Of a million rows of 256, ``"IVF2000,PQ64x4fs,RFlat"`` was the fastest
-            (docs/speed.md).
+            that was tried.
         parameters: FAISS parameter string for it, ``"nprobe=16"`` or
             ``"nprobe=32,k_factor_rf=10"`` for example.
         device: Where a flat index lies, ``cpu`` or ``cuda[:n]`` for example; the vectors as given
