@@ -322,7 +322,7 @@ def machine(args: argparse.Namespace) -> str:
 def table(found: Mapping[str, Any]) -> str:
     """Returns a row for each criterion and peer: the ratio at each size, time and memory."""
     lines = [
-        "| criterion | peer | small | usual | large | ms, usual | memory, usual | falls short at |",
+        "| criterion | peer | small | usual | large | ms, usual | peer's memory by ours | falls short at |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in found["rows"] if row["peer"]]
@@ -331,7 +331,7 @@ def table(found: Mapping[str, Any]) -> str:
         first = sizes.get("usual") or next(iter(sizes.values()))
         three = [f"{sizes[s]['ratio']:.2g} x" if s in sizes else "" for s in SIZES["rows"]]
         more = [f"{s} {r['ratio']:.2g} x" for s, r in sizes.items() if s not in SIZES["rows"]]
-        memory = f"{first['peer_bytes'] / max(first['bytes'], 1):.2g} x less"
+        memory = f"{first['peer_bytes'] / max(first['bytes'], 1):.2g} x"
         short = [s for s, row in sizes.items() if row["short"]]
         cells = [key[0], key[1] + (f" ({'; '.join(more)})" if more else ""), *three]
         cells += [f"{first['seconds'] * 1e3:.2g}", memory, ", ".join(short)]
