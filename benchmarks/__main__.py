@@ -320,9 +320,9 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Returns a row for each criterion and peer: the ratio at each size, time and memory."""
+    """Returns a row for each criterion and peer: ratios of time, and of memory at the usual size."""
     lines = [
-        "| criterion | peer | small | usual | large | ms, usual | peer's memory by ours | falls short at |",
+        "| criterion | peer | small | usual | large | ms, usual | memory | falls short at |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in found["rows"] if row["peer"]]
