@@ -320,7 +320,7 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Returns a row for each criterion and peer: ratios of time, and of memory at the usual size."""
+    """Returns a row for each criterion and peer: ratios of time, and of usual memory."""
     lines = [
         "| criterion | peer | small | usual | large | ms, usual | memory | falls short at |",
         "|---|---|---|---|---|---|---|---|",
