@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from job import reported
-from papers import geometry, published, reports, series, tables
+from papers import geometry, motivation, published, reports, series, tables
 from recipe import near
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "sembridge": ("RECIPE: nothing paired, beside SemBridge's numbers", reports.sembridge),
     "figures": ("RECIPE: samples, curves, self-similarity and t-SNE of trained students",
                 reports.drawn),
+    "motivation": ("RECIPE: five classifiers on either modality, dimensional structure in numbers",
+                   motivation.motivation),
     "geometry": ("BOXES.csv: where a camera looks for what a radar sees, DSKD's Eq. 13-16",
                  geometry.command),
 }  # fmt: skip

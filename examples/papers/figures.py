@@ -178,14 +178,19 @@ def draw_self_similarity(embeddings: Mapping[str, Tensor], path: Path) -> None:
     """DSKD's Fig. 2(a-b): |cosine| between the channels of each network's output embedding."""
     with _each(embeddings, path) as (figure, panels):
         for axes, (name, embedding) in zip(panels, embeddings.items(), strict=True):
-            matrix, width = self_similarity(embedding).abs(), embedding.shape[1]
-            others = (matrix.sum() - matrix.diagonal().sum()) / max(width * (width - 1), 1)
+            matrix = self_similarity(embedding).abs()
             image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
-            rank = f"effective rank {float(effective_rank(embedding)):.1f} of {width}"
-            axes.set_title(f"{name}\nmean off-diagonal {float(others):.2f}\n{rank}")
+            rank = f"effective rank {float(effective_rank(embedding)):.1f} of {len(matrix)}"
+            axes.set_title(f"{name}\nmean off-diagonal {off_diagonal(embedding):.2f}\n{rank}")
             axes.set_xlabel("channel")
         panels[0].set_ylabel("channel")
         figure.colorbar(image, ax=list(panels), label="|cosine similarity|", shrink=0.8)
+
+
+def off_diagonal(embedding: Tensor) -> float:
+    """Mean |cosine| between two different channels."""
+    matrix, width = self_similarity(embedding).abs(), embedding.shape[1]
+    return float((matrix.sum() - matrix.diagonal().sum()) / max(width * (width - 1), 1))
 
 
 def draw_tsne(

@@ -38,7 +38,7 @@ FAMILIES: Mapping[str, str] = {
     "sums": "sums and others",
 }
 _SAMPLES, _SAMPLE_DRAW = 8, 32  # images of the figure of samples, all classes in proportion
-_LOOKED_AT = 1000  # t-SNE of more takes minutes and shows less
+LOOKED_AT = 1000  # t-SNE of more takes minutes and shows less
 _PREDICTED = 256  # images whose maps are predicted
 
 
@@ -302,7 +302,7 @@ def _looked(session: Any) -> str:
         name: [k for b in _still(poor.chosen(few), views.poor) for k in predicted(student, b)]
         for name, student in students.items()
     }
-    out, many = session.out, sample(_LOOKED_AT)
+    out, many = session.out, sample(LOOKED_AT)
     few_rich, few_poor = rich.chosen(few), poor.chosen(few)
     figures.draw_samples(few_rich, few_poor, said, session.options.rgb, out / "samples.png")
     # The lone student and DS where they were run; else the last method stands for DS.
@@ -316,10 +316,9 @@ def _looked(session: Any) -> str:
         name: look(net, side.chosen(many), like) for name, (net, side, like) in networks.items()
     }
     embeddings = {name: embedding for name, (embedding, _) in looks.items()}
-    pooled = {name: maps[max(len(maps) - 2, 0)] for name, (_, maps) in looks.items()}
-    pooled = {name: m.mean((2, 3)) if m.ndim == 4 else m.mean(1) for name, m in pooled.items()}
+    inner = {name: pooled(maps) for name, (_, maps) in looks.items()}
     figures.draw_self_similarity(embeddings, out / "self_similarity.png")
-    figures.draw_tsne(pooled, poor.labels[many], poor.classes, out / "tsne.png")
+    figures.draw_tsne(inner, poor.labels[many], poor.classes, out / "tsne.png")
     if ALONE not in students:
         return ""
     some = sample(_PREDICTED)
@@ -351,3 +350,9 @@ def look(network: nn.Module, images: Images, like: Images) -> tuple[Tensor, list
         found = [capture(batch.poor) for batch in _still(images, like)]
     stages = zip(*(features.intermediate for features in found), strict=True)
     return torch.cat([f.embedding for f in found]), [torch.cat(stage) for stage in stages]
+
+
+def pooled(maps: Sequence[Tensor]) -> Tensor:
+    """The last stage but one, averaged over its positions: (N, C)."""
+    chosen = maps[max(len(maps) - 2, 0)]
+    return chosen.mean((2, 3)) if chosen.ndim == 4 else chosen.mean(1)

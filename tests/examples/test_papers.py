@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 import train as script
 import unpaired
 from methods import Method
-from papers import figures, grid, published, reports, series, tables
+from papers import figures, grid, motivation, published, reports, series, tables
 from papers.__main__ import COMMANDS, main
 from recipe import recipe as recipe_of
 from store import HELPER, Store
@@ -443,6 +444,60 @@ def test_the_figures_of_trained_students(recipe: Path, tmp_path: Path, trained: 
         "tsne.png",
     }  # fmt: skip
     assert "a linear map of the lone student's predicts" in (tmp_path / "figures.md").read_text()
+
+
+def test_the_motivation_in_numbers_and_a_second_call_trains_nothing(
+    recipe: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    command = [
+        "motivation",
+        str(recipe),
+        "--out",
+        str(tmp_path),
+        "--epochs",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    command += ["--classifiers", "resnet8x0_5", "vit_small4", "--criterion", "alone", "ds"]
+    assert main(command) == 0
+    # The teacher and four students; of the classifiers the student's kind is among these.
+    assert len(trained) == 1 + 4 + 3 * 2
+    assert main(command) == 0
+    assert len(trained) == 11
+    found = json.loads((tmp_path / "motivation.json").read_text())
+    numbers = {(run["method"], run["seed"]): run["structure"] for run in found["networks"]}
+    kinds = (motivation.RICH, "alone", "ds")
+    assert numbers.keys() == {("teacher", 0), *((m, s) for m in kinds for s in (0, 1))}
+    assert {(run["classifier"], run["modality"], run["seed"]) for run in found["classifiers"]} == {
+        (kind, side, seed)
+        for kind in ("resnet8x0_5", "vit_small4") for side in ("rich", "poor") for seed in (0, 1)
+    }  # fmt: skip
+    text = (tmp_path / "motivation.md").read_text()
+    mean = sum(numbers["ds", seed]["uniformity"] for seed in (0, 1)) / 2
+    (line,) = (line for line in text.splitlines() if line.startswith("| uniformity |"))
+    teachers, *_, ds = line.strip("| ").split(" | ")[1:]
+    assert teachers == f"{numbers['teacher', 0]['uniformity']:.2f}"
+    assert ds.startswith(f"{mean:.2f} ± ")
+    for name in ("classifiers", "self_similarity", "tsne"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_structure_in_numbers_by_hand() -> None:
+    embedding = torch.tensor([[1.0, 1, 0], [2, 0, 0], [3, 1, 0]])  # its third channel is dead
+    rows = torch.tensor([[1.0, 0], [0, 2], [0, 3]])
+    student, teacher = torch.tensor([[1.0, -1], [2, -2]]), torch.tensor([[1.0, -1], [-1, 1]])
+    found = motivation.structure(embedding, rows, student, teacher)
+    assert found["channels"] == pytest.approx(200 / 3)
+    assert found["off_diagonal"] == pytest.approx(4 / (14 * 2) ** 0.5)
+    assert found["off_diagonal_centred"] == pytest.approx(0, abs=1e-6)
+    assert found["distance"] == pytest.approx(2 * 2**0.5 / 3)
+    assert found["uniformity"] == pytest.approx(math.log((1 + 2 * math.exp(-4)) / 3), abs=1e-6)
+    assert found["eq5"] == pytest.approx(0, abs=1e-6)
+    # Covariances 0.5 and 2 of either sign, four entries, over 4 d^2.
+    assert found["coral"] == pytest.approx(4 * 1.5**2 / 16)
+    assert "coral" not in motivation.structure(embedding, rows, teacher)
 
 
 def test_sembridge_tells_what_matching_costs(recipe: Path, tmp_path: Path) -> None:
