@@ -233,7 +233,7 @@ def parts(label: str) -> list[str]:
 
 def theirs(names: Sequence[str], printed: Mapping[str, float]) -> str:
     # Table 7 has each sum once; nothing depends on the order of its parts.
-    wanted = {name.lower() for name in names}
+    wanted = {published.of_paper(name.lower()) for name in names}
     accuracy = next((printed[name] for name in printed if set(name.split("+")) == wanted), None)
     if accuracy is None:
         return ""

@@ -48,6 +48,8 @@ class Options:
     data: Path | None = None
     # The classes of imagenet100, an id a line.
     classes: Path | None = None
+    # The paper's own settings over the recipe's: 300 epochs, no clipping, fp32.
+    protocol: bool = False
     # Folder for all that is written.
     out: Path = Path("runs/reproduce")
 
@@ -148,6 +150,11 @@ def _options(
     takers = {c.dataset for c in columns} & {"imagenet100"}
     if own.classes is not None and (column.dataset in takers or not takers):
         more += ["--classes", str(own.classes)]
+    if own.protocol:  # what is typed still comes over it, and the table tells
+        stated = published.PROTOCOL | published.UNMENTIONED
+        flags = {f"--no-{k}" if v is False else f"--{k}": v for k, v in stated.items()}
+        for flag, value in flags.items():
+            more += [flag.replace("_", "-")] + ([] if isinstance(value, bool) else [f"{value}"])
     options = parsed([column.dataset, *more, *others], train.Options, program=f"papers {name}")
     return replace(options, criterion=tuple(methods), out=_folder(own.out, column))
 
@@ -303,7 +310,8 @@ def markdown(
         f"over the seeds; published, {stated['epochs']} epochs of {stated['optimizer'].upper()} "
         f"from a learning rate of {stated['lr']:g}, of how many seeds the paper does not say; and "
         "ours minus published. The criteria are those of `methods.yaml`: `ds` has the defaults "
-        "that `docs/choices.md` explains, not the equations as printed."
+        "that `docs/choices.md` explains, `ds_printed` the equations as printed; both stand beside "
+        "the paper's one number."
     )
     if any(column.dataset in published.NOISE for column in chosen.columns):
         text += " The noise is a fraction of the pixels that are replaced."

@@ -11,6 +11,7 @@ import torch
 import train as script
 from structkd import DSLoss, Features, KDLoss
 from tests.examples.entries import results
+from tests.reference import dskd
 
 Runner = Callable[..., int]
 Shown = pytest.CaptureFixture[str]
@@ -89,6 +90,53 @@ def test_a_description_changes_with_every_option() -> None:
              "[{type: SupervisionLoss, weight: 0}, kd]"]  # fmt: skip
     found = [script.Method.of(text).described for text in texts]
     assert all(found[i] != other for i in range(len(found)) for other in found[:i])
+
+
+def test_the_printed_form_is_the_papers_equations_in_plain_loops() -> None:
+    method = script.Method.of("ds_printed")
+    assert method.labels == 1.0  # Eq. 12: L_CE + gamma (L_SEM + L_DCM)
+    torch.manual_seed(0)
+    criterion = method.build(1, DATA)
+    student = Features(embedding=torch.randn(6, 2), intermediate=torch.randn(6, 2, 2, 2))
+    teacher = Features(embedding=torch.randn(6, 3), intermediate=torch.randn(6, 4, 2, 2))
+    criterion(student, teacher)  # takes its shape
+    criterion.double()
+    sem = criterion.sem
+
+    def wide(one: Features) -> Features:
+        maps = one.intermediate[0].double().requires_grad_()
+        return Features(embedding=one.embedding.double().requires_grad_(), intermediate=maps)
+
+    student, teacher = wide(student), wide(teacher)
+    got = criterion.terms(student, teacher)
+    mlps = [sem.student_projector, sem.teacher_projector]
+    z_s, z_t = (
+        dskd.projected(one.embedding, [value for _, value in mlp.named_parameters()])
+        for one, mlp in zip((student, teacher), mlps, strict=True)
+    )
+    assert z_s.shape == z_t.shape == (6, 12)  # d is four times the teacher's width
+    conv = criterion.dcm.adapter.conv
+    rows = dskd.mean_over_positions(student.intermediate[0]) @ conv.weight[:, :, 0, 0].T
+    rows_s = dskd.unit_rows(rows + conv.bias)
+    rows_t = dskd.unit_rows(dskd.mean_over_positions(teacher.intermediate[0]))
+    sem_1, sem_2 = dskd.sem_terms(z_s, z_t)
+    (gamma,) = set(criterion.gamma)  # one for both
+    want = {
+        "SEM-1": gamma * sem_1,
+        "SEM-2": gamma * sem_2,
+        "DCM-1": gamma * dskd.mean_rbf(rows_s, rows_s, 0.5**0.5),
+        "DCM-2": gamma * dskd.mean_rbf(rows_s, rows_t, 0.5**0.5),
+    }
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+    # Eq. 12 minimises over f and g of the student alone.
+    assert not any(p.requires_grad for p in sem.teacher_projector.parameters())
+    assert all(p.requires_grad for p in sem.student_projector.parameters())
+    inputs = [student.embedding, student.intermediate[0], *sem.student_projector.parameters()]
+    found = torch.autograd.grad(sum(got.values()), inputs)
+    for one, other in zip(found, torch.autograd.grad(sum(want.values()), inputs), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", [name for name in script.METHODS if name != "alone"])

@@ -36,6 +36,21 @@ def test_stages_and_embedding_are_where_feature_info_says(name: str) -> None:
     torch.testing.assert_close(model.get_classifier()(feats.embedding), feats.logits)
 
 
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_kinds_of_classifier_for_small_images(size: int) -> None:
+    images = torch.randn(2, 3, size, size)
+    dense = models.create("densenet22", num_classes=7, in_chans=3)
+    with FeatureCapture(dense, intermediate=models.stage_names(dense)) as capture:
+        feats = capture(images)
+    assert feats.intermediate[0].shape[2] == size // 2  # ImageNet's stem has a quarter
+    for stage, features in zip(dense.feature_info, feats.intermediate, strict=True):
+        assert features.shape[1:3] == (stage["num_chs"], size // stage["reduction"])
+    assert feats.logits.shape == (2, 7)
+    vit = models.create("vit_small4", num_classes=7, in_chans=3)
+    assert vit.forward_features(images).shape == (2, (size // 4) ** 2 + 1, 64)
+    assert vit(images).shape == (2, 7)
+
+
 @pytest.mark.parametrize("in_chans", [3, 10])
 def test_shufflenet_is_torchvisions(in_chans: int) -> None:
     model = models.create("shufflenet_v2_x0_5", num_classes=7, in_chans=in_chans).eval()

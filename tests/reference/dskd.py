@@ -34,6 +34,35 @@ def cross_correlation(
     return matrix
 
 
+def projected(rows: Tensor, mlp: list[Tensor], eps: float = 1e-5) -> Tensor:
+    """Eq. 5's projector, two layers: W2 relu(norm(W1 x)) + b, normalised over the batch.
+
+    Args:
+        rows: ``(B, D)``.
+        mlp: W1, the norm's gain and shift, W2 and b.
+        eps: Added to the variance.
+    """
+    first, gain, shift, second, bias = mlp
+    hidden = []
+    for j in range(len(first)):
+        column = [sum(first[j, k] * row[k] for k in range(len(row))) for row in rows]
+        mean = sum(column) / len(column)
+        variance = sum((value - mean) ** 2 for value in column) / len(column)
+        normed = [gain[j] * (value - mean) / torch.sqrt(variance + eps) for value in column]
+        hidden.append([torch.clamp(value + shift[j], min=0) for value in normed])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    sum(second[i, j] * hidden[j][b] for j in range(len(hidden))) + bias[i]
+                    for i in range(len(second))
+                ]
+            )
+            for b in range(len(rows))
+        ]
+    )
+
+
 def mean_square(z: Tensor, center: bool) -> Tensor:
     """The columns' sums of squares, averaged over the columns."""
     total = torch.zeros((), dtype=z.dtype)
