@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
+from matplotlib.patches import Circle
+
+from papers.figures import LONE, PALETTE, drawing
 
 EARTH = 6_371_008.8  # metres, mean radius (IUGG)
 Formula = Literal["corrected", "printed"]
@@ -263,6 +266,8 @@ class Options:
     chip: float = 4.8
     # Smallest focal length, in millimetres (f).
     focal: float = 6.0
+    # Draw it, from above and from the side, into this PNG.
+    figure: Path | None = None
 
 
 def command(arguments: Sequence[str], _: str) -> int:
@@ -270,13 +275,29 @@ def command(arguments: Sequence[str], _: str) -> int:
     options = tyro.cli(Options, args=list(arguments), prog="papers geometry")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["x", "y", "w", "h", "formulas", "pan", "tilt", "zoom", "width"])
-    for line in aimed(options):
+    found = list(aimed(options))
+    for sight in found:
+        line = *vars(sight.box).values(), sight.formula, *vars(sight.aim).values(), sight.width
         writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in line)
+    if options.figure is not None:
+        draw(options, found, options.figure)
     return 0
 
 
-def aimed(options: Options) -> Iterator[tuple[float | str, ...]]:
-    """A line a box and kind of formulas: the box, the kind, pan, tilt, zoom and width."""
+@dataclass(frozen=True)
+class Sight:
+    """A box and one kind of formulas: the ship's place and width, and where the camera looks."""
+
+    box: Box
+    formula: Formula
+    place: Place
+    bearing: Bearing  # from the camera
+    width: float
+    aim: Aim
+
+
+def aimed(options: Options) -> Iterator[Sight]:
+    """A line a box and kind of formulas."""
     scan = Scan(*options.size, options.reach, options.beam)
     radar, place = Place(*options.radar), Place(*(options.camera or options.radar))
     camera = Camera(place, options.height, options.zero, options.chip, options.focal)
@@ -285,13 +306,58 @@ def aimed(options: Options) -> Iterator[tuple[float | str, ...]]:
             try:
                 box = Box(*(float(row[name]) for name in "xywh"))
                 for kind in get_args(Formula):
-                    first = bearing_of_box(box, scan, kind)
-                    second = bearing_of_place(place, place_of_bearing(radar, first))
+                    ship = place_of_bearing(radar, bearing_of_box(box, scan, kind))
+                    second = bearing_of_place(place, ship)
                     width = width_of_box(box, scan, second.distance, kind)
-                    looking = aim(camera, second, width)
-                    told = looking.pan, looking.tilt, looking.zoom, width
-                    yield box.x, box.y, box.w, box.h, kind, *told
+                    yield Sight(box, kind, ship, second, width, aim(camera, second, width))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{options.boxes} has no columns x, y, w and h") from error
             except ValueError as error:
                 raise ValueError(f"{options.boxes}, line {number}: {error}") from error
+
+
+def draw(options: Options, found: Sequence[Sight], path: Path) -> None:
+    """From above, the radar's range and the camera's lines of sight; from the side, their tilt."""
+    radar, camera = Place(*options.radar), Place(*(options.camera or options.radar))
+    colours = {"corrected": PALETTE[0], "printed": LONE}
+
+    def at(place: Place) -> tuple[float, float]:  # kilometres east and north of the radar
+        seen = bearing_of_place(radar, place)
+        angle, distance = math.radians(seen.azimuth), seen.distance / 1000
+        return distance * math.sin(angle), distance * math.cos(angle)
+
+    with drawing(path, (8.2, 4.2)) as figure:
+        above, side = figure.subplots(1, 2, width_ratios=(1, 1.2))
+        reach = options.reach / 1000
+        above.add_patch(Circle((0, 0), reach, fill=False, linestyle=":", color="#888888"))
+        above.plot(0, 0, "k^", label="radar, P1")
+        above.plot(*at(camera), "ks", label="camera, P3")
+        for sight in found:
+            colour, (east, north) = colours[sight.formula], at(sight.place)
+            first = next(one for one in found if one.formula == sight.formula) is sight
+            told = f"ship, {sight.formula} formulas" if first else None
+            above.plot(*zip(at(camera), (east, north), strict=True), color=colour, linewidth=0.8)
+            hollow = "none" if sight.formula == "printed" else colour
+            above.plot(east, north, "o", color=colour, markerfacecolor=hollow, label=told)
+            distance = sight.bearing.distance / 1000
+            side.plot([0, distance], [options.height, 0], color=colour, linewidth=0.8)
+            side.plot(distance, 0, "o", color=colour, markerfacecolor=hollow)
+            if sight.formula == "corrected":
+                number = found.index(sight) // len(colours) + 1
+                for axes, where in ((above, (east, north)), (side, (distance, 0))):
+                    axes.annotate(str(number), where, (4, 5), textcoords="offset points")
+        both = zip(*(iter(found),) * len(colours), strict=True)
+        lines = [
+            f"{n}: {one.width:,.0f} m, {two.width:,.0f} m" for n, (one, two) in enumerate(both, 1)
+        ]
+        told = "\n".join(["width W, corrected and printed", *lines[:5]])
+        side.text(1, 1, told, transform=side.transAxes, ha="right", va="top", fontsize=8)
+        above.set(xlabel="east of the radar, km", ylabel="north, km", aspect="equal")
+        above.set(xlim=(-1.1 * reach, 1.1 * reach), ylim=(-1.1 * reach, 1.1 * reach))
+        side.plot(0, options.height, "ks")
+        side.axhline(0, color="#88CCEE", zorder=0)
+        side.set(xlabel="distance from the camera, D2, km", ylabel="height, L, m")
+        side.set_ylim(-0.15 * options.height, 1.8 * options.height)
+        side.margins(x=0.15)
+        side.set_yticks([0, options.height])
+        figure.legend(loc="outside lower center", ncols=4)

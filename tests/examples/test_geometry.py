@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from papers.__main__ import main
 from papers.geometry import (
@@ -186,3 +187,20 @@ def test_a_wrong_file_is_one_line(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_the_figure_shows_what_the_command_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes, told = tmp_path / "boxes.csv", []
+    boxes.write_text("x,y,w,h\n1000,2000,20,12\n30,4000,40,20\n")
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **more: told.append(text))
+    path = tmp_path / "geometry.png"
+    assert main(["geometry", str(boxes), *WHERE, "--figure", str(path)]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    widths = [f"{float(line['width']):,.0f} m" for line in lines]
+    assert told[0].splitlines()[1:] == [
+        f"1: {widths[0]}, {widths[1]}",
+        f"2: {widths[2]}, {widths[3]}",
+    ]
+    assert path.stat().st_size > 10_000
