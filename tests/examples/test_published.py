@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 import timm
 
@@ -129,3 +133,23 @@ def test_what_the_paper_has_not_got() -> None:
     assert published.column("cifar10", "crd_vgg13", "crd_vgg8") is None
     assert published.column("cml", "crd_vgg13", "crd_vgg8") is not None
     assert published.columns("resnet8", "resnet8") == {}
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_page_of_both_papers_has_the_numbers_of_the_raw_runs() -> None:
+    runs = json.loads((DOCS / "results" / "cifar10-10k.json").read_text())["runs"]
+    ours: dict[str, list[float]] = {}
+    for run in runs:
+        ours.setdefault(run["method"], []).append(run["accuracy"])
+    printed = published.columns(*published.NETWORKS)
+    _, text = (DOCS / "papers.md").read_text().split("<!-- table3:begin -->")
+    lines = [line.strip("| ").split(" | ") for line in text.split("<!--")[0].strip().splitlines()]
+    assert len(lines) == 2 + 10
+    for told, *numbers in lines[2:]:
+        name = told.split()[0]
+        column = printed["CML" if "CML" in told else "CIFAR-10"]
+        theirs = column[name] - column["alone"]
+        gain = fmean(ours[name]) - fmean(ours["alone"])
+        assert numbers == [f"{value:+.2f}" for value in (theirs, gain, gain - theirs)]
