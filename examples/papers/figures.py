@@ -215,12 +215,16 @@ def draw_tsne(
 
 @contextmanager
 def _each(networks: Mapping[str, Tensor], path: Path) -> Iterator[tuple[Figure, Any]]:
-    """A panel a network, framed."""
-    with drawing(path, (3.0 * len(networks) + 0.6, 3.5)) as figure:
-        panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    """A panel a network, framed, three to a row where there are more than four."""
+    across = len(networks) if len(networks) <= 4 else 3
+    down = -(-len(networks) // across)
+    with drawing(path, (3.0 * across + 0.6, 3.5 * down)) as figure:
+        panels = figure.subplots(down, across, squeeze=False).flatten()
         for axes in panels:
             axes.spines[:].set_visible(True)
-        yield figure, panels
+        for axes in panels[len(networks) :]:
+            axes.set_visible(False)
+        yield figure, panels[: len(networks)]
 
 
 def draw_samples(

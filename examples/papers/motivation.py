@@ -140,7 +140,7 @@ def measured(
         found.append({**run, "structure": structure(*features, *more)})
 
     theirs = seen(session.teacher, views.held_out_rich, views.rich)
-    if rich:
+    if rich and "teacher" not in pictures:  # one for all seeds
         accuracy = session.facts["clean images"]
         add({"method": "teacher", "seed": 0, "accuracy": accuracy}, theirs)
     for method, run in zip(session.methods, runs, strict=True):
@@ -207,8 +207,7 @@ def _by(
     for run in runs:
         for kind, value in {} if "failed" in run else read(run).items():
             values = found.setdefault(run[name], {}).setdefault(kind, [])
-            # The teacher is one for all seeds.
-            values.append(value) if run[name] != "teacher" or not values else None
+            values.append(value)
     return found
 
 
