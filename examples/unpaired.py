@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -29,6 +29,7 @@ from data.sources import stratified
 from recipe import near
 from store import Checkpoint, Run
 from structkd import (
+    FeatureCapture,
     LagrangianPlanner,
     RematchSchedule,
     RetrievalGallery,
@@ -40,6 +41,7 @@ from structkd.diagnostics import transport_cost
 EPSILON, CAPACITY = 0.05, 2.0  # of the planned matching, in units of the score
 _MATCH_SEED = 3_000_000
 _SAMPLE, _SAMPLE_DRAW = 500, 5  # images whose transport cost is followed; exact solvers take N^3
+_SHOWN, _SHOWN_DRAW = 8, 32  # students whose teacher images are kept, to be looked at
 _DENSE = "{type: DenseStructureLoss, weight: 5.0}"  # what won on validation images
 
 
@@ -96,8 +98,15 @@ class Options(train.Options):
     matcher: str = ""
     # Passes of the matcher.
     matcher_epochs: int = 100
+    # The T of its loss.
+    matcher_temperature: float = 1.0
+    # What aligns, with the last of --weights.
+    alignment: str = "ska"
     # Epochs, of 200, at which students choose again: the first, the step, its growth, how often.
     rematch: tuple[int, int, int, int] = (30, 30, 5, 4)
+    # By what: a pass of their own over their images, as published, or, for less time, what they
+    # predicted while they trained.
+    rematch_by: Literal["pass", "training"] = "pass"
 
     def check(self) -> None:
         super().check()
@@ -155,8 +164,8 @@ class Method(train.Method):
             return cls(name, () if row.criterion is None else own, 1.0, row)
         parts = tuple(part | {"weight": weight * part.get("weight", 1.0)} for part in own)
         if row.aligned and alignment:
-            (ska,) = train.Method.of("ska").parts
-            parts += (ska | {"weight": alignment},)
+            aligning = train.Method.of(options.alignment).parts
+            parts += tuple(part | {"weight": alignment} for part in aligning)
         return cls(name, parts, task, row)
 
     @property
@@ -170,6 +179,7 @@ class Session(train.Session):
 
     title = "nothing paired, accuracy on poor images"
     options: Options
+    quality: Mapping[str, float] = {}  # of the matcher, where there is one
 
     def rows(self) -> list[Method]:
         return [Method.named(name, self.options) for name in self.options.wanted]
@@ -187,11 +197,16 @@ class Session(train.Session):
     def _needs_matcher(self) -> bool:
         return any(method.row.first == "semantic" for method in self.methods)
 
-    def matcher_training(self) -> train.Training:
-        options = replace(
+    @property
+    def _matcher_options(self) -> Options:
+        """How a matcher learns, as published."""
+        return replace(
             self.options, epochs=self.options.matcher_epochs, batch_size=64, lr=1e-3,
             optimizer="adamw", weight_decay=1e-3, clip="none", ema=0.0, falling=False,
         )  # fmt: skip
+
+    def matcher_training(self) -> train.Training:
+        options = self._matcher_options
         torch.manual_seed(0)
         encoders, widths = [], []
         for images in (self.views.rich, self.views.pseudo):
@@ -200,7 +215,7 @@ class Session(train.Session):
             with torch.no_grad():
                 widths.append(network.eval()(torch.zeros(1, *images.shape)).shape[1])
             encoders.append(network.train())
-        matcher = SemanticMatcher(*encoders, *widths)
+        matcher = SemanticMatcher(*encoders, *widths, temperature=options.matcher_temperature)
         # Poor versions of the same images, each cropped apart.
         batches = self.batches(
             options, poor=self.views.pseudo, rich=self.views.rich, together=False
@@ -212,11 +227,12 @@ class Session(train.Session):
         return train.Training("matcher", matcher, matcher, batches, options, loss)
 
     def matcher_checkpoint(self) -> Checkpoint:
-        options = self.options
+        options = self._matcher_options
         found = self.settings("teacher") | {
             "model": options.matcher or options.teacher,
             "pseudo": self.views.pseudo.fingerprint,
-            "epochs": options.matcher_epochs,
+            "training": {name: getattr(options, name) for name in self.read},
+            "temperature": options.matcher_temperature,
         }
         return Checkpoint(self.out, "matcher", found)
 
@@ -230,6 +246,21 @@ class Session(train.Session):
         super().train_shared()
         if self._needs_matcher:
             self.matcher = self._shared(self.matcher_checkpoint(), self.matcher_training, "matcher")
+            if not self.helper:
+                device = PartialState().device
+                self.quality = matcher_quality(self.matcher, self.views, self.galleries, device)
+                self.show.say(self.described)
+
+    @property
+    def described(self) -> str:
+        """The matcher's quality in a line."""
+        told = (f"{told.replace(', %', '')} {value:g}" + " %" * told.endswith("%")
+                for told, value in self.quality.items())  # fmt: skip
+        return f"matcher: {', '.join(told)}"
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return super()._header | ({"matcher": self.quality} if self.quality else {})
 
     @cached_property
     def galleries(self) -> Galleries:
@@ -271,7 +302,7 @@ class Session(train.Session):
         if row.first == "semantic":
             found["matcher"] = self.matcher_checkpoint().name
         if row.again:
-            found["rematch"] = list(options.rematch)
+            found["rematch"] = [*options.rematch, options.rematch_by]
         if row.made:
             found["made"] = self.views.pseudo.fingerprint
         return found
@@ -292,24 +323,41 @@ def outputs(network: Callable[[Tensor], Tensor], images: Images, device: torch.d
     return torch.cat([network(batch.poor.to(device)).float().cpu() for batch in batches])
 
 
+def features(network: nn.Module, images: Images, device: torch.device) -> dict[str, Tensor]:
+    """A network's logits and embeddings of all images as they are, as the transport reads them.
+
+    Logits have each row centred: softmax knows no more.
+    """
+    with FeatureCapture(network.to(device).eval(), intermediate=[]) as capture:
+
+        def both(batch: Tensor) -> Tensor:
+            found = capture(batch)
+            return torch.cat([found.logits, found.embedding], 1)
+
+        found = outputs(both, images, device)
+    logits, embedding = found.tensor_split([len(images.classes)], dim=1)
+    return {"logits": logits - logits.mean(1, keepdim=True), "features": embedding}
+
+
 @dataclass(frozen=True)
 class Galleries:
     """What is needed to choose teacher images; ids are rows of the rich images."""
 
     semantic: RetrievalGallery | None  # the rich images by the matcher's embedding
     queries: Tensor | None  # the student images' embeddings by the matcher, (N, D)
+    embedded: Tensor | None  # the rich images' likewise, (M, D)
     logits: RetrievalGallery  # the rich images by the teacher's logits
-    teacher_logits: Tensor  # the same logits, (M, K)
+    features: Mapping[str, Tensor]  # of the rich images: the teacher's logits and embeddings
     labels: Tensor  # the student images' classes
     teacher: nn.Module
 
     @classmethod
     def of(cls, matcher: Any, teacher: nn.Module, views: Views, device: torch.device) -> Galleries:
         """Embed both training sets once; neither the matcher nor the teacher changes any more."""
-        logits = outputs(teacher.to(device).eval(), views.rich, device)
-        by_logits = RetrievalGallery(logits.shape[1], metric="kl")
-        by_logits.add(logits, views.rich.labels)
-        semantic = queries = None
+        seen = features(teacher, views.rich, device)
+        by_logits = RetrievalGallery(len(views.rich.classes), metric="kl")
+        by_logits.add(seen["logits"], views.rich.labels)
+        semantic = queries = embedded = None
         if matcher is not None:
             matcher.to(device)
             embedded = outputs(matcher.embed_teacher, views.rich, device)
@@ -318,7 +366,7 @@ class Galleries:
             queries = outputs(matcher.embed_student, views.poor, device)
             semantic = RetrievalGallery(embedded.shape[1])
             semantic.add(embedded, views.rich.labels)
-        return cls(semantic, queries, by_logits, logits, views.poor.labels, teacher)
+        return cls(semantic, queries, embedded, by_logits, seen, views.poor.labels, teacher)
 
     def first(self, *, planned: bool) -> Tensor:
         """The matcher's choice: nearest in class, or by a plan."""
@@ -336,6 +384,37 @@ def _matcher(gallery: RetrievalGallery, planned: bool) -> SemBridgeMatcher:
     return SemBridgeMatcher(gallery, planner, capacity=CAPACITY)
 
 
+def matcher_quality(
+    matcher: Any, views: Views, galleries: Galleries, device: torch.device
+) -> dict[str, float]:
+    """How good the matcher is without the labels, by words that say what a number is.
+
+    The class of the nearest of *all* rich images; where the own pair stands among all pairs, from
+    1: the free ones, which it was trained on, and those that halves of a paired set hide.
+    """
+    keys, queries = galleries.embedded, galleries.queries
+    nearest = torch.cat([(some @ keys.T).argmax(1) for some in queries.split(1024)])
+    right = views.rich.labels[nearest] == views.poor.labels
+    found = {"nearest of all is of the class, %": 100 * float(right.float().mean())}
+    pairs = {"free": (outputs(matcher.embed_student, views.pseudo, device), keys)}
+    if views.originals is not None:
+        pairs["hidden"] = queries, outputs(matcher.embed_teacher, views.originals, device)
+    for kind, (poor, rich) in pairs.items():
+        ranks = pair_ranks(poor, rich)
+        among = f"of {len(ranks)} {kind} pairs"
+        found[f"the own is nearest {among}, %"] = 100 * float((ranks == 1).float().mean())
+        found[f"its median rank {among}"] = float(ranks.median())
+    return {told: round(value, 2) for told, value in found.items()}
+
+
+def pair_ranks(queries: Tensor, keys: Tensor) -> Tensor:
+    """For every row of ``queries`` the place, from 1, of that row of ``keys`` by inner product."""
+    own = (queries * keys).sum(1)
+    # Rounding differs between the two products: what is that near is the same.
+    blocks = zip(queries.split(1024), own.split(1024), strict=True)
+    return torch.cat([1 + (some @ keys.T > at[:, None] + 1e-6).sum(1) for some, at in blocks])
+
+
 def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -> Tensor:
     """For every student (N,) a row of ``teachers`` (M,) of its class, drawn with replacement."""
     ids = torch.empty(len(labels), dtype=torch.int64)
@@ -348,21 +427,25 @@ def random_match(labels: Tensor, teachers: Tensor, generator: torch.Generator) -
 
 def rematch_epochs(published: Sequence[int], epochs: int) -> list[int]:
     """The published epochs, of 200, at the same shares of another number of epochs."""
-    start, step, growth = (round(value * epochs / 200) for value in published[:3])
-    schedule = RematchSchedule(max(1, start), max(1, step), growth, times=published[3])
-    return schedule.epochs(epochs)
+    start, step, growth, times = published
+    found = RematchSchedule(start, step, growth, times=times).epochs(200)
+    return list(dict.fromkeys(max(1, round(epoch * epochs / 200)) for epoch in found))
 
 
 @dataclass
 class Trace:
     """What a student's matches cost over training; entry e is after e epochs.
 
-    Logits are of a fixed sample of students and of their teacher images, each row centred: softmax
-    knows no more.
+    Costs are of a fixed sample of students and of their teacher images: by logits, each row
+    centred, and by the embeddings, where both networks' have one width.
     """
 
-    transport: list[float] = field(default_factory=list)  # their Wasserstein distance
+    transport: list[float] = field(default_factory=list)  # their Wasserstein distance, by logits
     matched: list[float] = field(default_factory=list)  # root mean square of the matched pairs'
+    transport_features: list[float] = field(default_factory=list)  # the same two by embeddings
+    matched_features: list[float] = field(default_factory=list)
+    students: list[int] = field(default_factory=list)  # a few, and by the epoch after the choice
+    given: dict[int, list[int]] = field(default_factory=dict)  # their teacher images
     rematching: dict[int, float] = field(default_factory=dict)  # seconds, by the epoch after it
     changed: dict[int, float] = field(default_factory=dict)  # share of the matches
     in_use: dict[int, int] = field(default_factory=dict)  # different teacher images
@@ -387,15 +470,16 @@ class Chooser:
             rematch_epochs(self.options.rematch, self.options.epochs) if self.row.again else []
         )
         # Of the images that stand beside the student's.
-        self._logits = self.galleries.teacher_logits
+        self._seen = self.galleries.features
         if self.row.first == "itself":
-            teacher = self.galleries.teacher.to(self.device)
-            self._logits = outputs(teacher, self.views.originals, self.device)
+            self._seen = features(self.galleries.teacher, self.views.originals, self.device)
         shape = len(labels), len(self.views.poor.classes)
         self._predicted = torch.full(shape, torch.nan, device=self.device)
         self._draws = torch.Generator().manual_seed(_MATCH_SEED + self.seed)
         self._sample = torch.from_numpy(stratified(labels.numpy(), _SAMPLE, draw=_SAMPLE_DRAW))
         self._ids = self._first()
+        shown = stratified(labels.numpy(), min(_SHOWN, len(labels)), draw=_SHOWN_DRAW)
+        self.trace.students, self.trace.given[0] = shown.tolist(), self._ids[shown].tolist()
 
     def __call__(self, epoch: int) -> Tensor:
         """The rows of the teacher images for this epoch, counted from 0."""
@@ -407,19 +491,22 @@ class Chooser:
         return self._ids
 
     def observe(self, index: Tensor, logits: Tensor) -> None:
-        """Remember what the student predicted at a step of training: DynM reads it."""
-        if self.row.again:
+        """Remember what the student predicted at a step of training, where DynM reads it."""
+        if self.row.again and self.options.rematch_by == "training":
             self._predicted[index] = logits.float()
 
     def watch(self) -> None:
         """Measure what the matches cost at the student's present state."""
         started = time.perf_counter()
         images = self.views.poor.chosen(self._sample)
-        student = _centred(outputs(self.student.to(self.device).eval(), images, self.device))
+        seen = features(self.student, images, self.device)
         self.student.train()
-        teacher = _centred(self._logits[self._ids[self._sample]])
-        self.trace.transport.append(float(transport_cost(student, teacher)))
-        self.trace.matched.append(float((student - teacher).square().sum(1).mean().sqrt()))
+        for name, suffix in (("logits", ""), ("features", "_features")):
+            student, teacher = seen[name], self._seen[name][self._ids[self._sample]]
+            if student.shape == teacher.shape:
+                cost, matched = transport_cost(student, teacher), (student - teacher).square()
+                getattr(self.trace, f"transport{suffix}").append(float(cost))
+                getattr(self.trace, f"matched{suffix}").append(float(matched.sum(1).mean().sqrt()))
         self.trace.watching += time.perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
@@ -443,6 +530,9 @@ class Chooser:
 
     def _rematch(self, epoch: int) -> None:
         started, logits = time.perf_counter(), self._predicted.cpu()
+        if self.options.rematch_by == "pass":
+            logits = outputs(self.student.to(self.device).eval(), self.views.poor, self.device)
+            self.student.train()
         # An epoch leaves its incomplete last batch out: an image never seen keeps its match.
         rows = logits.isfinite().all(1).nonzero()[:, 0]
         ids = self._ids.clone()
@@ -450,11 +540,8 @@ class Chooser:
         self.trace.rematching[epoch] = time.perf_counter() - started
         self.trace.changed[epoch] = float((ids != self._ids).float().mean())
         self.trace.in_use[epoch] = len(ids.unique())
+        self.trace.given[epoch] = ids[self.trace.students].tolist()
         self._ids = ids
-
-
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(1, keepdim=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from job import reported
-from papers import geometry, motivation, published, reports, series, tables
+from papers import geometry, motivation, published, reports, sembridge, series, tables
 from recipe import near
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
@@ -21,7 +21,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "sweep": ("RECIPE: candidates for defaults on a validation split", reports.sweep),
     "labels": ("RECIPE: accuracy over the number of labels", series.labels),
     "gap": ("RECIPE: accuracy over what makes the free pairs poor", series.gap),
-    "sembridge": ("RECIPE: nothing paired, beside SemBridge's numbers", reports.sembridge),
+    "axis": ("RECIPE: accuracy over one option, on a validation split", series.axis),
+    "sembridge": ("RECIPE: nothing paired, SemBridge's rows, transport cost and matches",
+                  sembridge.sembridge),
+    "plugin": ("RECIPE: methods at random in the class and within SemBridge", sembridge.plugin),
     "figures": ("RECIPE: samples, curves, self-similarity and t-SNE of trained students",
                 reports.drawn),
     "motivation": ("RECIPE: five classifiers on either modality, dimensional structure in numbers",

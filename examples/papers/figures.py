@@ -76,7 +76,7 @@ def draw_accuracy(panels: Sequence[Panel], path: Path, *, title: str) -> None:
             axes.scatter([], [], s=22, color=_DISTILLED, label="ours")
             axes.scatter([], [], **_DIAMOND, label="published")
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.suptitle(_wrapped(title, inches[0]), fontsize=9)
+        figure.suptitle(wrapped(title, inches[0]), fontsize=9)
 
 
 def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
@@ -98,7 +98,7 @@ def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
         if name in theirs:
             axes.scatter(theirs[name], place, **_DIAMOND)
     axes.set_title(panel.title, fontsize=8)
-    axes.set_xlabel(f"accuracy, %\n{_wrapped(panel.caption, 6.4 if alone else 2.6)}".strip())
+    axes.set_xlabel(f"accuracy, %\n{wrapped(panel.caption, 6.4 if alone else 2.6)}".strip())
     axes.margins(x=0.1)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -126,14 +126,19 @@ def draw_curves(
     draw_lines(panels, path, title=title, across="epoch")
 
 
-def draw_transport(runs: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+def draw_transport(
+    runs: Sequence[Mapping[str, Any]], path: Path, *, title: str, suffix: str = ""
+) -> None:
     """SemBridge's Fig. 2: what it costs to carry the teacher's features to the student's.
 
-    Features are logits, each row centred: each network's own classifier takes its embedding to the
-    one space that both share, so nothing is fitted and widths need not agree. The reference, which
-    the setting does not have, is black.
+    Without a suffix they are logits, each row centred: each network's own classifier takes its
+    embedding to the one space that both share, so nothing is fitted and widths need not agree. With
+    ``_features`` they are the embeddings. The reference, which the setting does not have, is black.
     """
-    names = {"transport": "Wasserstein distance", "matched": "distance of the matched pairs"}
+    names = {
+        f"transport{suffix}": "Wasserstein distance",
+        f"matched{suffix}": "distance of the matched pairs",
+    }
     panels: dict[str, dict[str, list[tuple[Sequence[float], Sequence[float]]]]] = {}
     for kind, label in names.items():
         series = panels.setdefault(label, {})
@@ -162,7 +167,7 @@ def draw_lines(
                     axes.plot(xs, ys, color=shown, marker=mark, linewidth=1, label=told)
             axes.set(title=label, xlabel=across, **axis)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.suptitle(_wrapped(title, 8.2), fontsize=9)
+        figure.suptitle(wrapped(title, 8.2), fontsize=9)
         handles, labels = places[0].get_legend_handles_labels()
         columns = max(min(4, len(labels), 100 // (max(map(len, labels)) + 8)), 1)
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
@@ -239,17 +244,9 @@ def draw_samples(
     """
     classes, labels = poor.classes, poor.labels.tolist()
     with drawing(path, (1.15 * len(labels) + 1.0, 2.9 + 0.2 * len(said))) as figure:
-        panels = figure.subplots(2, len(labels), squeeze=False)
-        for line, (images, kind) in enumerate(((rich, "rich"), (poor, "poor"))):
-            raw = images.take(torch.arange(len(labels))).float()
-            for place, axes in enumerate(panels[line]):
-                axes.imshow(visible(raw[place], rgb), cmap="gray", vmin=0, vmax=1)
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-            panels[line][0].set_ylabel(kind)
+        panels = _beside(figure, {"rich": rich, "poor": poor}, rgb)
         below: Any = {"xycoords": "axes fraction", "va": "center"}
         for place, label in enumerate(labels):
-            panels[0][place].set_title(classes[label])
             for number, calls in enumerate(said.values()):
                 where, colour = (0.5, -0.14 - 0.19 * number), _RIGHT
                 if calls[place] != label:
@@ -260,17 +257,44 @@ def draw_samples(
             panels[1][0].annotate(name, (-0.12, -0.14 - 0.19 * number), ha="right", **below)
 
 
+def draw_matches(
+    images: Mapping[str, Images], rgb: Sequence[int], path: Path, *, title: str
+) -> None:
+    """A line of images each, with its name; those in a column are of one class."""
+    count = len(next(iter(images.values())))
+    with drawing(path, (1.15 * count + 1.0, 0.6 + 1.15 * len(images))) as figure:
+        _beside(figure, images, rgb)
+        figure.suptitle(title, fontsize=9)
+
+
+def _beside(figure: Figure, lines: Mapping[str, Images], rgb: Sequence[int]) -> Any:
+    """Lines of as many images each, under the classes of the first; the panels."""
+    count = len(next(iter(lines.values())))
+    panels = figure.subplots(len(lines), count, squeeze=False)
+    for row, (name, images) in zip(panels, lines.items(), strict=True):
+        for axes, image in zip(row, images.take(torch.arange(count)).float(), strict=True):
+            axes.imshow(visible(image, rgb), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(name)
+    first = next(iter(lines.values()))
+    for axes, label in zip(panels[0], first.labels.tolist(), strict=True):
+        axes.set_title(textwrap.shorten(first.classes[label], 16, placeholder="…"))
+    return panels
+
+
 def visible(image: Tensor, rgb: Sequence[int]) -> NDArray[np.float32]:
     """One image (C, H, W) as (H, W, 3) or (H, W) in [0, 1], from its darkest to its brightest.
 
     Two in a hundred pixels at either end are cut, as radar has a few that outshine all others.
     """
-    bands = list(rgb) if len(rgb) == 3 and max(rgb) < len(image) else [0, 1, 2]
+    # Three bands are red, green and blue already, whatever they were made from.
+    bands = list(rgb) if len(rgb) == 3 and max(rgb) < len(image) > 3 else [0, 1, 2]
     shown = image[bands] if len(image) >= 3 else image[:1]
     low, high = (float(shown.quantile(share)) for share in (0.02, 0.98))
     scaled = ((shown - low) / max(high - low, 1e-6)).clamp(0, 1)
     return scaled.permute(1, 2, 0).squeeze(-1).numpy()
 
 
-def _wrapped(text: str, inches: float) -> str:
+def wrapped(text: str, inches: float) -> str:
     return textwrap.fill(text, int(12 * inches))  # about 12 letters of 9 pt an inch

@@ -1,9 +1,8 @@
-"""One job with the papers' numbers and figures: compare, sweep, figures, sembridge."""
+"""One job with the papers' numbers and figures: compare, sweep, figures."""
 
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 import models
 import train
-import unpaired
 from data import Batch, Batches, Images
 from data.sources import stratified
 from methods import ALONE, METHODS, Method
@@ -104,28 +102,11 @@ def drawn(arguments: Sequence[str], command: str) -> int:
     session = train.Session(parsed(arguments, train.Options, program="papers figures"), command)
 
     def body(found: Sequence[Run]) -> str:
-        return result_table(found, title=title_of(session), more=_teacher(session)) + _looked(
+        return result_table(found, title=title_of(session), more=teacher_of(session)) + _looked(
             session
         )
 
     return finish(session, "figures", body)
-
-
-def sembridge(arguments: Sequence[str], command: str) -> int:
-    options = parsed(arguments, unpaired.Options, program="papers sembridge")
-    session = unpaired.Session(options, command)
-
-    def body(found: Sequence[Run]) -> str:
-        title = f"{options.recipe}: from the teacher's features to the student's"
-        figures.draw_transport(found, session.out / "transport.png", title=title)
-        text = result_table(found, title=title_of(session), more=_teacher(session))
-        printed = published.SEMBRIDGE.get(options.recipe, {})
-        theirs = ", ".join(f"{row} {value:.1f}" for row, value in printed.items())
-        notes = [f"The paper, ResNet-34 to ResNet-34, its own split: {theirs}." if theirs else ""]
-        notes.append(rematching_time(found))
-        return text + "".join(f"\n{note}\n" for note in notes if note)
-
-    return finish(session, "sembridge", body)
 
 
 def finish(session: Any, name: str, body: Callable[[Sequence[Run]], str], mark: str = "") -> int:
@@ -149,7 +130,7 @@ def finish(session: Any, name: str, body: Callable[[Sequence[Run]], str], mark: 
     number = _put(session.out / f"{name}.md", text, session.command, mark)
     ending = ".png" if number == 1 else f"-{number}.png"
     place = session.out / f"{name}-accuracy{ending}"
-    told = "; ".join(f"{who}: {value:.2f}\u00a0%" for who, value in _teacher(session).items())
+    told = "; ".join(f"{who}: {value:.2f}\u00a0%" for who, value in teacher_of(session).items())
     panel = figures.Panel({row.method: row for row in found}, caption=told)
     figures.draw_accuracy([panel], place, title=title)
     histories = {}
@@ -182,7 +163,7 @@ def title_of(session: Any) -> str:
     return f"{options.recipe}, {session.title} ({kind}{poor}), student {options.student}"
 
 
-def _teacher(session: Any) -> dict[str, float]:
+def teacher_of(session: Any) -> dict[str, float]:
     model = session.options.teacher
     return {f"teacher {model}, {name}": value for name, value in session.facts.items()}
 
@@ -244,36 +225,6 @@ def theirs(names: Sequence[str], printed: Mapping[str, float]) -> str:
 
 def _arrow(gain: float) -> str:
     return f"{'↓' if gain < 0 else '↑'}{abs(gain):.2f}"
-
-
-def rematching_time(runs: Sequence[Run]) -> str:
-    """The seconds of a re-matching, as a share of an epoch and of the whole training."""
-    lines = []
-    for planned in (False, True):
-        found = [
-            run
-            for run in runs
-            if run.get("trace", {}).get("rematching")
-            and run["config"]["loss"]["row"]["planned"] == planned
-        ]
-        if not found:
-            continue
-        traces = [run["trace"] for run in found]
-        seconds = statistics.fmean(s for trace in traces for s in trace["rematching"].values())
-        spent = [sum(run["trace"]["rematching"].values()) for run in found]
-        whole = statistics.fmean(s / run["seconds"] for s, run in zip(spent, found, strict=True))
-        epoch = statistics.fmean(  # without its re-matching, which is in the seconds
-            (run["seconds"] - s) / (len(run["trace"]["transport"]) - 1)
-            for s, run in zip(spent, found, strict=True)
-        )
-        in_use = statistics.fmean([*trace["in_use"].values()][-1] for trace in traces)
-        lines.append(
-            f"{'Planned re-matching' if planned else 'Re-matching'}, by what the student predicted "
-            f"in training: {1000 * seconds:.0f} ms, {100 * seconds / epoch:.1f} % of an epoch of "
-            f"{epoch:.2f} s; {100 * whole:.1f} % of the whole training. Different teacher images "
-            f"chosen at the last one: {in_use:.0f}."
-        )
-    return " ".join(lines)
 
 
 # What the first seed's networks see, as figures and in a line.

@@ -13,14 +13,15 @@ import segment
 import train
 import unpaired
 from methods import ALONE
-from papers.figures import LONE, drawing, palette
+from papers.figures import LONE, drawing, palette, wrapped
 from papers.grid import each, opened, split
 from papers.reports import title_of
 from recipe import parsed
-from store import write_atomically
+from store import slug, write_atomically
 from table import Row, rows, table
 
 ALL = "all"  # the labels
+PLACE = "{}"  # where a value goes
 Found = Mapping[str, Sequence[Row]]  # rows by value
 _SESSIONS = {
     unpaired.Options: unpaired.Session,
@@ -52,6 +53,22 @@ class Gap:
     pseudo: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Any option along an axis, on a validation split: {} among the options is each value in turn.
+
+    SemBridge's Fig. 5: axis mnist --unpaired --rows 'SemBridge as published' --values 0.1 0.2 0.4
+    0.8 --weights 0.3 {} 0.003, or --matcher-temperature {}, or --rematch {} 30 5 4.
+    """
+
+    # What {} stands for, one after another.
+    values: tuple[str, ...] = ()
+    # Nothing is paired: a job of unpaired.py, whose options follow.
+    unpaired: bool = False
+    # A class for every pixel: a job of segment.py, whose options follow.
+    pixels: bool = False
+
+
 def labels(arguments: Sequence[str], command: str) -> int:
     own, others = split(Labels, arguments, "papers labels RECIPE")
     for text in own.labels or ("",):
@@ -60,10 +77,7 @@ def labels(arguments: Sequence[str], command: str) -> int:
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
     if own.draws and not own.pixels:
         raise ValueError("--draws is for --pixels; fix: leave it out")
-    if own.pixels and own.unpaired:
-        raise ValueError("--pixels needs pairs; fix: leave --unpaired out")
-    kind = unpaired.Options if own.unpaired else segment.Options if own.pixels else train.Options
-    options = parsed(others, kind, program="papers labels")
+    options = parsed(others, _kind(own), program="papers labels")
     values = {}
     for text in numbers:
         some = replace(options, labels=None if text == ALL else int(text))
@@ -74,7 +88,7 @@ def labels(arguments: Sequence[str], command: str) -> int:
                 replace(some, seeds=(n,), **draw) for n, draw in zip(own.draws, chosen, strict=True)
             ]
     across = "training scenes with a mask" if own.pixels else "training images with a label"
-    return _run("labels", values, command, across)
+    return run("labels", values, command, across)
 
 
 def gap(arguments: Sequence[str], command: str) -> int:
@@ -87,11 +101,47 @@ def gap(arguments: Sequence[str], command: str) -> int:
     if options.rows == unpaired.Options.rows:  # the others have no such pairs
         options = replace(options, rows=options.rows[:3])
     values = {kind: [replace(options, pseudo=kind)] for kind in dict.fromkeys(own.pseudo)}
-    return _run("pseudo", values, command, "what makes the free pairs poor")
+    return run("pseudo", values, command, "what makes the free pairs poor")
 
 
-def _run(name: str, values: Mapping[str, Sequence[Any]], command: str, across: str) -> int:
-    """All values in one folder, so that they share what does not depend on the value."""
+def axis(arguments: Sequence[str], command: str) -> int:
+    own, others = split(Axis, arguments, "papers axis RECIPE")
+    given = [number for number, text in enumerate(others) if PLACE in text]
+    if not own.values or len(given) != 1:
+        raise ValueError(
+            f"an axis has --values and one {PLACE} among the options, where they go; got "
+            f"{len(own.values)} values and {len(given)} {PLACE}; such as --values 0.1 0.4 "
+            f"--weights 0.3 {PLACE} 0.003"
+        )
+    if any(text.startswith("--evaluate") for text in others):
+        raise ValueError("--evaluate: an axis chooses settings, so it has val; fix: leave it out")
+    (place,) = given
+    start = max(n for n, text in enumerate(others[: place + 1]) if text.startswith("--"))
+    ends = [n for n, text in enumerate(others) if n > start and text.startswith("--")]
+    told = " ".join(others[start : min(ends, default=len(others))])
+    values = {}
+    for value in dict.fromkeys(own.values):
+        filled = [text.replace(PLACE, value) for text in others]
+        options = parsed(filled, _kind(own), program="papers axis")
+        out = options.out or Path("runs") / f"axis-{options.recipe}"
+        values[value] = [replace(options, evaluate="val", out=out)]
+    # A criterion that has the value in it is one row, not a row a value.
+    return run(told.removeprefix("--"), values, command, told, same=others[place])
+
+
+def _kind(own: Labels | Axis) -> Any:
+    if own.pixels and own.unpaired:
+        raise ValueError("--pixels needs pairs; fix: leave --unpaired out")
+    return unpaired.Options if own.unpaired else segment.Options if own.pixels else train.Options
+
+
+def run(
+    name: str, values: Mapping[str, Sequence[Any]], command: str, across: str, same: str = ""
+) -> int:
+    """All values in one folder, so that they share what does not depend on the value.
+
+    ``same`` is the name of a row that has the value in the place of ``{}``.
+    """
     first = next(iter(values.values()))[0]
     kind = next(made for of, made in _SESSIONS.items() if isinstance(first, of))
     script = "gap" if name == "pseudo" else name
@@ -108,31 +158,23 @@ def _run(name: str, values: Mapping[str, Sequence[Any]], command: str, across: s
     sessions = opened({job: made(options) for job, (_, options) in jobs.items()})
     found: dict[str, list[Any]] = {}
     for job, session in each(sessions):
-        found.setdefault(jobs[job][0], []).extend(session.run())
+        value, _ = jobs[job]
+        named = {same.replace(PLACE, value): same} if same else {}
+        ran = ({**r, "method": named.get(r["method"], r["method"])} for r in session.run())
+        found.setdefault(value, []).extend(ran)
         most, measure = len(session.views.poor), session.measure
     if session.leads and not session.helper:
-        title = title_of(session)
+        title, stem = title_of(session), slug(name.replace(PLACE, "X"))
         shown = {value: rows(runs, measure) for value, runs in found.items()}
         body = f"{markdown(name, shown, title)}\nMade by `{command}`.\n"
-        write_atomically(out / f"{name}.md", lambda file: file.write_text(body))
+        write_atomically(out / f"{stem}.md", lambda file: file.write_text(body))
         draw(
-            shown, places(list(shown), most), out / f"{name}.png", title=title, across=across,
-            measure=measure, logarithmic=name == "labels",
+            shown, numbers(list(shown), most), out / f"{stem}.png", title=title, across=across,
+            measure=measure,
         )  # fmt: skip
         session.console.print(Markdown(body))
-        session.show.say(f"table and figure: {out / name}.md, .png")
+        session.show.say(f"table and figure: {out / stem}.md, .png")
     return int(any("failed" in run for runs in found.values() for run in runs))
-
-
-def places(values: Sequence[str], images: int) -> dict[str, float]:
-    """Where values stand: at their numbers, or side by side where some are none; ``all`` last."""
-    try:
-        found = [float(images if v == ALL else v.rpartition(":")[2]) for v in values]
-    except ValueError:
-        found = []
-    if len(set(found)) < len(values):
-        found = [float(place) for place in range(len(values))]
-    return dict(zip(values, found, strict=True))
 
 
 def markdown(name: str, found: Found, title: str) -> str:
@@ -143,43 +185,58 @@ def markdown(name: str, found: Found, title: str) -> str:
     return table(f"{title}, by {name}", [name, *found], lines)
 
 
+def numbers(values: Sequence[str], images: int) -> dict[str, float]:
+    """The numbers that values are or end in, ``all`` being the images; empty where one has none."""
+    try:
+        found = [float(images if v == ALL else v.rpartition(":")[2]) for v in values]
+    except ValueError:
+        return {}
+    return dict(zip(values, found, strict=True)) if len(set(found)) == len(values) else {}
+
+
 def draw(
-    found: Found,
-    at: Mapping[str, float],
-    path: Path,
-    *,
-    title: str,
-    across: str,
-    logarithmic: bool,
+    found: Found, at: Mapping[str, float], path: Path, *, title: str, across: str,
     measure: str = "accuracy",
-) -> None:
-    """A line a method over the values; dotted, what the lone student has with all labels."""
-    methods = list(dict.fromkeys(row.method for some in found.values() for row in some))
+) -> None:  # fmt: skip
+    """A line a method over the numbers ``at`` which values stand; bars side by side without.
+
+    Dotted is the lone student: with all labels, or where nothing of it depends on the value.
+    """
+    names = list(dict.fromkeys(row.method for some in found.values() for row in some))
+    by = {value: {row.method: row for row in some if row.accuracies}
+          for value, some in found.items()}  # fmt: skip
+    lone = [some[ALONE] for value, some in by.items() if ALONE in some and (not at or value == ALL)]
+    names = [name for name in names if at or name != ALONE]
+    places = at or dict(zip(found, map(float, range(len(found))), strict=True))
     with drawing(path, (6.4, 3.6)) as figure:
         axes = figure.subplots()
-        for method, colour in zip(methods, palette(len(methods)), strict=False):
-            shown = [
-                (at[value], row)
-                for value, some in found.items()
-                for row in some
-                if row.method == method and row.accuracies
-            ]
+        for number, (name, colour) in enumerate(zip(names, palette(len(names)), strict=False)):
+            shown = [(places[value], some[name]) for value, some in by.items() if name in some]
             if not shown:
                 continue
             xs, some = zip(*shown, strict=True)
             means, errors = [row.mean for row in some], [row.std or 0.0 for row in some]
-            colour = LONE if method == ALONE else colour
-            axes.errorbar(xs, means, errors, marker="o", color=colour, capsize=3, label=method)
-        lone = {row.method: row for row in found.get(ALL, [])}.get(ALONE)
-        if lone is not None and lone.accuracies:
-            axes.axhline(lone.mean, color=LONE, linestyle=":", linewidth=1)
-        if logarithmic:
+            told: Any = {"color": LONE if name == ALONE else colour, "capsize": 3, "label": name}
+            if at:
+                axes.errorbar(xs, means, errors, marker="o", **told)
+            else:
+                width = 0.8 / len(names)
+                shift = (number - (len(names) - 1) / 2) * width
+                axes.bar([x + shift for x in xs], means, width, yerr=errors, **told)
+        if lone:
+            axes.axhline(lone[0].mean, color=LONE, linestyle=":", linewidth=1,
+                         label=None if at else ALONE)  # fmt: skip
+        if not at:  # bars from 0 would show no difference
+            low = (row.mean - (row.std or 0) for some in by.values() for row in some.values())
+            axes.set_ylim(bottom=max(min(low, default=0.0) - 1, 0))
+        xs = list(places.values())
+        if at and min(xs) > 0 and max(xs) > 10 * min(xs):
             axes.set_xscale("log")
-        axes.set_xticks(
-            list(at.values()), [f"{x:,.0f}" if logarithmic else v for v, x in at.items()]
-        )
+        ticks = [f"{x:,.0f}" if value == ALL or x >= 1000 else value for value, x in at.items()]
+        axes.set_xticks(xs, ticks or list(found))
         axes.minorticks_off()
         axes.set(xlabel=across, ylabel=f"{measure}, %")
-        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.grid(color="#DDDDDD", linewidth=0.6, axis="both" if at else "y")
+        axes.set_axisbelow(True)
         axes.legend(loc="best")
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(wrapped(title, 6.4), fontsize=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 import train as script
 import unpaired
 from methods import Method
-from papers import figures, grid, motivation, published, reports, series, tables
+from papers import figures, grid, motivation, published, reports, sembridge, series, tables
 from papers.__main__ import COMMANDS, main
 from recipe import recipe as recipe_of
 from store import HELPER, Store
@@ -253,6 +254,7 @@ def test_what_all_columns_take_is_told_before_the_first_and_needs_a_yes(
         (["gap", "mnist", "--pseudo", "noise:0.2", "nose:1"], "did you mean 'noise'"),
         (["sweep", "mnist", "--group", "gama"], "unknown 'gama'; did you mean 'gamma'"),
         (["sweep", "mnist", "--evaluate", "test"], "--evaluate"),
+        (["plugin", "mnist", "--criterion", "kd"], "--criterion: .*fix: --criteria kd dkd"),
         (["compare", "mnits"], "did you mean 'mnist'"),
     ],
 )  # fmt: skip
@@ -525,17 +527,67 @@ def test_structure_in_numbers_by_hand() -> None:
     assert "coral" not in motivation.structure(embedding, rows, teacher)
 
 
-def test_sembridge_tells_what_matching_costs(recipe: Path, tmp_path: Path) -> None:
+def test_sembridge_tells_what_matching_costs_and_shows_the_matches(
+    recipe: Path, tmp_path: Path, trained: list[str]
+) -> None:
     pytest.importorskip("faiss")
     command = ["sembridge", str(recipe), "--out", str(tmp_path), "--matcher-epochs", "1"]
+    command += ["--teacher-epochs", "1", "--epochs", "2"]
     named = ["--rows", "alone", "SemBridge as published", "own pairs (reference)"]
     assert main([*command, *named]) == 0
     text = (tmp_path / "sembridge.md").read_text()
-    assert "Re-matching, by what the student predicted" in text
-    assert (tmp_path / "transport.png").stat().st_size > 10_000
+    assert "Re-matching: " in text
+    assert "The matcher: nearest of all is of the class " in text
+    assert "have different widths" in text  # resnet8 has 64 and resnet8x0_5 has 32
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"transport.png", "matches.png"}
+    assert not (tmp_path / "transport-features.png").exists()
     for name, printed in published.SEMBRIDGE.items():
         assert recipe_of(name, unpaired.Options).student == "resnet34"
         assert set(printed) <= set(unpaired.ROWS)
+    assert main([*command, *named, "--student", "resnet8"]) == 0
+    assert "have different widths" not in (tmp_path / "sembridge.md").read_text().split("<!--")[2]
+    with (tmp_path / "transport.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6  # two students with matches, before and after two epochs
+    assert all(float(line[name]) > 0 for line in lines for name in sembridge._COSTS.values())
+    for name in ("transport", "transport-features", "matches"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert [label for label in trained if "matcher" in label] == ["matcher"]
+
+
+def test_published_rows_are_the_default_and_two_sets_have_no_pairs_of_their_own(
+    recipe: Path, tmp_path: Path
+) -> None:
+    rows_of = sembridge._options([str(recipe)], "sembridge", list(unpaired.ROWS)).rows
+    assert rows_of == tuple(unpaired.ROWS)
+    apart = sembridge._options(["s2s_eu", "--data", "x"], "sembridge", list(unpaired.ROWS))
+    assert set(rows_of) - set(apart.rows) == {"own pairs (reference)"}
+    chosen = sembridge._options([str(recipe), "--rows", "matching"], "sembridge", ["alone"])
+    assert chosen.rows == ("matching",)
+
+
+def test_methods_at_random_and_within_sembridge_share_what_does_not_depend_on_them(
+    recipe: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    pytest.importorskip("faiss")
+    command = ["plugin", str(recipe), "--out", str(tmp_path), "--matcher-epochs", "1"]
+    command += ["--epochs", "1", "--teacher-epochs", "1", "--criteria", "kd", "rkd"]
+    assert main(command) == 0
+    assert sorted(trained) == sorted(
+        ["teacher resnet8", "matcher", "alone seed 0"]
+        + 2 * ["random in class seed 0", "SemBridge as published seed 0"]
+    )
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    weights = [[one.get("weight", 1) for one in run["config"]["loss"]["criterion"]]
+               for run in runs if run["method"] == "SemBridge as published"]  # fmt: skip
+    assert [one[0] for one in weights] == [0.4, 0.4]  # kd's is the published one
+    _, _, head, _, *lines = (tmp_path / "criterion.md").read_text().splitlines()[:7]
+    assert head == "| criterion | kd | rkd |"
+    named = ["alone", "random in class", "SemBridge as published"]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in named]
+    assert (tmp_path / "criterion.png").stat().st_size > 10_000
+    assert main(command) == 0
+    assert len(trained) == 7
 
 
 # Series.
@@ -609,11 +661,58 @@ def test_the_table_has_a_column_a_number() -> None:
     ]
 
 
-def test_values_stand_at_their_numbers_or_side_by_side() -> None:
-    assert series.places(["noise:0.3", "noise:0.9"], 10) == {"noise:0.3": 0.3, "noise:0.9": 0.9}
-    assert series.places(["blur:2", "grey"], 10) == {"blur:2": 0.0, "grey": 1.0}
-    assert series.places(["blur:2", "noise:2"], 10) == {"blur:2": 0.0, "noise:2": 1.0}
-    assert series.places(["8", "all"], 40) == {"8": 8.0, "all": 40}
+def test_values_stand_at_their_numbers_where_each_has_its_own() -> None:
+    assert series.numbers(["noise:0.3", "noise:0.9"], 10) == {"noise:0.3": 0.3, "noise:0.9": 0.9}
+    assert series.numbers(["blur:2", "grey"], 10) == {}
+    assert series.numbers(["blur:2", "noise:2"], 10) == {}
+    assert series.numbers(["8", "all"], 40) == {"8": 8.0, "all": 40}
+
+
+def test_an_axis_is_any_option_on_validation_images(
+    recipe: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    command = ["axis", str(recipe), "--epochs", "1", "--out", str(tmp_path)]
+    matched = [*command, "--unpaired", "--rows", "alone", "random in class"]
+    assert main([*matched, "--values", "0.1", "0.4", "--weights", "0.3", "{}", "0"]) == 0
+    text = (tmp_path / "weights_0.3_X_0.md").read_text()
+    assert "validation images" in text
+    assert "| weights 0.3 {} 0 | 0.1 | 0.4 |" in text
+    assert (tmp_path / "weights_0.3_X_0.png").stat().st_size > 10_000
+    assert trained == ["teacher resnet8", "alone seed 0", *2 * ["random in class seed 0"]]
+    # With pairs; the value is within a criterion, which is one row of the table all the same.
+    spec = "{type: KDLoss, temperature: {}}"
+    assert main([*command, "--values", "2", "8", "--criterion", "alone", spec]) == 0
+    (file,) = tmp_path.glob("criterion*.md")
+    assert [line.count("|") for line in file.read_text().splitlines() if spec in line[:40]] == [4]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--values", "1", "2", "--lr", "0.1"], r"one \{\} among the options.*got 2 values and 0"),
+        (["--lr", "{}"], "got 0 values and 1"),
+        (["--values", "1", "--lr", "{}", "--evaluate", "test"], "--evaluate"),
+        (["--values", "1", "--lr", "{}", "--pixels", "--unpaired"], "--pixels needs pairs"),
+    ],
+)  # fmt: skip
+def test_an_axis_that_is_none_is_refused(
+    more: list[str], message: str, trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["axis", "mnist", *more]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not trained
+
+
+@pytest.mark.parametrize("at", [{}, {"0.001": 0.001, "0.1": 0.1}])
+def test_a_series_is_lines_over_numbers_and_bars_over_names(
+    at: dict[str, float], tmp_path: Path
+) -> None:
+    found = {
+        value: [Row("alone", (40.0,), None), Row("kd", (50.0 + k, 52.0), None), Row("ds", (), None)]
+        for k, value in enumerate(("0.001", "0.1"))
+    }
+    series.draw(found, at, tmp_path / "s.png", title="T", across="x")
+    assert (tmp_path / "s.png").stat().st_size > 10_000
 
 
 # Figures.
