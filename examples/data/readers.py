@@ -363,8 +363,8 @@ READERS = {
     "folders": Reader(open_folders, _SIDES, _OWN, data="optional", apart=True),
     "cml": Reader(
         open_pairs, ("size", "test_fraction", "only_pairs"),
-        "it lies on a drive that has no plain address (the link is in the paper, section 5); "
-        + _HAND,
+        "it lies on a drive that asks before it sends (drive.google.com/file/d/"
+        f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}",
     ),
     "eurosat": Reader(
         open_eurosat, ("bands", "test_fraction"),

@@ -101,7 +101,7 @@ def test_cml_is_optics_and_radar(tmp_path: Path) -> None:
         recipe_views("cml", data=tmp_path, poor="grey")
     with pytest.raises(ValueError, match=r"optics does not exist; it looks like .*; fix: name"):
         recipe_views("cml", data=tmp_path / "radar")
-    with pytest.raises(ValueError, match="drive that has no plain address"):
+    with pytest.raises(ValueError, match="drive that asks before it sends"):
         recipe_views("cml", data=tmp_path, download=True)
 
 
