@@ -187,7 +187,7 @@ def salt_and_pepper(
 def resolution(images: Tensor, factor: float) -> Tensor:
     r"""Makes a coarser sensor: means over ``factor`` x ``factor`` pixels, brought back to size.
 
-    .. math:: y = \mathrm{bilinear}_{H \times W}\big(\mathrm{mean}_{h \times w}(x)\big), \qquad
+    .. math:: y = \mathrm{bilinear}_{H \times W}\bigl(\mathrm{mean}_{h \times w}(x)\bigr), \qquad
         h = \max(1, \mathrm{round}(H / \mathrm{factor}))
 
     and w likewise. A side that is no multiple of the factor is cut into as many near-equal parts.

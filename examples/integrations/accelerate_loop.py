@@ -1,5 +1,8 @@
 # ruff: noqa: C408
-"""A Distiller in Accelerate: accelerate launch accelerate_loop.py IMAGES TEACHER.pth"""
+"""A Distiller in Accelerate.
+
+accelerate launch accelerate_loop.py IMAGES TEACHER.pth
+"""
 
 import sys
 
@@ -22,7 +25,9 @@ def main(folder, teacher_path, precision="no", epochs=10, batch_size=64, **optio
     teacher.load_state_dict(torch.load(teacher_path, weights_only=True))
     spec = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     example, _ = next(iter(loader))
-    distiller = structkd.Distiller(student, teacher, spec, example=example)  # DDP needs its shapes
+    distiller = structkd.Distiller(
+        student, teacher, spec, example=example
+    )  # DDP needs its shapes
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     distiller, optimizer, loader = accelerator.prepare(distiller, optimizer, loader)
 

@@ -13,10 +13,13 @@ from structkd.integrations.timm import DistillationTask
 
 def train(student, teacher, loader, epochs, distill):
     task = DistillationTask(student, teacher, distill=distill)
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=1e-3)
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(), opt="adamw", lr=1e-3
+    )
     losses = []
     for _ in range(epochs):
-        task.get_trainable_module().train()  # this also ends the criterion's last epoch
+        # This also ends the criterion's last epoch.
+        task.get_trainable_module().train()
         for images, target in loader:
             found = task(images, target)
             found["loss"].backward()
@@ -29,9 +32,16 @@ def train(student, teacher, loader, epochs, distill):
 def main(folder, teacher_path, size=224, batch_size=64, epochs=10):
     data = create_dataset("", root=folder, split="train", is_training=True)
     student = timm.create_model("resnet18", num_classes=10)
-    teacher = timm.create_model("resnet34", num_classes=10, checkpoint_path=teacher_path)
+    teacher = timm.create_model(
+        "resnet34", num_classes=10, checkpoint_path=teacher_path
+    )
     loader = create_loader(
-        data, (3, size, size), batch_size, is_training=True, use_prefetcher=False, num_workers=0
+        data,
+        (3, size, size),
+        batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        num_workers=0,
     )
     distill = [dict(type="DSLoss"), dict(type="KDLoss", weight=0.5)]
     task, losses = train(student, teacher, loader, epochs, distill)

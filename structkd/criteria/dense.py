@@ -40,7 +40,7 @@ class DenseStructureLoss(Criterion):
     .. math::
         C_{ij} = \frac{\mathrm{cov}(x_i, y_j)}{\sqrt{(v_{x,i} + \epsilon \bar v_x)
             (v_{y,j} + \epsilon \bar v_y)}}, \qquad
-        L = \sum_{stages} \frac{1}{d} \Big( \sum_i L_{ii} + \lambda \sum_{i \neq j} C_{ij}^2 \Big)
+        L = \sum_{stages} \frac{1}{d} \Bigl( \sum_i L_{ii} + \lambda \sum_{i \neq j} C_{ij}^2 \Bigr)
 
     Terms: ``Dense-1`` (diagonal) and ``Dense-2``. The diagonal has two forms:
 

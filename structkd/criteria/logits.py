@@ -96,8 +96,8 @@ class LogitMSELoss(Criterion):
     ``form="log"`` is the logarithm of the squared error's share of the teacher's variance,
 
     .. math::
-        L = \log \Big( \frac{\mathrm{mean} \, (s - t)^2}{\mathrm{mean}_k \, \mathrm{var}(t_k)}
-            + 0.01 \Big)
+        L = \log \Bigl( \frac{\mathrm{mean} \, (s - t)^2}{\mathrm{mean}_k \, \mathrm{var}(t_k)}
+            + 0.01 \Bigr)
 
     with the variance of each channel over all rows, so that one weight means the same for metres
     and for degrees, as in :class:`FitNetLoss`. Classes that either masks out, by a logit of -inf,

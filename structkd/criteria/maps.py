@@ -37,7 +37,7 @@ class AttentionTransferLoss(Criterion):
     Over all pairs of maps F, taken in order,
 
     .. math::
-        Q(F) = \frac{a}{\|a\|_2}, \quad a = \mathrm{vec}\Big(\frac{1}{C} \sum_c |F_c|^p\Big),
+        Q(F) = \frac{a}{\|a\|_2}, \quad a = \mathrm{vec}\Bigl(\frac{1}{C} \sum_c |F_c|^p\Bigr),
         \qquad L = \sum_{pairs} \frac{1}{B H W} \sum_{b, h, w} (Q(F_s) - Q(F_t))^2
 
     Channels may differ. Where sizes differ the attention maps a, not the features, are

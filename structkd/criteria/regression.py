@@ -34,8 +34,8 @@ class FitNetLoss(Criterion):
     error's share of the teacher's variance,
 
     .. math::
-        L = \log \Big( \frac{\mathrm{mean} \, (r(F_s) - F_t)^2}
-            {\mathrm{mean}_c \, \mathrm{var}(F_{t,c})} + 0.01 \Big)
+        L = \log \Bigl( \frac{\mathrm{mean} \, (r(F_s) - F_t)^2}
+            {\mathrm{mean}_c \, \mathrm{var}(F_{t,c})} + 0.01 \Bigr)
 
     with the variance of each of the teacher's channels over the positions of all samples, about its
     mean. The scale of the teacher cancels, so one weight means the same on every teacher, and the
@@ -122,7 +122,7 @@ class VariationalInformationLoss(Criterion):
     is learned per channel:
 
     .. math::
-        L = \mathrm{mean} \; \frac{1}{2} \Big( \log v_c + \frac{(\mu(F_s) - F_t)^2}{v_c} \Big),
+        L = \mathrm{mean} \; \frac{1}{2} \Bigl( \log v_c + \frac{(\mu(F_s) - F_t)^2}{v_c} \Bigr),
         \qquad v_c = \mathrm{softplus}(\rho_c) + 10^{-5}
 
     over samples, channels and positions; it may be negative. mu is the stack of the authors' code:

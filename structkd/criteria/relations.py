@@ -30,9 +30,10 @@ class RelationalLoss(Criterion):
     not coincide,
 
     .. math::
-        L = \frac{w_d}{B^2} \sum_{ij} h\Big( \frac{|s_i - s_j|}{\mu_s},
-            \frac{|t_i - t_j|}{\mu_t} \Big)
-          + \frac{w_a}{B^3} \sum_{ijk} h\big( \cos \angle s_i s_j s_k, \cos \angle t_i t_j t_k \big)
+        L = \frac{w_d}{B^2} \sum_{ij} h\Bigl( \frac{|s_i - s_j|}{\mu_s},
+            \frac{|t_i - t_j|}{\mu_t} \Bigr)
+          + \frac{w_a}{B^3} \sum_{ijk} h\bigl( \cos \angle s_i s_j s_k,
+            \cos \angle t_i t_j t_k \bigr)
 
     Both are means over all ordered tuples, as in the authors' code; tuples with a sample twice
     count as 0. Widths may differ. Where samples coincide, distance, angle and gradient are 0. Terms
@@ -101,7 +102,7 @@ class DistilVPRLoss(Criterion):
 
     .. math::
         u = \tanh(\sqrt c |x|) \frac{x}{\sqrt c |x|}, \qquad
-        d_c(u, v) = \frac{2}{\sqrt c} \, \mathrm{artanh} \big( \sqrt c \, |{-u} \oplus_c v| \big)
+        d_c(u, v) = \frac{2}{\sqrt c} \, \mathrm{artanh} \bigl( \sqrt c \, |{-u} \oplus_c v| \bigr)
 
     and :math:`d_c`, divided by its mean over pairs that do not coincide, is matched as the
     distances are: with h the Huber function and means over all ordered tuples,

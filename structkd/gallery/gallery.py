@@ -25,7 +25,7 @@ class RetrievalGallery:
     over the class is an exact search:
 
     .. math::
-        -\mathrm{KL}(p_j \| q_i) = \langle [\, p_j,\; -\textstyle\sum p_j \log p_j \,],
+        -\mathrm{KL}(p_j \| q_i) = \langle [\, p_j,\; -\sum p_j \log p_j \,],
         [\, \log q_i,\; 1 \,] \rangle
 
     Vectors are kept in float32. Candidates are proposed in float32; their scores are computed again

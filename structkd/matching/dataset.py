@@ -174,7 +174,7 @@ class RematchSchedule:
     r"""The epochs at which the student chooses its teacher samples anew.
 
     .. math::
-        e_t = e_0 + \sum_{i=1}^{t} \big(\Delta e + e_\mu (i - 1)\big), \qquad t = 0, 1, 2, \dots
+        e_t = e_0 + \sum_{i=1}^{t} \bigl(\Delta e + e_\mu (i - 1)\bigr), \qquad t = 0, 1, 2, \ldots
 
     The published lists follow from ``(start, step, growth)``: EU 30, 60, 95, 135 from (30, 30, 5),
     CN 45, 60, 80, 105, 135 from (45, 15, 5), GL 15, 45, 80, 120, 165 from (15, 30, 5). They stop

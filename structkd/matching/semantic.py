@@ -17,10 +17,10 @@ class SemanticMatcher(nn.Module):
     green and blue bands. With row embeddings a (teacher's modality) and b (student's),
 
     .. math::
-        Z = b a^T / T, \qquad Y = \mathrm{softmax}_{row}\big(\tfrac{T}{2} (a a^T + b b^T)\big),
+        Z = b a^T / T, \qquad Y = \mathrm{softmax}_{row}\bigl(\tfrac{T}{2} (a a^T + b b^T)\bigr),
         \qquad
-        L = -\frac{1}{2B} \sum_{ij} Y_{ij} \big(\log \mathrm{softmax}_{row}(Z)_{ij}
-        + \log \mathrm{softmax}_{column}(Z)_{ij}\big)
+        L = -\frac{1}{2B} \sum_{ij} Y_{ij} \bigl(\log \mathrm{softmax}_{row}(Z)_{ij}
+        + \log \mathrm{softmax}_{column}(Z)_{ij}\bigr)
 
     As published, gradients also reach the embeddings through Y, and the column-wise part reads Y
     as it is, whose columns need not sum to 1. Each embedding is LayerNorm(p + Dropout(W GELU(p)))

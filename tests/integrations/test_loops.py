@@ -10,8 +10,10 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from lightning.pytorch import Callback, seed_everything
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, ResNetConfig
 
-from integrations import accelerate_loop, lightning_module, timm_task
+from integrations import accelerate_loop, hf_trainer, lightning_module, timm_task
 from tests.integrations import folders
 
 
@@ -114,3 +116,31 @@ def test_accelerate(data: Path, teacher: Path, precision: str) -> None:
     assert set(state) == set(accelerator.unwrap_model(distiller).state_dict())
     assert not any("teacher" in name for name in state)
     accelerator.load_state("checkpoint")
+
+
+def test_transformers(data: Path) -> None:
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 24], depths=[1, 1, 1], layer_type="basic",
+        num_labels=4,
+    )  # fmt: skip
+    seed_everything(0)
+    AutoModelForImageClassification.from_config(config).save_pretrained("teacher")
+    options = {"use_cpu": True, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    options |= {"logging_steps": 1, "disable_tqdm": True}
+
+    trainer, distiller = hf_trainer.main(str(data), "teacher", config, **options)
+    steps = trainer.state.log_history
+    assert _fell([step["loss"] for step in steps if "loss" in step])
+    assert 0 <= steps[-2]["eval_accuracy"] <= 1
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(parameter) for parameter in distiller.parameters()}
+    assert list(distiller.criterion.parameters())
+
+    first, last = (Path(f"runs/checkpoint-{step}") for step in (4, 8))
+    saved = load_file(last / "model.safetensors")
+    assert set(saved) == set(distiller.state_dict())
+    _, resumed = hf_trainer.main(str(data), "teacher", config, resume=str(first), **options)
+    torch.testing.assert_close(dict(resumed.state_dict()), saved)
+    resumed.student.save_pretrained("student")
+    again = AutoModelForImageClassification.from_pretrained("student")
+    torch.testing.assert_close(again.state_dict(), resumed.student.state_dict())

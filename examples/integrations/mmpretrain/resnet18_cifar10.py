@@ -1,11 +1,17 @@
 # ruff: noqa: C408
-# An ordinary mmpretrain config: ResNet-18 on CIFAR-10 in image folders, and no distillation.
+# An ordinary mmpretrain config without distillation: ResNet-18 on CIFAR-10.
 # CIFAR10 names the folder that holds train/<class>/ and test/<class>/.
 default_scope = "mmpretrain"
 
 model = dict(
     type="ImageClassifier",
-    backbone=dict(type="ResNet_CIFAR", depth=18, num_stages=4, out_indices=(3,), style="pytorch"),
+    backbone=dict(
+        type="ResNet_CIFAR",
+        depth=18,
+        num_stages=4,
+        out_indices=(3,),
+        style="pytorch",
+    ),
     neck=dict(type="GlobalAveragePooling"),
     head=dict(
         type="LinearClsHead",
@@ -52,7 +58,9 @@ val_dataloader = dict(
 )
 val_evaluator = dict(type="Accuracy", topk=(1,))
 
-optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=5e-4))
+optim_wrapper = dict(
+    optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=5e-4)
+)
 param_scheduler = dict(type="CosineAnnealingLR", T_max=100, by_epoch=True)
 train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)
 val_cfg = dict()

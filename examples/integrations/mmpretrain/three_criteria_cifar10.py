@@ -1,5 +1,6 @@
 # ruff: noqa: C408
-# Three criteria with weights, on layers of one's own choice, and an average of the weights.
+# Three criteria with weights, on layers of one's own choice, and a moving
+# average of the network.
 _base_ = "./distilled_cifar10.py"
 
 model = dict(
@@ -10,4 +11,6 @@ model = dict(
     ],
     layers=dict(intermediate="backbone.layer2"),
 )
-custom_hooks = [dict(type="EMAHook", ema_type="ExponentialMovingAverage", momentum=0.002)]
+custom_hooks = [
+    dict(type="EMAHook", ema_type="ExponentialMovingAverage", momentum=0.002)
+]
