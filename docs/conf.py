@@ -9,7 +9,7 @@ from sphinx.util import logging
 import structkd
 
 project = "structkd"
-author = "the structkd authors"
+author = copyright = "the structkd authors"
 version = release = structkd.__version__
 extensions = [
     "myst_nb",
@@ -51,6 +51,14 @@ def _mathml(translator, node):
     raise nodes.SkipNode
 
 
+def _without_last_line(app, doctree):
+    """Takes off the empty line that a doctest needs before the fence."""
+    for block in doctree.findall(nodes.literal_block):
+        text = block.astext().rstrip()
+        block.rawsource, block[:] = text, [nodes.Text(text)]
+
+
 def setup(app: Sphinx) -> None:
     """Names the renderer of formulas."""
+    app.connect("doctree-read", _without_last_line)
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))

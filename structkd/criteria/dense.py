@@ -38,8 +38,8 @@ class DenseStructureLoss(Criterion):
     centred columns x and y of both, their variances :math:`v` and a floor :math:`\epsilon`,
 
     .. math::
-        C_{ij} = \frac{\mathrm{cov}(x_i, y_j)}{\sqrt{(v_{x,i} + \epsilon \bar v_x)
-            (v_{y,j} + \epsilon \bar v_y)}}, \qquad
+        C_{ij} = \frac{\mathrm{cov}(x_i, y_j)}{\sqrt{(v_{x,i} + \epsilon \bar{v_x})
+            (v_{y,j} + \epsilon \bar{v_y})}}, \qquad
         L = \sum_{stages} \frac{1}{d} \Bigl( \sum_i L_{ii} + \lambda \sum_{i \neq j} C_{ij}^2 \Bigr)
 
     Terms: ``Dense-1`` (diagonal) and ``Dense-2``. The diagonal has two forms:
@@ -59,7 +59,7 @@ class DenseStructureLoss(Criterion):
 
     .. math::
         L = \sum_{stages} \frac{1}{d} \sum_i \log(u_i + 0.01), \qquad
-        u_i = 1 - \frac{[S_{ts} (S_{ss} + \rho I)^{-1} S_{st}]_{ii}}{v_{y,i} + \epsilon \bar v_y}
+        u_i = 1 - \frac{[S_{ts} (S_{ss} + \rho I)^{-1} S_{st}]_{ii}}{v_{y,i} + \epsilon \bar{v_y}}
 
     where :math:`\rho` is ``ridge`` times the mean variance of the student's channels, and the
     factorisation is Cholesky's in float64 (float32 on Apple's GPUs). It has no parameters, so

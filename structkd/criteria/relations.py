@@ -109,7 +109,7 @@ class DistilVPRLoss(Criterion):
 
     .. math::
         L = w_d \, \overline{h(\bar d^s, \bar d^t)} + w_a \, \overline{h(\cos^s, \cos^t)}
-            + w_g \, \overline{h(\bar d_c^s, \bar d_c^t)}
+            + w_g \, \overline{h(\bar{d_c}^s, \bar{d_c}^t)}
 
     These are the self-agent relations of the paper. Its cross-agent relations need equal widths and
     have weight 0 in the authors' released options; they are not part of this criterion. Geodesics
