@@ -40,14 +40,16 @@ html_math_renderer = "mathml"
 
 
 def _mathml(translator, node):
-    """Writes a formula as MathML, which browsers draw without a script, a font or a network."""
+    """Writes a formula as MathML, which browsers draw without script or network."""
     block = isinstance(node, nodes.math_block)
     try:
         formula = tex2mathml(node.astext(), as_block=block)
     except MathError as error:
         logging.getLogger(__name__).warning("formula: %s", error, location=node)
         formula = f"<code>{translator.encode(node.astext())}</code>"
-    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    translator.body.append(
+        f'<div class="math">{formula}</div>' if block else formula
+    )
     raise nodes.SkipNode
 
 

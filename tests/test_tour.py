@@ -21,5 +21,7 @@ def test_the_tour_runs_and_both_students_gain(monkeypatch: pytest.MonkeyPatch) -
     names["plt"].close("all")
     digits = [names["accuracy"](names[who], names["noisy"]) for who in ("alone", "student")]
     assert digits[1] > digits[0] + 0.1
-    water = [names["overlap"](names[who], names["radar_test"]) for who in ("map_alone", "map_student")]
+    water = [
+        names["overlap"](names[who], names["radar_test"]) for who in ("map_alone", "map_student")
+    ]
     assert water[1] > water[0]
