@@ -199,7 +199,7 @@ def plan(path):
                         va="center",
                         fontsize=7,
                     )
-                axes.set_xlabel("mass a column, %", labelpad=12)
+                axes.set_xlabel("mass a column, %", labelpad=20)
 
 
 def _scene(colour, seed, side=24):
