@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,6 @@ def _main(script: str) -> Callable[[list[str]], int]:
         return importlib.import_module(script.removesuffix(".py")).main
     file = EXAMPLES / script / "__main__.py"
     spec = importlib.util.spec_from_file_location(f"{script}.__main__", file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main

@@ -393,7 +393,7 @@ def test_the_help_says_what_every_option_is(name: str, capsys: Shown) -> None:
     said = capsys.readouterr().out
     for option in ("--criterion", "--teacher-epochs", "--yes"):
         assert option in said
-    assert "Begin what takes longer than a day." in said
+    assert "Start even if the table takes longer than a day." in said
 
 
 def test_a_bar_that_is_interrupted_gives_the_cursor_back(
