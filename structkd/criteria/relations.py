@@ -17,6 +17,7 @@ from structkd.criteria.numerics import inverse, unit
 from structkd.features import Features
 from structkd.projectors import Projector, project
 
+_DIFFERENCES = "donot_use_mm_for_euclid_dist"  # of cdist
 # A chunk of anchors takes about this many numbers a tensor (4 MiB in float32), or FEWEST anchors
 # where the batch is so large that one chunk would hold fewer.
 _BUDGET = 2**20
@@ -245,22 +246,18 @@ class CorrelationCongruenceLoss(Criterion):
 
 
 def _distance_gap(rows_s: Tensor, rows_t: Tensor) -> Tensor:
-    return _normalised_gap(_pair_distances(rows_s), _pair_distances(rows_t))
+    """Returns the gap of Euclidean distances, whose gradient is 0 where rows coincide.
+
+    ``pdist`` takes them from differences: the Gram form would lose the digits of small distances.
+    It has every two rows once; a row with itself, which counts as an ordered pair, has no gap.
+    """
+    gap = _normalised_gap(torch.pdist(rows_s), torch.pdist(rows_t))
+    return gap * (len(rows_s) - 1) / len(rows_s)
 
 
 def _normalised_gap(distances_s: Tensor, distances_t: Tensor) -> Tensor:
-    """Returns the mean Huber gap of mean-normalised distances over all ordered pairs."""
+    """Returns the mean Huber gap of distances, each divided by their mean."""
     return F.smooth_l1_loss(_mean_normalised(distances_s), _mean_normalised(distances_t))
-
-
-def _pair_distances(rows: Tensor) -> Tensor:
-    """Returns Euclidean distances ``(B, B)`` of ``(B, D)``, exactly 0 where rows coincide.
-
-    They are taken from differences, since the Gram form loses the digits of small distances; the
-    gradient is 0 where rows coincide.
-    """
-    distances: Tensor = _PairDistances.apply(rows)
-    return distances
 
 
 def _angle_gap(student: Tensor, teacher: Tensor) -> Tensor:
@@ -273,29 +270,6 @@ def _angle_gap(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher, student.requires_grad and torch.is_grad_enabled()
     )
     return gap
-
-
-class _PairDistances(torch.autograd.Function):
-    """Distances chunk by chunk; the backward makes each chunk's differences again."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        distances = rows.new_empty(len(rows), len(rows))
-        for part in _chunks(rows):
-            distances[part] = torch.linalg.vector_norm(rows - rows[part, None], dim=2)
-        ctx.save_for_backward(rows, distances)
-        return distances
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        rows, distances = ctx.saved_tensors
-        pull = (grad + grad.T) * inverse(distances)
-        result = torch.empty_like(rows)
-        for part in _chunks(rows):
-            differences = rows[part, None] - rows
-            result[part] = torch.bmm(pull[part, None], differences).squeeze(1)
-        return result
 
 
 class _AngleGap(torch.autograd.Function):
@@ -353,7 +327,8 @@ def _poincare_distances(rows: Tensor, curvature: float) -> Tensor:
     radius = 2 * curvature**0.5 * length
     empty = length == 0
     directions = torch.where(empty[:, None], 0, rows / torch.where(empty, 1, length)[:, None])
-    half_chord = _pair_distances(directions) / 2  # sin(theta / 2)
+    # From differences, as pdist; sin(theta / 2).
+    half_chord = torch.cdist(directions, directions, compute_mode=_DIFFERENCES) / 2
     log_sinh = _log_positive(radius, lambda r: r + torch.log(-torch.expm1(-2 * r) / 2))
     turn = 2 * _log_positive(half_chord, torch.log) + log_sinh[:, None] + log_sinh
     gap = _log_positive(
