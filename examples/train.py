@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import job
 import models
 import structkd
-from data import Batch, Batches, Images, Views, open_views
+from data import APART, Batch, Batches, Images, Views, open_views
 from data import Options as DataOptions
 from data.options import ImageOptions, at_least
 from job import reported
@@ -117,7 +117,7 @@ class Options(DataOptions, LoopOptions):
     @classmethod
     def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A recipe's values as this kind of job has them."""
-        if values.get("reader") in ("scenes", "folders"):
+        if values.get("reader") in APART:
             name = values["recipe"]
             raise ValueError(f"{name} has no pairs; fix: python examples/unpaired.py {name}")
         return values
@@ -232,7 +232,7 @@ def fit(training: Training, show: Show, keeper: Epochs | None = None) -> nn.Modu
             if ema is not None:
                 ema.update(network)
             running.add(terms, output, batch.target)
-            if training.choose is not None and output is not None:
+            if training.choose is not None and training.choose.observes and output is not None:
                 training.choose.observe(*accelerator.gather((batch.index, output.detach())))
             if number % 20 == 0:  # each look waits for the device
                 show.step(number + 1, running.means)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import job
 import models
 import train
-from data import Batches, Images, MixedBatches, Views, open_views
+from data import APART, Batches, Images, MixedBatches, Views, open_views
 from data.sources import stratified
 from recipe import near
 from store import Checkpoint, Run
@@ -132,12 +132,12 @@ class Options(train.Options):
     @property
     def apart(self) -> bool:
         """Whether the two sides are sets of their own, not halves of a paired one."""
-        return self.reader in ("scenes", "folders")
+        return self.reader in APART
 
     @classmethod
     def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A paired recipe for its halves: half the images, twice the passes."""
-        if values.get("reader") in ("scenes", "folders"):
+        if values.get("reader") in APART:
             return values
         doubled = {k: 2 * values[k] for k in ("epochs", "teacher_epochs") if values.get(k)}
         name = f"unpaired-{values['recipe'].removeprefix('unpaired-')}"
@@ -490,10 +490,14 @@ class Chooser:
         self.watch()
         return self._ids
 
+    @property
+    def observes(self) -> bool:
+        """Whether DynM reads what the student predicts while it trains."""
+        return self.row.again and self.options.rematch_by == "training"
+
     def observe(self, index: Tensor, logits: Tensor) -> None:
-        """Remember what the student predicted at a step of training, where DynM reads it."""
-        if self.row.again and self.options.rematch_by == "training":
-            self._predicted[index] = logits.float()
+        """Remember what the student predicted at a step of training."""
+        self._predicted[index] = logits.float()
 
     def watch(self) -> None:
         """Measure what the matches cost at the student's present state."""
@@ -529,8 +533,10 @@ class Chooser:
         return random_match(labels, self.views.rich.labels, self._draws)
 
     def _rematch(self, epoch: int) -> None:
-        started, logits = time.perf_counter(), self._predicted.cpu()
-        if self.options.rematch_by == "pass":
+        started = time.perf_counter()
+        if self.observes:
+            logits = self._predicted.cpu()
+        else:
             logits = outputs(self.student.to(self.device).eval(), self.views.poor, self.device)
             self.student.train()
         # An epoch leaves its incomplete last batch out: an image never seen keeps its match.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import structkd
 from structkd import views
 from structkd.diagnostics import predictable_share
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LAYERS = {"intermediate": "1", "embedding": "4:input", "logits": "4"}
 
 
@@ -191,17 +189,8 @@ def test_the_scripts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     script, *arguments = line.split()
-    assert _main(script)(arguments) == 2
+    name = script.removesuffix(".py") if script.endswith(".py") else f"{script}.__main__"
+    assert importlib.import_module(name).main(arguments) == 2
     *_, said = capsys.readouterr().err.splitlines()
     for word in SCRIPTS[line]:
         assert word in said
-
-
-def _main(script: str) -> Callable[[list[str]], int]:
-    if script.endswith(".py"):
-        return importlib.import_module(script.removesuffix(".py")).main
-    file = EXAMPLES / script / "__main__.py"
-    spec = importlib.util.spec_from_file_location(f"{script}.__main__", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main

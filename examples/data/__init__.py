@@ -3,9 +3,11 @@
 from data.batches import Batch, Batches, MixedBatches
 from data.images import NO_LABEL, Images
 from data.options import Options
+from data.readers import APART
 from data.views import Views, open_views
 
 __all__ = [
+    "APART",
     "NO_LABEL",
     "Batch",
     "Batches",

@@ -378,6 +378,8 @@ READERS = {
                      apart=True),
 }  # fmt: skip
 
+APART = frozenset(name for name, reader in READERS.items() if reader.apart)
+
 
 def reader_of(options: Options) -> Reader:
     """A line of the table."""
