@@ -173,6 +173,7 @@ class Job(ABC):
 
     def preflight(self, missing: list[tuple[Any, int]]) -> float:
         """Try a step of every missing row: stores failures, returns the estimated seconds."""
+        self.show.say("preflight: trying a few steps of every row")
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
