@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,7 +339,8 @@ class Reader:
     open: Callable[[Path, Options], Source]  # of the folder --data
     takes: tuple[str, ...] = ()  # of the options that are not every reader's
     by_hand: str = ""  # why nothing is fetched, and what to do; empty where --download does it
-    classes: int | None = None  # of what is published: another count is another data set
+    # How many are published, or their names: others are another data set.
+    classes: int | tuple[str, ...] | None = None
     data: Literal["needed", "optional", "refused"] = "needed"
     apart: bool = False  # nothing pairs the two sides
 
@@ -347,6 +349,8 @@ _OWN = "nobody publishes images of your own; fix: leave it out"
 _HAND = "fix: fetch it by hand and name its folder with --data"
 _IMAGENET = f"ImageNet's publisher asks for a registration; {_HAND}"
 _SIDES = ("rich", "poor", "size", "test_fraction")
+CML_CLASSES = ("Cargo", "Fishing Vessel", "Sailing Vessel", "Pleasure Vessel", "HSC", "Law Vessel",
+               "Ocean Buoy", "Helicopter")  # fmt: skip
 READERS = {
     "mnist": Reader(
         open_mnist, classes=10, data="refused",
@@ -364,7 +368,7 @@ READERS = {
     "cml": Reader(
         open_pairs, ("size", "test_fraction", "only_pairs"),
         "it lies on a drive that asks before it sends (drive.google.com/file/d/"
-        f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}",
+        f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}", CML_CLASSES,
     ),
     "eurosat": Reader(
         open_eurosat, ("bands", "test_fraction"),
@@ -414,9 +418,21 @@ def open_source(options: Options) -> Source:
             f"{more}"
         )
     source = reader.open(root, options)
-    if reader.classes is not None and len(source.classes) != reader.classes:
+    wanted = reader.classes
+    if isinstance(wanted, tuple) and set(map(_plain, wanted)) != set(map(_plain, source.classes)):
         raise ValueError(
-            f"{name} has {reader.classes} classes, {options.data} has {len(source.classes)}; fix: "
+            f"{name} has {len(wanted)} classes, {', '.join(wanted)}; {options.data} has "
+            f"{len(source.classes)}, {named(source.classes, len(wanted))}; fix: rename its folders "
+            "on both sides, or take the recipe 'pairs' with --rich and --poor, which takes any"
+        )
+    if isinstance(wanted, int) and len(source.classes) != wanted:
+        raise ValueError(
+            f"{name} has {wanted} classes, {options.data} has {len(source.classes)}; fix: "
             "another recipe, or the folder of that data set; 'folder' takes any"
         )
     return source
+
+
+def _plain(name: str) -> str:
+    """A class's name by its letters: DSKD writes ``Fishing Vessel``, ``Fishing``, ``LawVessel``."""
+    return re.sub(r"[\W_]|vessel", "", name.lower())
