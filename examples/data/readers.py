@@ -124,9 +124,7 @@ def open_folder(root: Path, options: Options) -> Source:
     halves = [root / half for half in _halves(root, options)]
     classes = class_names(*halves or [root])
     parts = [_pictures(half, classes, 1 if halves else 2) for half in halves or [root]]
-    return _source(
-        classes, parts, size=options.size, fraction=options.test_fraction, read=read_colours
-    )
+    return _source(classes, _tested(parts, options), size=options.size, read=read_colours)
 
 
 def open_tiny_imagenet(root: Path, options: Options) -> Source:
@@ -249,7 +247,7 @@ def open_pairs(root: Path, options: Options) -> Source:
     for labels, _ in parts:
         if bare := sorted(set(range(len(classes))) - set(labels)):
             raise ValueError(f"class {classes[bare[0]]!r} has no pair; fix: the names must agree")
-    return _source(classes, parts, size=options.size, fraction=options.test_fraction, lonely=lonely)
+    return _source(classes, _tested(parts, options), size=options.size, lonely=lonely)
 
 
 def open_folders(root: Path, options: Options) -> Source:
@@ -291,11 +289,12 @@ def _halves(folder: Path, options: Options) -> list[str]:
             f"{folder} has {' and '.join(halves)} alone{hint(folder, options.reader)}; fix: lay it "
             "out as train/<class>/* and test/<class>/* (or val), or as <class>/*"
         )
-    if halves and options.test_fraction != Options.test_fraction:
-        raise ValueError(
-            f"--test-fraction {options.test_fraction:g} has no effect: {folder} has images for "
-            "testing; fix: leave it out"
-        )
+    for name in ("test_fraction", "test_draw") if halves else ():
+        if (value := getattr(options, name)) != getattr(Options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g} has no effect: {folder} has images for "
+                "testing; fix: leave it out"
+            )
     return halves
 
 
@@ -304,22 +303,26 @@ def _pictures(folder: Path, classes: list[str], least: int = 1) -> _Listed:
     return labels, [files]
 
 
+def _tested(parts: list[_Listed], options: Options) -> list[_Listed]:
+    """A set that is one part, split into images for training and for testing."""
+    if len(parts) == 2:
+        return parts
+    ((labels, sides),) = parts
+    return [
+        (labels[rows], [[files[row] for row in rows] for files in sides])
+        for rows in split(labels, options.test_fraction, draw=options.test_draw)
+    ]
+
+
 def _source(
     classes: list[str],
     parts: list[_Listed],
     *,
     size: int = 0,
-    fraction: float = Options.test_fraction,
     lonely: Sequence[Path] = (),
     **reading: Any,
 ) -> Source:
-    """Two halves of files; a set that is one part is split."""
-    if len(parts) == 1:
-        ((labels, sides),) = parts
-        parts = [
-            (labels[rows], [[files[row] for row in rows] for files in sides])
-            for rows in split(labels, fraction)
-        ]
+    """Two halves of files."""
     first = [files[0] for files in parts[0][1]]
     halves = []
     for labels, sides in parts:
@@ -348,7 +351,8 @@ class Reader:
 _OWN = "nobody publishes images of your own; fix: leave it out"
 _HAND = "fix: fetch it by hand and name its folder with --data"
 _IMAGENET = f"ImageNet's publisher asks for a registration; {_HAND}"
-_SIDES = ("rich", "poor", "size", "test_fraction")
+_CUT = ("test_fraction", "test_draw")
+_SIDES = ("rich", "poor", "size", *_CUT)
 CML_CLASSES = ("Cargo", "Fishing Vessel", "Sailing Vessel", "Pleasure Vessel", "HSC", "Law Vessel",
                "Ocean Buoy", "Helicopter")  # fmt: skip
 READERS = {
@@ -362,23 +366,23 @@ READERS = {
     "tiny_imagenet": Reader(open_tiny_imagenet, classes=200),
     "imagenet": Reader(open_imagenet, ("size",), _IMAGENET, 1000),
     "imagenet100": Reader(open_imagenet, ("size", "classes"), _IMAGENET),
-    "folder": Reader(open_folder, ("size", "test_fraction"), _OWN),
+    "folder": Reader(open_folder, ("size", *_CUT), _OWN),
     "pairs": Reader(open_pairs, (*_SIDES, "only_pairs"), _OWN, data="optional"),
     "folders": Reader(open_folders, _SIDES, _OWN, data="optional", apart=True),
     "cml": Reader(
-        open_pairs, ("size", "test_fraction", "only_pairs"),
+        open_pairs, ("size", *_CUT, "only_pairs"),
         "it lies on a drive that asks before it sends (drive.google.com/file/d/"
         f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}", CML_CLASSES,
     ),
     "eurosat": Reader(
-        open_eurosat, ("bands", "test_fraction"),
+        open_eurosat, ("bands", "size", *_CUT),
         "it is published as one file of two gigabytes (zenodo.org/records/7711810, "
         f"EuroSAT_MS.zip); {_HAND}",
     ),
     "ombria": Reader(
         open_ombria, (), f"its repository (github.com/geodrak/OMBRIA) states no licence; {_HAND}", 4
     ),
-    "scenes": Reader(open_scenes, ("bands", "test_fraction"), f"it has no address; {_HAND}",
+    "scenes": Reader(open_scenes, ("bands", *_CUT), f"it has no address; {_HAND}",
                      apart=True),
 }  # fmt: skip
 
