@@ -138,5 +138,5 @@ def test_another_draw_of_the_test_images(tmp_path: Path) -> None:
         opened("folder", tmp_path, test_draw=-1)
     for half in ("train", "test"):
         classes_of(tmp_path / "halves" / half, ["a", "b"], 2)
-    with pytest.raises(ValueError, match="--test-draw 1 has no effect: .* has images for testing"):
+    with pytest.raises(ValueError, match=r"--test-draw 1 has no effect: .* has images for testing"):
         opened("folder", tmp_path / "halves", test_draw=1)
