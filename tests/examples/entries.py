@@ -32,8 +32,8 @@ def recipe_views(
     return views.loaded() if known == TINY else views
 
 
-def class_counts(monkeypatch: pytest.MonkeyPatch, **known: int) -> None:
-    """The data sets' published numbers of classes, for parts of them: no others are checked."""
+def class_counts(monkeypatch: pytest.MonkeyPatch, **known: int | tuple[str, ...]) -> None:
+    """The data sets' published classes, for parts of them: no others are checked."""
     for name, reader in READERS.items():
         monkeypatch.setitem(READERS, name, replace(reader, classes=known.get(name)))
 

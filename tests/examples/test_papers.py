@@ -704,7 +704,7 @@ def test_an_axis_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("at", [{}, {"0.001": 0.001, "0.1": 0.1}])
-def test_a_series_is_lines_over_numbers_and_bars_over_names(
+def test_a_series_is_lines_over_numbers_and_points_over_names(
     at: dict[str, float], tmp_path: Path
 ) -> None:
     found = {
@@ -754,6 +754,14 @@ def test_curves_are_drawn_from_a_history(tmp_path: Path) -> None:
     figures.draw_curves({"kd": [history], "at": []}, tmp_path / "c.png", title="T")
     with Image.open(tmp_path / "c.png") as image:
         assert image.size[0] > image.size[1]
+
+
+@pytest.mark.parametrize("count", [8, 20])
+def test_every_line_has_a_hue_of_its_own(count: int) -> None:
+    names = ["alone", "own pairs (reference)", *(f"method {k}" for k in range(count))]
+    found = figures.colours(names)
+    assert found[:2] == [figures.LONE, "black"]
+    assert len(set(found)) == len(names)
 
 
 @pytest.mark.parametrize("count", [1, 3])
