@@ -2,7 +2,8 @@
 
 Each mutant is one change of one file of ``structkd/criteria``: a sign or an operator turned, a mean
 made a sum, a number doubled. The tests of that file run on it, then the contract's definitions, and
-one must fail. What survives is listed with its line; ``--every 5`` tries every fifth change, ``logits maps`` these files alone.
+one must fail. What survives is listed with its line; ``--every 5`` tries every fifth change,
+``logits maps`` these files alone.
 """
 
 from __future__ import annotations
