@@ -59,25 +59,36 @@ def is_rounding(deviation: Tensor, level: Tensor) -> Tensor:
 
 
 def mean_of_rows(values: Tensor) -> Tensor:
-    """Returns the mean of ``(B,)`` values, and 0 where this process has no row at all.
+    """Returns the mean of values of rows, and 0 where this process has no row at all.
 
     torch's mean of nothing is NaN, and so is its product with a gradient of 0.
     """
-    return values.mean() if len(values) else values.sum()
+    return values.mean() if values.numel() else values.sum()
 
 
 def labelled_mean(values: Tensor, labelled: Tensor, shards: Shards) -> Tensor:
-    """Returns the mean of ``(B,)`` values over rows that have a label, 0 where none has.
+    """Returns the mean of values of rows over those that have a label, 0 where none has.
 
     Args:
         values: One number a row; those of rows without a label do not count.
-        labelled: Which rows have a label, ``(B,)`` bool.
-        shards: The mean is over the labelled rows of all its processes. A mean of the ranks' means,
-            which is what ``DistributedDataParallel`` makes of them otherwise, gives the few labels
-            of one rank as much weight as the many of another.
+        labelled: Which rows have a label, a bool for each.
+        shards: As in :func:`mean_of_sum`.
     """
-    kept = torch.where(labelled, values, 0).sum()
-    total, count = shards.sum(torch.stack([kept, labelled.sum().to(kept.dtype)])).unbind()
+    return mean_of_sum(torch.where(labelled, values, 0).sum(), labelled.sum(), shards)
+
+
+def mean_of_sum(total: Tensor, count: Tensor, shards: Shards) -> Tensor:
+    """Returns the mean of ``count`` values from their sum, 0 where there is none.
+
+    Args:
+        total: Sum of this process's values, a scalar.
+        count: How many they are, a scalar.
+        shards: The mean is over the values of all its processes. A mean of the ranks' means, which
+            is what ``DistributedDataParallel`` makes of them otherwise, gives the few labels of one
+            rank as much weight as the many of another.
+    """
+    if len(shards.sizes) > 1:
+        total, count = shards.sum(torch.stack([total, count.to(total.dtype)])).unbind()
     return total / count.clamp_min(1)
 
 
