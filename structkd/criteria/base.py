@@ -220,7 +220,8 @@ class Criterion(nn.Module):
         tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
-        features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
+        if any(tensor.dtype != dtype for _, tensor in tensors):
+            features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
         features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
         return features_s, features_t, device
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from structkd._checks import choice, labels, number, whole
 from structkd.criteria.base import Criterion, pair
 from structkd.criteria.moments import log_error
-from structkd.criteria.numerics import is_rounding, labelled_mean, mean_of_rows, mean_of_sum
+from structkd.criteria.numerics import (
+    is_rounding,
+    labelled_mean,
+    mean_of_rows,
+    mean_of_sum,
+    seen_empty,
+)
 from structkd.distributed import Shards
 from structkd.features import Features
 
@@ -468,10 +474,9 @@ def _masked_out(*sides: Tensor) -> Tensor | None:
     accelerator that would stall the stream.
     """
     sides = tuple(side.detach() for side in sides)
-    looks = sides[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and sides[0].numel() and all(bool(side.amin() > _CLOSED) for side in sides):
+    # Both minima keep NaN, which counts.
+    if sides[0].numel() and seen_empty(*(~(side.amin() > _CLOSED) for side in sides)):
         return None
-    # The minimum keeps NaN, which counts.
     return functools.reduce(torch.minimum, sides) <= _CLOSED
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,16 @@ def is_rounding(deviation: Tensor, level: Tensor) -> Tensor:
         level: The mean, or the length before centring, that was taken off.
     """
     return deviation <= _ROUNDING * torch.finfo(deviation.dtype).eps * level.abs()
+
+
+def seen_empty(*masks: Tensor) -> bool:
+    """Tells whether masks are seen to hold nowhere, which spares the passes that heed them.
+
+    It looks on the CPU only: on an accelerator that would stall the stream.
+    """
+    if masks[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not any(bool(mask.any()) for mask in masks)
 
 
 def mean_of_rows(values: Tensor) -> Tensor:
@@ -115,6 +127,33 @@ def cross_product_energy(left: Tensor, right: Tensor) -> Tensor:
     In float64 inputs the two Gram matrices are ``B x B`` and ``d x d`` is never built.
     """
     return (left @ left.T * (right @ right.T)).sum()
+
+
+def parted(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a square matrix's diagonal, and the sum of squares off it."""
+    diagonal, energy = _Parted.apply(square)
+    return diagonal, energy
+
+
+class _Parted(torch.autograd.Function):
+    """Its gradient is one pass; autograd would fill a matrix for every view and add them up."""
+
+    @staticmethod
+    def forward(square: Tensor) -> tuple[Tensor, Tensor]:
+        # Row by row: one norm of all in float32 would lose digits.
+        rows = torch.linalg.vector_norm(off_diagonal(square), dim=1)
+        return square.diagonal().clone(), rows.square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, diagonal: Tensor, energy: Tensor) -> Tensor:
+        (square,) = ctx.saved_tensors
+        gradient: Tensor = square * (2 * energy)
+        gradient.diagonal().copy_(diagonal)
+        return gradient
 
 
 def off_diagonal(square: Tensor) -> Tensor:
