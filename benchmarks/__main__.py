@@ -146,9 +146,9 @@ def criterion_rows(name: str, case: Case, args: argparse.Namespace, found: dict[
 def _ours(criterion: nn.Module, kind: str, given: tuple[Any, ...]) -> Callable[[], Tensor]:
     student, teacher, target = given
     reads_target = kind in ("logits", "pixels")
+    pair = features(kind, student), features(kind, teacher)  # what networks give
 
     def loss() -> Tensor:
-        pair = features(kind, student), features(kind, teacher)
         value: Tensor = criterion(*pair, target if reads_target else None)
         return value
 

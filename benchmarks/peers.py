@@ -87,7 +87,8 @@ def features(kind: str, value: Any) -> Features:
     if kind == "rows":
         return Features(embedding=value, index=index.to(value.device))
     if kind == "both":
-        return Features(intermediate=value, embedding=value.mean((2, 3)))
+        embedding = value.detach().mean((2, 3)).requires_grad_(value.requires_grad)
+        return Features(intermediate=value, embedding=embedding)
     return Features(intermediate=value)
 
 

@@ -91,34 +91,36 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"near names: {', '.join(close)}" if close else "there are none"
 
 
-def labels(
-    target: Tensor | None,
-    batch: int,
-    classes: int,
-    *,
-    reader: str,
-    of: str = "the number of classes in logits",
-    name: str = "target",
-) -> tuple[Tensor, Tensor]:
-    """Returns class indices ``(B,)`` and which rows have one, after checking both.
+def class_indices(target: Tensor | None, shape: Sequence[int], *, reader: str) -> Tensor:
+    """Returns class indices ``(B, ...)`` int64, -100 where there is none, after checking them.
 
-    A row without a label (-100) gets the index 0 and False. The range is checked on the CPU only:
-    on an accelerator that would stall the stream, so the device's own assertion reports the error
-    there. ``of`` describes ``classes`` in an error, and ``name`` is what the argument is called.
+    The range is checked on the CPU only: on an accelerator that would stall the stream, so the
+    device's own assertion reports the error there. ``shape`` is that of the logits, (B, K, ...).
     """
+    batch, classes, *size = shape
     if target is None:
         raise ValueError(
-            f"{reader} needs {name}, the class indices (B,), or (B, H, W) of pixels, with "
-            f"{NO_LABEL} where there is none: pass {name}=labels"
+            f"{reader} needs target, the class indices (B,), or (B, H, W) of pixels, with "
+            f"{NO_LABEL} where there is none: pass target=labels"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 tensor of class indices, got {describe(target)}")
-    if target.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), got {tuple(target.shape)}")
-    labelled = target != NO_LABEL
-    index = torch.where(labelled, target, 0)
-    in_range(index, name, classes, f"or be {NO_LABEL}, no label; {of}")
-    return index.long(), labelled
+        raise TypeError(f"target must be an int64 tensor of class indices, got {describe(target)}")
+    if target.shape != (batch, *size):
+        wanted = (batch, *size)
+        raise ValueError(f"target must have shape {wanted}, got {tuple(target.shape)}")
+    meaning = f"or be {NO_LABEL}, no label; the number of classes in logits"
+    in_range(target, "target", classes, meaning, but=NO_LABEL)
+    return target.long()
+
+
+def labels(target: Tensor | None, shape: Sequence[int], *, reader: str) -> tuple[Tensor, Tensor]:
+    """Returns class indices ``(B, ...)`` and which rows have one, checked by `class_indices`.
+
+    A row without a label (-100) gets the index 0 and False.
+    """
+    index = class_indices(target, shape, reader=reader)
+    labelled = index != NO_LABEL
+    return torch.where(labelled, index, 0), labelled
 
 
 def check_rows(which: Tensor, name: str, batch: int) -> None:
@@ -141,11 +143,16 @@ def chosen_rows(which: Tensor, name: str, batch: int) -> Tensor:
     return which.nonzero()[:, 0] if which.dtype == torch.bool else which.long()
 
 
-def in_range(index: Tensor, name: str, size: int, meaning: str) -> None:
-    """Raises where a CPU tensor of indices leaves ``[0, size)``; ``meaning`` says what size is."""
+def in_range(index: Tensor, name: str, size: int, meaning: str, *, but: int | None = None) -> None:
+    """Raises where a CPU tensor of indices leaves ``[0, size)``; ``meaning`` says what size is.
+
+    ``but`` is a negative number that may stand for no index.
+    """
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return
-    low, high = int(index.min()), int(index.max())
+    low, high = (int(end) for end in index.aminmax())
+    if low == but:  # then it hides what else is negative
+        low, high = (int(end) for end in index.masked_fill(index == but, 0).aminmax())
     if low < 0 or high >= size:
         raise ValueError(
             f"{name} must lie in 0..{size - 1} ({meaning} is {size}), got values in {low}..{high}"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from structkd._checks import choice, labels, number, whole
+from structkd._checks import choice, class_indices, number, whole
 from structkd.criteria._maps import checked_layer, map_pair, pooled
 from structkd.criteria.base import Criterion, either, pair
 from structkd.criteria.supervision import labelled_cross_entropy
@@ -102,11 +102,11 @@ class AdversarialLogitsLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        index, labelled = labels(target, *logits_s.shape, reader="AdversarialLogitsLoss")
+        index = class_indices(target, logits_s.shape, reader="AdversarialLogitsLoss")
         outputs = 1 + logits_s.shape[1]
 
         def naming(scores: Tensor) -> Tensor:
-            return labelled_cross_entropy(scores[:, 1:], index, labelled, shards)
+            return labelled_cross_entropy(scores[:, 1:], index, shards)
 
         seen_s = project(self.discriminator, logits_s.detach(), outputs)
         seen_t = project(self.discriminator, logits_t, outputs)

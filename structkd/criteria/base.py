@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -53,10 +54,10 @@ class Criterion(nn.Module):
     target of -100 marks a row without one.
 
     A pixel is a row: logits ``(B, K, H, W)`` reach :meth:`compute` as ``(B H W, K)``, a target
-    ``(B, H, W)`` as ``(B H W,)``. Logits of another size are brought to the student's by bilinear
-    interpolation (``align_corners=False``) of the logits, before any softmax; a criterion that
-    reads labels brings both networks' logits to the target's size where that is larger. Labels
-    themselves are never resized.
+    ``(B, H, W)`` as ``(B H W,)``, unless ``pixels`` says that they stay maps. Logits of another
+    size are brought to the student's by bilinear interpolation (``align_corners=False``) of the
+    logits, before any softmax; a criterion that reads labels brings both networks' logits to the
+    target's size where that is larger. Labels themselves are never resized.
 
     To write one, name the fields it ``reads`` and implement :meth:`compute`. If it compares the
     samples of a batch with each other, set ``over_ranks = "gathered"``: under ``gather`` it is then
@@ -86,8 +87,9 @@ class Criterion(nn.Module):
     # without gather too, so that no rank may miss it; its buffers are then equal on all ranks.
     over_ranks: Literal["rows", "gathered", "sums", "always"] = "rows"
     # What logits of pixels become. "rows": a row each, at the student's size. "labelled": likewise,
-    # at the target's size. "maps": they stay (B, K, H, W), at the student's size.
-    pixels: Literal["rows", "labelled", "maps"] = "rows"
+    # at the target's size. "maps" and "labelled maps": they stay (B, K, H, W), at these sizes,
+    # which spares a copy where everything happens along dimension 1.
+    pixels: Literal["rows", "labelled", "maps", "labelled maps"] = "rows"
     min_batch: ClassVar[int] = 1
     _version = 2  # of the state dict; 1 is structkd 0.1.0
     _has_met = False  # whether a batch was looked at closely
@@ -108,7 +110,10 @@ class Criterion(nn.Module):
 
     def forward(self, student: Input, teacher: Input, target: Tensor | None = None) -> Tensor:
         """Returns the scalar sum of :meth:`terms`."""
-        return torch.stack(list(self.terms(student, teacher, target).values())).sum()
+        value, *others = self.terms(student, teacher, target).values()
+        for other in others:
+            value = value + other
+        return value
 
     def terms(
         self,
@@ -147,7 +152,9 @@ class Criterion(nn.Module):
             features_s, features_t = _gathered(features_s, shards), _gathered(features_t, shards)
             target = None if target is None else shards.gather(target)
         more = (shards,) if self.over_ranks in ("sums", "always") else ()
-        with torch.autocast(device.type, enabled=False):
+        # To enter it takes as long as two small operations.
+        amp = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if amp else nullcontext():
             if "logits" in self.reads:
                 features_s, features_t, target = _of_pixels(features_s, features_t, target, self)
             return self.compute(features_s, features_t, target, *more)
@@ -213,7 +220,8 @@ class Criterion(nn.Module):
         tensors = [*_named(features_s, "student"), *_named(features_t, "teacher")]
         device = self._check_together(tensors)
         dtype = self._compute_dtype(tensors, device)
-        features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
+        if any(tensor.dtype != dtype for _, tensor in tensors):
+            features_s = _mapped(features_s, lambda tensor: tensor.to(dtype))
         features_t = _mapped(features_t, lambda tensor: _constant(tensor).to(dtype))
         return features_s, features_t, device
 
@@ -529,10 +537,10 @@ def _of_pixels(
             "networks give alike, or intermediate maps"
         )
     size = found[0].shape[2:]
-    if target is not None and reader.pixels == "labelled":
+    if target is not None and reader.pixels.startswith("labelled"):
         size = _labelled_size(found[0], target)
     found = [_resized(logits, size) for logits in found]
-    if reader.pixels != "maps":
+    if not reader.pixels.endswith("maps"):
         found = [_rows(logits) for logits in found]
         # A criterion that reads no labels is not asked for their size.
         if target is not None and target.dim() in (3, 4) and target.shape[-2:] == size:

@@ -15,7 +15,7 @@ from structkd.criteria.numerics import (
     cross_product_energy,
     inverse_scale,
     is_rounding,
-    off_diagonal,
+    parted,
     takes_gram,
 )
 from structkd.distributed import Shards
@@ -182,8 +182,7 @@ class CrossCorrelationLoss(Criterion):
             ((found,),) = moments(columns, shards, center=self.center)
             scale_s = inverse_scale(found.spread_s, self.floor)
             correlation = found.cross * scale_s[:, None] * inverse_scale(found.var_t, self.floor)
-            diagonal = correlation.diagonal()
-            off = off_diagonal(correlation).square().sum()
+            diagonal, off = parted(correlation)
         scale = 1 / projected_s.shape[1] if self.reduction == "mean" else 1.0
         terms = {
             "SEM-1": scale * (1 - diagonal).square().sum(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from structkd._checks import choice, labels, number, whole
 from structkd.criteria.base import Criterion, pair
 from structkd.criteria.moments import log_error
-from structkd.criteria.numerics import is_rounding, labelled_mean, mean_of_rows
+from structkd.criteria.numerics import (
+    is_rounding,
+    labelled_mean,
+    mean_of_rows,
+    mean_of_sum,
+    seen_empty,
+)
 from structkd.distributed import Shards
 from structkd.features import Features
 
@@ -63,6 +69,7 @@ class KDLoss(Criterion):
     """
 
     reads = ("logits",)
+    pixels = "maps"
 
     def __init__(
         self, temperature: float = 4.0, *, form: str = "softmax", gather: bool = False
@@ -143,10 +150,10 @@ class LogitMSELoss(Criterion):
         super().__init__(gather=gather)
         self.form = choice("form", form, ERRORS)
         self.ignore = ignore
+        self.pixels = "maps" if ignore is None else "labelled maps"
         if ignore is not None:
             is_nan = isinstance(ignore, float) and math.isnan(ignore)
             self.ignore = ignore if is_nan else number("ignore", ignore)
-            self.pixels = "labelled"
         # The mean of all rows needs those of nobody else.
         self.over_ranks = "rows" if form != "log" and ignore is None else "sums"
 
@@ -158,42 +165,45 @@ class LogitMSELoss(Criterion):
         shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         logits_s, logits_t = pair(student, teacher, "logits")
-        # The minimum keeps NaN, which counts.
-        gone = torch.minimum(logits_s.detach(), logits_t) <= _CLOSED
+        gone = _masked_out(logits_s, logits_t)
         if self.ignore is not None:
-            gone = gone | ~self._measured(target, logits_s)
-        gaps = (logits_s - logits_t).masked_fill_(gone, 0)
-        counted = ~gone
+            ignored = self._ignored(target, logits_s).expand_as(logits_s)
+            gone = ignored if gone is None else gone | ignored
+        if gone is not None:  # a gap of 0, without a gradient
+            logits_s, logits_t = (value.masked_fill(gone, 0) for value in (logits_s, logits_t))
         if self.form == "log":
             assert shards is not None
-            if len(logits_s) < 2 and shards.total < 2:
+            if logits_s[:, 0].numel() < 2 and shards.total < 2:
                 raise ValueError(
                     "LogitMSELoss(form='log') measures the teacher's variance over rows: it needs "
                     "at least 2, got 1; use drop_last=True in the DataLoader"
                 )
-            gaps, logits_t, counted = (v[:, :, None, None] for v in (gaps, logits_t, counted))
+            shape = (*logits_s.shape[:2], -1, 1)
+            gaps, logits_t = (logits_s - logits_t).view(shape), logits_t.reshape(shape)
+            counted = None if gone is None else ~gone.view(shape)
             return {"Logits": log_error(gaps, logits_t, shards, counted)}
-        total = (gaps.square() if self.form == "squared" else gaps.abs()).sum()
-        count = counted.sum()
-        if shards is not None:
-            total, count = shards.sum(torch.stack([total, count.to(total.dtype)])).unbind()
-        return {"Logits": total / count.clamp_min(1)}
+        error = F.mse_loss if self.form == "squared" else F.l1_loss
+        total = error(logits_s, logits_t, reduction="sum")
+        count = total.new_full((), logits_s.numel()) if gone is None else (~gone).sum()
+        alone = Shards.alone(len(logits_s))
+        return {"Logits": mean_of_sum(total, count, shards or alone)}
 
-    def _measured(self, target: Tensor | None, logits: Tensor) -> Tensor:
-        """Returns where the target holds something else than ``ignore``, ``(B, 1)`` or (B, K)``."""
+    def _ignored(self, target: Tensor | None, logits: Tensor) -> Tensor:
+        """Returns where the target holds ``ignore``, ``(B, 1, ...)`` or ``(B, K, ...)``."""
         if target is None:
             raise ValueError(
                 f"LogitMSELoss(ignore={self.ignore}) needs target, whose values say what does not "
                 "count: pass target=labels"
             )
-        if target.shape not in (logits.shape, logits.shape[:1]):
+        rows = logits[:, 0].shape
+        if target.shape not in (logits.shape, rows):
             raise ValueError(
-                f"target must have a value for each row of logits, ({len(logits)},), or for each "
+                f"target must have a value for each row of logits, {tuple(rows)}, or for each "
                 f"element, {tuple(logits.shape)}, got {tuple(target.shape)}"
             )
         assert self.ignore is not None
         gone = target.isnan() if math.isnan(self.ignore) else torch.eq(target, self.ignore)
-        return ~(gone if target.dim() == 2 else gone[:, None])
+        return gone if target.dim() == logits.dim() else gone[:, None]
 
 
 class DKDLoss(Criterion):
@@ -243,7 +253,7 @@ class DKDLoss(Criterion):
 
     reads = ("logits",)
     over_ranks = "sums"
-    pixels = "labelled"
+    pixels = "labelled maps"
 
     def __init__(
         self,
@@ -263,9 +273,9 @@ class DKDLoss(Criterion):
     ) -> dict[str, Tensor]:
         logits_s, logits_t = _scores(student, teacher, "DKDLoss")
         tau = self.temperature
-        index, labelled = labels(target, *logits_s.shape, reader="DKDLoss")
-        two_s, others_s, _ = _decoupled(logits_s, index, tau)
-        two_t, others_t, alone = _decoupled(logits_t, index, tau)
+        index, labelled = labels(target, logits_s.shape, reader="DKDLoss")
+        two_s, others_s, _ = _decoupled(logits_s, index[:, None], tau)
+        two_t, others_t, alone = _decoupled(logits_t, index[:, None], tau)
         binary = _divergence(two_s, two_t)
         # Where all other classes are masked out there is nothing to compare among them.
         others = torch.where(alone[:, 0], 0, _divergence(others_s, others_t))
@@ -312,6 +322,7 @@ class LogitStandardizationLoss(Criterion):
     """
 
     reads = ("logits",)
+    pixels = "maps"
 
     def __init__(self, temperature: float = 2.0, *, gather: bool = False) -> None:
         super().__init__(gather=gather)
@@ -321,8 +332,9 @@ class LogitStandardizationLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None
     ) -> dict[str, Tensor]:
         logits_s, logits_t = _scores(student, teacher, type(self).__name__)
-        rows = _standardized(logits_s), _standardized(logits_t)
-        return {"LSKD": softened_divergence(*rows, self.temperature)}
+        rows = [_standardized(side, 1 / self.temperature) for side in (logits_s, logits_t)]
+        divergence = _divergence(*(F.log_softmax(side, dim=1) for side in rows))
+        return {"LSKD": self.temperature**2 * mean_of_rows(divergence)}
 
 
 class CurriculumTemperatureLoss(Criterion):
@@ -373,6 +385,7 @@ class CurriculumTemperatureLoss(Criterion):
     """
 
     reads = ("logits",)
+    pixels = "maps"
     epoch: Tensor
 
     def __init__(
@@ -445,10 +458,26 @@ def softened_divergence(logits_s: Tensor, logits_t: Tensor, temperature: float |
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
         return F.log_softmax(logits / temperature, dim=1)
-    # -inf divided by a temperature that is trained has a gradient of NaN in it.
-    closed = logits <= _CLOSED
-    softened = logits.masked_fill(closed, 0) / temperature
+    # A product, as the gradient of a divisor takes torch two passes more.
+    inverse, closed = temperature.reciprocal(), _masked_out(logits)
+    if closed is None:
+        return F.log_softmax(logits * inverse, dim=1)
+    # -inf times a number that is trained has a gradient of NaN in it.
+    softened = logits.masked_fill(closed, 0) * inverse
     return F.log_softmax(softened.masked_fill(closed, -torch.inf), dim=1)
+
+
+def _masked_out(*sides: Tensor) -> Tensor | None:
+    """Returns which classes either side masks out, None where none is seen to be.
+
+    Logits are looked at on the CPU only, where it spares passes that take masks into account: on an
+    accelerator that would stall the stream.
+    """
+    sides = tuple(side.detach() for side in sides)
+    # Both minima keep NaN, which counts.
+    if sides[0].numel() and seen_empty(*(~(side.amin() > _CLOSED) for side in sides)):
+        return None
+    return functools.reduce(torch.minimum, sides) <= _CLOSED
 
 
 def _yes_no(logits: Tensor) -> Tensor:
@@ -457,59 +486,43 @@ def _yes_no(logits: Tensor) -> Tensor:
 
 
 def _divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """Returns KL(t || s) of every row ``(B,)`` from log-probabilities ``(B, K)``; 0 log 0 is 0."""
-    rows: Tensor = _Divergence.apply(log_s, log_t)
-    return rows
-
-
-class _Divergence(torch.autograd.Function):
-    """Works on its own temporary alone; torch's operations would keep and fill several."""
-
-    @staticmethod
-    def forward(log_s: Tensor, log_t: Tensor) -> Tensor:
-        share = log_t.exp()
-        return (log_t - log_s).mul_(share).masked_fill_(share == 0, 0).sum(dim=1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        log_s, log_t = ctx.saved_tensors
-        grad_s = log_t.exp() * -gradient[:, None]
-        grad_t = None
-        if ctx.needs_input_grad[1]:
-            grad_t = ((log_s - log_t - 1) * grad_s).masked_fill(grad_s == 0, 0)
-        return grad_s, grad_t
+    """Returns KL(t || s) of every row ``(B, ...)`` from log-probabilities along dimension 1."""
+    share = log_t.exp()
+    gaps = (log_s - log_t).masked_fill_(share == 0, 0)  # 0 log 0 is 0
+    return 0 - (share * gaps).sum(dim=1)  # which shows 0 at the optimum, not -0
 
 
 def _decoupled(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the logarithms of ``(p_y, 1 - p_y)``, ``(B, 2)``, and among the classes other than y.
+    """Returns the logarithms of ``(p_y, 1 - p_y)`` and those among the classes other than y.
 
-    The latter are ``(B, K)``, with -inf at y; the third says where all others are masked out,
-    ``(B, 1)``.
+    All along dimension 1, of the target ``(B, 1, ...)`` too; the second is -inf at y, and the third
+    says where all others are masked out.
     """
-    own = logits.gather(1, target[:, None]) / temperature
-    others = logits.scatter(1, target[:, None], -torch.inf)
-    alone = others.detach().amax(dim=1, keepdim=True) <= _CLOSED
-    others = others.masked_fill(alone, 0) / temperature
+    own = logits.gather(1, target) / temperature
+    others = (logits / temperature).scatter_(1, target, -torch.inf)
+    alone = others.detach().amax(dim=1, keepdim=True) <= _CLOSED / temperature
+    others = others.masked_fill(alone, 0)
     rest = torch.logsumexp(others, dim=1, keepdim=True)
     two = torch.cat([own, rest.masked_fill(alone, -torch.inf)], dim=1)
     return F.log_softmax(two, dim=1), others - rest, alone
 
 
-def _standardized(logits: Tensor) -> Tensor:
-    """Returns rows of mean 0 and standard deviation 1 over the classes that are not masked out.
+def _standardized(logits: Tensor, scale: float) -> Tensor:
+    """Returns rows of mean 0 and standard deviation ``scale`` over the classes not masked out.
 
     Constant rows become 0, not noise.
     """
-    closed = logits <= _CLOSED
-    count = (~closed).sum(dim=1, keepdim=True).clamp_min(1).to(logits.dtype)
-    shown = logits.masked_fill(closed, 0)
-    centred = (shown - shown.sum(dim=1, keepdim=True) / count).masked_fill_(closed, 0)
-    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
+    closed = _masked_out(logits)
+    count: float | Tensor = logits.shape[1]
+    if closed is not None:
+        count = (~closed).sum(dim=1, keepdim=True).clamp_min(1).to(logits.dtype)
+        logits = logits.masked_fill(closed, 0)
+    centred = logits - logits.sum(dim=1, keepdim=True) / count
+    if closed is not None:
+        centred = centred.masked_fill_(closed, 0)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count**0.5
     # What is left of a constant row is the rounding of its mean, up to 6 eps at 20,000 classes.
-    flat = is_rounding(deviation, shown.detach().abs().amax(dim=1, keepdim=True))
-    rows: Tensor = centred / deviation.masked_fill(flat, 1)
-    return rows.masked_fill_(flat, 0).masked_fill_(closed, -torch.inf)
+    level = torch.linalg.vector_norm(logits.detach(), ord=torch.inf, dim=1, keepdim=True)
+    inverse = scale / deviation.masked_fill(is_rounding(deviation, level), torch.inf)
+    rows: Tensor = centred * inverse
+    return rows if closed is None else rows.masked_fill_(closed, -torch.inf)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from structkd.criteria.numerics import is_rounding
+from structkd.criteria.numerics import is_rounding, seen_empty
 from structkd.distributed import Shards
 
 _Level = tuple[Tensor, Tensor]  # the means of student and teacher, (C_s,) and (C_t,)
@@ -180,8 +180,8 @@ def _moments(
 ) -> Moments:
     own, square_t, cross = own / count, square_t / count, cross / count
     if sum_s is None or sum_t is None:
-        zeros = cross.new_zeros(cross.shape)
-        return Moments(zeros[:, 0], zeros[0], own, square_t, cross)
+        zeros = [cross.new_zeros(width) for width in cross.shape]
+        return Moments(zeros[0], zeros[1], own, square_t, cross)
     mean_s, mean_t = sum_s / count, sum_t / count
     outer = torch.outer(mean_s, mean_s) if own.dim() == 2 else mean_s.square()
     var_t = (square_t - mean_t.square()).clamp_min(0)
@@ -193,6 +193,8 @@ def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Momen
     var_s = spread_s.diagonal() if spread_s.dim() == 2 else spread_s
     dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s)
     dead_t = is_rounding(var_t.sqrt(), level_t)
+    if seen_empty(dead_s, dead_t):
+        return Moments(mean_s, mean_t, spread_s, var_t, cross)
     both = dead_s[:, None] | dead_s if spread_s.dim() == 2 else dead_s
     return Moments(
         mean_s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,26 +60,47 @@ def is_rounding(deviation: Tensor, level: Tensor) -> Tensor:
     return deviation <= _ROUNDING * torch.finfo(deviation.dtype).eps * level.abs()
 
 
+def seen_empty(*masks: Tensor) -> bool:
+    """Tells whether masks are seen to hold nowhere, which spares the passes that heed them.
+
+    It looks on the CPU only: on an accelerator that would stall the stream.
+    """
+    if masks[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not any(bool(mask.any()) for mask in masks)
+
+
 def mean_of_rows(values: Tensor) -> Tensor:
-    """Returns the mean of ``(B,)`` values, and 0 where this process has no row at all.
+    """Returns the mean of values of rows, and 0 where this process has no row at all.
 
     torch's mean of nothing is NaN, and so is its product with a gradient of 0.
     """
-    return values.mean() if len(values) else values.sum()
+    return values.mean() if values.numel() else values.sum()
 
 
 def labelled_mean(values: Tensor, labelled: Tensor, shards: Shards) -> Tensor:
-    """Returns the mean of ``(B,)`` values over rows that have a label, 0 where none has.
+    """Returns the mean of values of rows over those that have a label, 0 where none has.
 
     Args:
         values: One number a row; those of rows without a label do not count.
-        labelled: Which rows have a label, ``(B,)`` bool.
-        shards: The mean is over the labelled rows of all its processes. A mean of the ranks' means,
-            which is what ``DistributedDataParallel`` makes of them otherwise, gives the few labels
-            of one rank as much weight as the many of another.
+        labelled: Which rows have a label, a bool for each.
+        shards: As in :func:`mean_of_sum`.
     """
-    kept = torch.where(labelled, values, 0).sum()
-    total, count = shards.sum(torch.stack([kept, labelled.sum().to(kept.dtype)])).unbind()
+    return mean_of_sum(torch.where(labelled, values, 0).sum(), labelled.sum(), shards)
+
+
+def mean_of_sum(total: Tensor, count: Tensor, shards: Shards) -> Tensor:
+    """Returns the mean of ``count`` values from their sum, 0 where there is none.
+
+    Args:
+        total: Sum of this process's values, a scalar.
+        count: How many they are, a scalar.
+        shards: The mean is over the values of all its processes. A mean of the ranks' means, which
+            is what ``DistributedDataParallel`` makes of them otherwise, gives the few labels of one
+            rank as much weight as the many of another.
+    """
+    if len(shards.sizes) > 1:
+        total, count = shards.sum(torch.stack([total, count.to(total.dtype)])).unbind()
     return total / count.clamp_min(1)
 
 
@@ -104,6 +127,33 @@ def cross_product_energy(left: Tensor, right: Tensor) -> Tensor:
     In float64 inputs the two Gram matrices are ``B x B`` and ``d x d`` is never built.
     """
     return (left @ left.T * (right @ right.T)).sum()
+
+
+def parted(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a square matrix's diagonal, and the sum of squares off it."""
+    diagonal, energy = _Parted.apply(square)
+    return diagonal, energy
+
+
+class _Parted(torch.autograd.Function):
+    """Its gradient is one pass; autograd would fill a matrix for every view and add them up."""
+
+    @staticmethod
+    def forward(square: Tensor) -> tuple[Tensor, Tensor]:
+        # Row by row: one norm of all in float32 would lose digits.
+        rows = torch.linalg.vector_norm(off_diagonal(square), dim=1)
+        return square.diagonal().clone(), rows.square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, diagonal: Tensor, energy: Tensor) -> Tensor:
+        (square,) = ctx.saved_tensors
+        gradient: Tensor = square * (2 * energy)
+        gradient.diagonal().copy_(diagonal)
+        return gradient
 
 
 def off_diagonal(square: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structkd._checks import labels, number
+from structkd._checks import NO_LABEL, class_indices, labels, number
 from structkd.criteria.base import Criterion, missing
-from structkd.criteria.numerics import labelled_mean
+from structkd.criteria.numerics import mean_of_sum
 from structkd.distributed import Shards
 from structkd.features import Features
 
@@ -64,7 +64,7 @@ class SupervisionLoss(Criterion):
     reads = ("logits",)
     reads_teacher: ClassVar[bool] = False
     over_ranks = "sums"
-    pixels = "labelled"
+    pixels = "labelled maps"
 
     def __init__(self, *, label_smoothing: float = 0.0, gather: bool = False) -> None:
         super().__init__(gather=gather)
@@ -75,21 +75,18 @@ class SupervisionLoss(Criterion):
     ) -> dict[str, Tensor]:
         logits, binary = _two_or_more(student, "SupervisionLoss")
         if target is not None and target.is_floating_point():
-            if target.shape == (len(logits), 1) and binary:
+            if binary and target.shape == logits[:, 1:].shape:
                 target = torch.cat([1 - target, target], dim=1)
             if target.shape != logits.shape:
                 raise ValueError(
                     f"target probabilities must have shape {tuple(logits.shape)}, "
                     f"got {tuple(target.shape)}"
                 )
-            wanted, labelled = target.to(logits.dtype), torch.ones_like(logits[:, 0]) > 0
+            wanted = target.to(logits.dtype)
         else:
-            wanted, labelled = labels(target, *logits.shape, reader="SupervisionLoss")
-        return {
-            "SRM": labelled_cross_entropy(
-                logits, wanted, labelled, shards, label_smoothing=self.label_smoothing
-            )
-        }
+            wanted = class_indices(target, logits.shape, reader="SupervisionLoss")
+        smoothing = self.label_smoothing
+        return {"SRM": labelled_cross_entropy(logits, wanted, shards, label_smoothing=smoothing)}
 
 
 class DiceLoss(Criterion):
@@ -135,7 +132,7 @@ class DiceLoss(Criterion):
     reads = ("logits",)
     reads_teacher: ClassVar[bool] = False
     over_ranks = "sums"
-    pixels = "labelled"
+    pixels = "labelled maps"
 
     def __init__(self, *, smooth: float = 0.0, gather: bool = False) -> None:
         super().__init__(gather=gather)
@@ -145,13 +142,14 @@ class DiceLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits, binary = _two_or_more(student, "DiceLoss")
-        index, labelled = labels(target, *logits.shape, reader="DiceLoss")
-        first = 1 if binary else 0
-        classes = torch.arange(first, logits.shape[1], device=logits.device)
-        share = torch.where(labelled[:, None], logits.softmax(dim=1), 0)[:, first:]
-        truth = labelled[:, None] & (index[:, None] == classes)
-        sums = [torch.where(truth, share, 0).sum(0), share.sum(0), truth.sum(0).to(share.dtype)]
-        common, found, wanted = shards.sum(torch.stack(sums)).unbind()
+        index, labelled = (v[:, None] for v in labels(target, logits.shape, reader="DiceLoss"))
+        share = torch.where(labelled, logits.softmax(dim=1), 0)
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        classes = classes.view(-1, *[1] * (logits.dim() - 2))
+        truth = (labelled & (index == classes)).to(share.dtype)
+        rows = [axis for axis in range(logits.dim()) if axis != 1]
+        sums = torch.stack([part.sum(rows) for part in (share * truth, share, truth)])
+        common, found, wanted = shards.sum(sums[:, int(binary) :]).unbind()
         scores = (common + self.smooth) / ((found + wanted) / 2 + self.smooth).clamp_min(_LEAST)
         return {"Dice": torch.where(wanted > 0, 1 - scores, 0).mean()}
 
@@ -162,26 +160,27 @@ def _two_or_more(student: Features, reader: str) -> tuple[Tensor, bool]:
     if logits is None:
         raise ValueError(missing(reader, "student.logits", student, "logits"))
     binary = logits.shape[1] == 1
-    return (F.pad(logits, (1, 0)) if binary else logits), binary
+    if binary:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return logits, binary
 
 
 def labelled_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    labelled: Tensor,
-    shards: Shards,
-    *,
-    label_smoothing: float = 0.0,
+    logits: Tensor, target: Tensor, shards: Shards, *, label_smoothing: float = 0.0
 ) -> Tensor:
     """Returns the mean cross-entropy of the rows that have a label, 0 where none has.
 
     Args:
-        logits: ``(B, K)``.
-        target: Class indices ``(B,)`` in range, of any class where there is no label; or
-            probabilities ``(B, K)``.
-        labelled: Which rows have a label, ``(B,)`` bool.
+        logits: ``(B, K, ...)``.
+        target: Class indices ``(B, ...)`` in range, -100 where there is no label; or probabilities
+            ``(B, K, ...)``.
         shards: The mean is over the rows of all its processes.
         label_smoothing: Share of a label's mass that is spread over all classes.
     """
-    costs = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-    return labelled_mean(costs, labelled, shards)
+    # Not torch's own sum, which on a GPU comes out differently from run to run.
+    costs = F.cross_entropy(
+        logits, target, ignore_index=NO_LABEL, reduction="none", label_smoothing=label_smoothing
+    )
+    counted = target if target.is_floating_point() else target != NO_LABEL
+    count = costs.new_full((), costs.numel()) if counted is target else counted.sum()
+    return mean_of_sum(costs.sum(), count, shards)
