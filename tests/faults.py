@@ -42,10 +42,7 @@ from store import code_digest, read_checkpoint
 from tests.examples import layouts
 from tests.examples.entries import damage, outcome, results
 
-FAST = (
-    "--epochs", "3", "--teacher-epochs", "2", "--batch-size", "8", "--device", "cpu", "--seeds",
-    "0",
-)  # fmt: skip
+FAST = ("--epochs=3", "--teacher-epochs=2", "--batch-size=8", "--device=cpu", "--seeds=0")
 JOBS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (train.main, (
         "{recipe}", *FAST, "--criterion", "alone", "[kd, dense, crd]", "--ema", "0.9")),
@@ -74,10 +71,13 @@ class Ended(NamedTuple):
     def crashed(self) -> bool:
         return "Traceback" in self.said
 
-    def names(self, *paths: Path) -> bool:
-        """Whether it was refused in one line that names one of the paths."""
-        lines = [line for line in self.said.splitlines() if line.startswith("error: ")]
-        return len(lines) == 1 and any(str(path) in lines[0] for path in paths)
+    def lines(self, kind: str) -> list[str]:
+        return [line for line in self.said.splitlines() if line.startswith(f"{kind}: ")]
+
+    def names(self, path: Path) -> bool:
+        """Whether it was refused in one line that names a file, or one of a folder."""
+        errors = self.lines("error")
+        return len(errors) == 1 and str(path) in errors[0]
 
 
 class Command:
@@ -269,14 +269,13 @@ def full_disk(job: Job, times: int) -> Iterator[Trial]:
                 shutil.copy2(file, out)
         ended = Command(job, out, most=most).ended()
         lost = finished(out, epochs="could not be kept" not in ended.said)
-        unnamed = ended.code and not ended.names(*out.glob("*"), out / original.name)
-        told = [line for line in ended.said.splitlines() if line.startswith("warning: ")]
-        missing = any("could not be" in line and str(out) not in line for line in told)
-        if ended.crashed or unnamed or missing:
+        told = [line for line in ended.lines("warning") if "could not be" in line]
+        unnamed = any(str(out) not in line for line in told)
+        if ended.crashed or unnamed or (ended.code and not ended.names(out)):
             wrong = f"no line names the file\n{ended.said}"
-        else:
-            again = Command(job, out).ended()
-            wrong = job.wrong(out, again, weights=bool(ended.code)) or lost()
+        else:  # a student's weights are the smaller loss, and said
+            weights = "warning: weights" not in ended.said
+            wrong = job.wrong(out, Command(job, out).ended(), weights=weights) or lost()
         yield (f"from {most} bytes, {folder or '.'}/{role}{suffix}", wrong)
 
 
