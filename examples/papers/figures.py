@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data import Images
 from methods import ALONE
+from progress import CHECKSUM, row_checksum
 from store import write_atomically
 from structkd.diagnostics import effective_rank, self_similarity
 from table import Row
@@ -108,8 +109,25 @@ def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """A training's epochs.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    found = []
+    try:
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                told = line.pop(CHECKSUM, "")  # an older history has none
+                row = {name: float(value) for name, value in line.items() if value}
+                if told != "" and told != row_checksum(row):
+                    raise ValueError(f"epoch {len(found) + 1} has another checksum")
+                found.append(row)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); fix: move it away, and its curve is left out"
+        ) from error
+    return found
 
 
 def draw_curves(

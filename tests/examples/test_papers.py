@@ -13,12 +13,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import train as script
 import unpaired
 from methods import Method
 from papers import figures, grid, motivation, published, reports, sembridge, series, tables
 from papers.__main__ import COMMANDS, main
+from progress import Show
 from recipe import recipe as recipe_of
 from store import HELPER, Store
 from structkd import Features
@@ -762,6 +764,28 @@ def test_every_line_has_a_hue_of_its_own(count: int) -> None:
     found = figures.colours(names)
     assert found[:2] == [figures.LONE, "black"]
     assert len(set(found)) == len(names)
+
+
+@pytest.mark.parametrize("damage", ["a number", "an epoch's end", "a column", "no number"])
+def test_a_damaged_history_is_named(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "h.csv"
+    show = Show(Console(), tmp_path)
+    show.keep(file)
+    show.begin("kd", 2, 1, 0)
+    rates = {"seconds": 1.0, "images_per_second": 8.0}
+    whole = [{"epoch": 1, "loss": 2.5, "accuracy": 30.0} | rates, {"epoch": 2, "loss": 1.5} | rates]
+    show.epoch(whole)
+    assert figures.read_history(file) == whole
+    text = file.read_text()
+    changed = {
+        "a number": text.replace("2.5", "2.4"),
+        "an epoch's end": text[: text.index("30.0") + 3],
+        "a column": text.replace("loss", "lost"),
+        "no number": text.replace("2.5", "2x5"),
+    }
+    file.write_text(changed[damage])
+    with pytest.raises(ValueError, match=r"h\.csv is damaged .* fix: move it away"):
+        figures.read_history(file)
 
 
 @pytest.mark.parametrize("count", [1, 3])
