@@ -320,25 +320,28 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Returns a row for each criterion and peer: ratios of time, and of usual memory."""
+    """Returns a row for each criterion and peer: ratios of time (bold: short) and of memory."""
     lines = [
-        "| criterion | peer | small | usual | large | ms, usual | memory | falls short at |",
-        "|---|---|---|---|---|---|---|---|",
+        "| criterion | peer | small | usual | large | ms, usual | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
+
+    def said(row: Mapping[str, Any]) -> str:
+        return f"**{row['ratio']:.2g} x**" if row["short"] else f"{row['ratio']:.2g} x"
+
     rows = [row for row in found["rows"] if row["peer"]]
     for key in dict.fromkeys((row["criterion"], row["peer"]) for row in rows):
         sizes = {row["size"]: row for row in rows if (row["criterion"], row["peer"]) == key}
         first = sizes.get("usual") or next(iter(sizes.values()))
-        three = [f"{sizes[s]['ratio']:.2g} x" if s in sizes else "" for s in SIZES["rows"]]
-        more = [f"{s} {r['ratio']:.2g} x" for s, r in sizes.items() if s not in SIZES["rows"]]
+        three = [said(sizes[s]) if s in sizes else "" for s in SIZES["rows"]]
+        more = [f"{s} {said(r)}" for s, r in sizes.items() if s not in SIZES["rows"]]
         memory = f"{first['peer_bytes'] / max(first['bytes'], 1):.2g} x"
-        short = [s for s, row in sizes.items() if row["short"]]
         cells = [key[0], key[1] + (f" ({'; '.join(more)})" if more else ""), *three]
-        cells += [f"{first['seconds'] * 1e3:.2g}", memory, ", ".join(short)]
+        cells += [f"{first['seconds'] * 1e3:.2g}", memory]
         lines.append("| " + " | ".join(cells) + " |")
     for name, row in found.get("operations", {}).items():
         ratio = f"{row['ratio']:.3g} x"
-        lines.append(f"| {name} | {row['peer']} | | {ratio} | | {row['seconds'] * 1e3:.2g} | | |")
+        lines.append(f"| {name} | {row['peer']} | | {ratio} | | {row['seconds'] * 1e3:.2g} | |")
     return "\n".join(lines)
 
 
