@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that spin while they wait slow small networks down many times on shared cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs package bench clean
+.PHONY: demo test lint coverage docs package bench clean
 
 # One thread is faster than two on networks as small as the demo's; two students train side by side.
 demo: export OMP_NUM_THREADS ?= 1
@@ -24,6 +24,12 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# Which lines and branches of the library the suite never runs; make coverage ARGS=tests/criteria
+coverage: export OMP_NUM_THREADS ?= 1
+coverage: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet pytest-cov
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 # Beside peers, on a quiet core: make bench ARGS=--check
 bench: export OMP_NUM_THREADS ?= 1

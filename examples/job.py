@@ -144,7 +144,7 @@ class Job(ABC):
         items, missing = self.items, self.missing()
         if missing and not self.helper:
             self.preflight(missing)
-        if all(self._failed(*item) for item in items):
+        if all("failed" in (self._stored(*item) or {}) for item in items):
             raise ValueError(f"no row can be trained: {self._found(*items[0])['failed']}")
         self.train_shared()
         others = helpers(0 if self.helper else min(self.options.jobs, len(missing)) - 1)
@@ -173,6 +173,7 @@ class Job(ABC):
 
     def preflight(self, missing: list[tuple[Any, int]]) -> float:
         """Try a step of every missing row: stores failures, returns the estimated seconds."""
+        self.show.say("preflight: trying a few steps of every row")
         total = 0.0
         for method in {method.label: method for method, _ in missing}.values():
             seeds = [seed for other, seed in missing if other.label == method.label]
@@ -240,28 +241,36 @@ class Job(ABC):
 
     def _shared(self, checkpoint: Checkpoint, make: Callable[[], Any], role: str) -> nn.Module:
         """A network that all students share: read, or trained by the one process that holds it."""
-        training = make()
+        training, keeper = make(), self._keeper(checkpoint)
         told = f"another process trains the {role}: waiting"
         with held(self.out, checkpoint.name, waiting=lambda: self.show.say(told)):
             if checkpoint.load_into(training.network) is not None:
                 self.show.say(f"{role} read from {checkpoint.path}")
+                self._clear(keeper)
                 return training.network
-            network, keeper = self._fitted(training, checkpoint)
+            network = self._fitted(training, checkpoint, keeper)
             facts = {}
             if role == "teacher":
                 facts = self.facts_of(role) | {self.measure: self.teacher_evaluated(network)}
             if self.leads:
                 checkpoint.save(network, **facts)
-                keeper.clear()
+            self._clear(keeper)
             PartialState().wait_for_everyone()
         self.show.say(f"{role} {checkpoint.settings['model']} trained in {training.seconds:.0f} s")
         return network
 
-    def _fitted(self, training: Any, checkpoint: Checkpoint) -> tuple[nn.Module, Epochs]:
-        keeper = Epochs(self.out / "epochs" / checkpoint.name, checkpoint.settings, self.show.warn)
+    def _keeper(self, checkpoint: Checkpoint) -> Epochs:
+        return Epochs(self.out / "epochs" / checkpoint.name, checkpoint.settings, self.show.warn)
+
+    def _clear(self, keeper: Epochs) -> None:
+        """Delete the epochs of what is stored: also later, where a kill came before it."""
+        if self.leads:
+            keeper.clear()
+
+    def _fitted(self, training: Any, checkpoint: Checkpoint, keeper: Epochs) -> nn.Module:
         self.show.keep(self.out / "history" / f"{checkpoint.name}.csv", checkpoint.name)
         try:
-            return self.fit(training, keeper), keeper
+            return self.fit(training, keeper)
         finally:
             self.show.end()  # a bar that is cut off keeps the cursor
 
@@ -283,6 +292,8 @@ class Job(ABC):
                 method, seed = item
                 if not self.helper and (method.label, seed) not in self._mine:
                     self.show.say(f"{self._told(self._found(*item))} (finished before)")
+                    if not self._failed(*item):
+                        self._clear(self._keeper(self.student_checkpoint(*item)))
             if self.helper and left:
                 return
             if len(left) == begun:
@@ -291,25 +302,27 @@ class Job(ABC):
     def train_student(self, method: Any, seed: int) -> Run:
         """One student, trained and stored; one that fails is stored as failed."""
         checkpoint, network, run = self.student_checkpoint(method, seed), None, {}
+        keeper = self._keeper(checkpoint)
         try:
             training = self.student_training(method, seed)
-            network, keeper = self._fitted(training, checkpoint)
+            network = self._fitted(training, checkpoint, keeper)
             if isinstance(training.model, structkd.Distiller):
                 training.model.detach()
             run = self.result(training, network)
         except _FAILURES as error:
-            run = {"failed": first_line(error), "error": type(error).__name__}
-        # The result first: where the disk is full the weights are the smaller loss.
+            network, run = None, {"failed": first_line(error), "error": type(error).__name__}
+        # The weights first: a kill in between must not leave a result whose weights are never made.
+        # Where the disk is full they are the smaller loss: the result then has their room.
+        if network is not None and self.leads and seed == self.options.seeds[0]:
+            try:
+                facts = self.facts_of("student") | {self.measure: run[self.measure]}
+                checkpoint.save(network, **facts)
+            except OSError as error:
+                self.show.warn(f"weights: {error}")
         run = self._store(method, seed, run)
         self.show.say(self._told(run) + (f" ({run['seconds']:.0f} s)" if "seconds" in run else ""))
-        if network is not None and self.leads:
-            if seed == self.options.seeds[0]:
-                try:
-                    facts = self.facts_of("student") | {self.measure: run[self.measure]}
-                    checkpoint.save(network, **facts)
-                except OSError as error:
-                    self.show.warn(f"weights: {checkpoint.path} could not be written: {error}")
-            keeper.clear()
+        if network is not None:
+            self._clear(keeper)
         PartialState().wait_for_everyone()
         return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress
 from torch import Tensor
 
-from store import write_atomically
+from store import key, write_atomically
 
+CHECKSUM = "checksum"  # the last column of a history
 _QUIET = 10.0  # seconds between two lines of one training, where output is piped
 
 
@@ -74,18 +75,19 @@ class Show:
         if self.quiet:
             return
         if self._history is not None:
-            names = list(dict.fromkeys(name for r in history for name in r))
+            rows = [{**r, CHECKSUM: row_checksum(r)} for r in history]
+            names = [*dict.fromkeys(name for r in history for name in r), CHECKSUM]
 
             def written(path: Path) -> None:
                 with path.open("w", newline="") as file:
                     writer = csv.DictWriter(file, names, lineterminator="\n")
                     writer.writeheader()
-                    writer.writerows(history)
+                    writer.writerows(rows)
 
             try:
                 write_atomically(self._history, written)
             except OSError as error:
-                self.warn(f"{self._history} could not be written: {error}")
+                self.warn(str(error))
         if self._board is not None:
             self._board.log({k: v for k, v in row.items() if k != "epoch"}, step=self._done)
         if self._bar is None and (now - self._spoke > _QUIET or self._done == self._epochs):
@@ -127,6 +129,11 @@ class Show:
     @property
     def _name(self) -> str:
         return f"[{self.run} of {self.runs}] {self.label}" if self.runs else self.label
+
+
+def row_checksum(row: Mapping[str, float]) -> str:
+    """What stands beside a row of the history, so that a damaged one is not taken for true."""
+    return key({name: float(value) for name, value in row.items()})
 
 
 def shown(means: dict[str, float]) -> str:

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.replace(path)
-    except RuntimeError as error:  # torch's writer raises it where a disk is full
-        raise OSError(f"{path} cannot be written ({first_line(error)})") from error
+    except (OSError, RuntimeError) as error:  # torch's writer raises either where a disk is full
+        raise OSError(f"{path} could not be written ({first_line(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -157,7 +158,7 @@ class Store:
     """``results.json``: every finished run with its settings; written again after each run.
 
     Runs of other settings stay in the file; a run is known by method, seed and settings, and has
-    its ``measure`` or says why it failed. A damaged file is a ValueError.
+    its ``measure`` or says why it failed. A damaged file, by its checksum, is a ValueError.
     """
 
     def __init__(self, folder: Path, measure: str = "accuracy") -> None:
@@ -206,13 +207,16 @@ class Store:
             kept = [run for run in old.get("runs", []) if _identity(run) not in replaced]
             commands.append(header.get("command"))
             more = {"commands": commands, "versions": versions(), "runs": [*kept, *new]}
-            write_json(self.path, {**header, **more})
+            content = json.loads(json.dumps({**header, **more}))  # as it will be read
+            write_json(self.path, {**content, "checksum": key(content)})
 
     def _content(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
         try:
             content = json.loads(self.path.read_text())
+            if content.pop("checksum", None) not in (None, key(content)):
+                raise ValueError("its checksum is another; if you changed it, delete that line")
             for run in content["runs"]:
                 _identity(run)
                 if self.measure not in run and "failed" not in run:
@@ -285,12 +289,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: The file is damaged, or no checkpoint of these examples.
     """
     try:
+        with zipfile.ZipFile(path) as parts:  # torch does not look at these checksums
+            if (broken := parts.testzip()) is not None:
+                raise ValueError(f"{broken} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if digest(content["weights"]) != content["sha256"] or "settings" not in content:
             raise ValueError("its checksum is another")
-    except OSError:
-        raise
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
+        if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
+            raise
         raise _refused(path, f"is damaged ({type(error).__name__})") from error
     return dict(content)
 
@@ -305,7 +312,9 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def _refused(path: Path, reason: str) -> ValueError:
-    return ValueError(f"checkpoint {path} {reason}; fix: move it away and run again")
+    # A student's result is kept apart, so that without its weights it still counts as finished.
+    fresh = " with --fresh" if path.name.startswith("student-") else ""
+    return ValueError(f"checkpoint {path} {reason}; fix: move it away and run again{fresh}")
 
 
 @dataclass
@@ -341,7 +350,7 @@ class Epochs:
                     shutil.rmtree(old)
         except (OSError, RuntimeError) as error:  # torch's writer raises either
             shutil.rmtree(temporary, ignore_errors=True)
-            self.tell(f"epoch {epoch} could not be kept: {error}; training goes on")
+            self.tell(f"{place} could not be kept ({first_line(error)}); training goes on")
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator: Accelerator) -> list[dict[str, float]]:

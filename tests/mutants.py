@@ -1,8 +1,9 @@
 """Does a test notice every changed sign and factor of the criteria? ``python tests/mutants.py``.
 
 Each mutant is one change of one file of ``structkd/criteria``: a sign or an operator turned, a mean
-made a sum, a number doubled. The tests of that file run on it, and one must fail. What survives is
-listed with its line; ``--every 5`` tries every fifth change, ``logits maps`` these files alone.
+made a sum, a number doubled. The tests of that file run on it, then the contract's definitions, and
+one must fail. What survives is listed with its line; ``--every 5`` tries every fifth change,
+``logits maps`` these files alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ TESTS = {
 }
 """Tests of a file whose tests have other names."""
 
+DEFINITION = "test_value_and_gradient_equal_the_definition"  # of the contract, every criterion
 PLUMBING = ("__init__", "base")  # no arithmetic of a criterion
 _LONGEST = 180  # seconds; a mutant that never ends is noticed
 _TURNED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*"}
@@ -115,6 +117,7 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def survives(stem: str, source: str) -> bool:
     """Whether the file's tests all pass, in a process of their own."""
     files = [f"tests/criteria/test_{name}.py" for name in TESTS.get(stem, [stem])]
+    files.append(f"tests/criteria/test_contract.py::{DEFINITION}")
     child = os.fork()
     if not child:
         import pytest

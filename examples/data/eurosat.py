@@ -39,8 +39,9 @@ def open_eurosat(root: Path, options: Options) -> Source:
         )
     groups = neighbourhoods(np.asarray([place(file) for file in files]))
     halves = []
-    for rows in split(labels, options.test_fraction, groups):
-        read = AlikeFiles([files[row] for row in rows], like=files[0], bands=bands)
+    for rows in split(labels, options.test_fraction, groups, draw=options.test_draw):
+        chosen = [files[row] for row in rows]
+        read = AlikeFiles(chosen, options.size, like=files[0], bands=bands)
         halves.append(Part(labels[rows], read, groups=groups[rows]))
     return Source(classes, *halves)
 

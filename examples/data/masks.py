@@ -177,7 +177,11 @@ def open_scene_views(options: SceneOptions) -> SceneViews:
     found = [_scenes(options, half) for half in halves or ("",)]
     train, labelled = np.arange(len(found[0].masks)), found[0].labelled
     other, first = found[-1], len(train) if halves else 0
-    test = other.labelled if halves else _some(labelled, options.test_fraction, _TEST)
+    test = (
+        other.labelled
+        if halves
+        else _some(labelled, options.test_fraction, _TEST + 1000 * options.test_draw)
+    )
     if not len(test):
         raise ValueError(f"no scene of test/ has a mask; fix: add them to {options.masks}")
     train = train if halves else np.setdiff1d(train, test)

@@ -19,6 +19,8 @@ class ImageOptions:
     data: Path | None = None
     # Share of the images for testing, where a folder has no test/.
     test_fraction: float = 0.2
+    # Which draw of these images, to see how much a result depends on it.
+    test_draw: int = 0
     # val holds a tenth of the training images out, for choosing settings.
     evaluate: Literal["test", "val"] = "test"
     # So many training images have labels; all pairs are distilled.
@@ -32,7 +34,7 @@ class ImageOptions:
 
     def check(self) -> None:
         """Raise for values that no training can have."""
-        at_least(self, batch_size=1, memory=0, workers=0)
+        at_least(self, batch_size=1, memory=0, workers=0, test_draw=0)
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"--test-fraction must lie in (0, 1), got {self.test_fraction}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,9 +124,7 @@ def open_folder(root: Path, options: Options) -> Source:
     halves = [root / half for half in _halves(root, options)]
     classes = class_names(*halves or [root])
     parts = [_pictures(half, classes, 1 if halves else 2) for half in halves or [root]]
-    return _source(
-        classes, parts, size=options.size, fraction=options.test_fraction, read=read_colours
-    )
+    return _source(classes, _tested(parts, options), size=options.size, read=read_colours)
 
 
 def open_tiny_imagenet(root: Path, options: Options) -> Source:
@@ -248,7 +247,7 @@ def open_pairs(root: Path, options: Options) -> Source:
     for labels, _ in parts:
         if bare := sorted(set(range(len(classes))) - set(labels)):
             raise ValueError(f"class {classes[bare[0]]!r} has no pair; fix: the names must agree")
-    return _source(classes, parts, size=options.size, fraction=options.test_fraction, lonely=lonely)
+    return _source(classes, _tested(parts, options), size=options.size, lonely=lonely)
 
 
 def open_folders(root: Path, options: Options) -> Source:
@@ -290,11 +289,12 @@ def _halves(folder: Path, options: Options) -> list[str]:
             f"{folder} has {' and '.join(halves)} alone{hint(folder, options.reader)}; fix: lay it "
             "out as train/<class>/* and test/<class>/* (or val), or as <class>/*"
         )
-    if halves and options.test_fraction != Options.test_fraction:
-        raise ValueError(
-            f"--test-fraction {options.test_fraction:g} has no effect: {folder} has images for "
-            "testing; fix: leave it out"
-        )
+    for name in ("test_fraction", "test_draw") if halves else ():
+        if (value := getattr(options, name)) != getattr(Options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g} has no effect: {folder} has images for "
+                "testing; fix: leave it out"
+            )
     return halves
 
 
@@ -303,22 +303,26 @@ def _pictures(folder: Path, classes: list[str], least: int = 1) -> _Listed:
     return labels, [files]
 
 
+def _tested(parts: list[_Listed], options: Options) -> list[_Listed]:
+    """A set that is one part, split into images for training and for testing."""
+    if len(parts) == 2:
+        return parts
+    ((labels, sides),) = parts
+    return [
+        (labels[rows], [[files[row] for row in rows] for files in sides])
+        for rows in split(labels, options.test_fraction, draw=options.test_draw)
+    ]
+
+
 def _source(
     classes: list[str],
     parts: list[_Listed],
     *,
     size: int = 0,
-    fraction: float = Options.test_fraction,
     lonely: Sequence[Path] = (),
     **reading: Any,
 ) -> Source:
-    """Two halves of files; a set that is one part is split."""
-    if len(parts) == 1:
-        ((labels, sides),) = parts
-        parts = [
-            (labels[rows], [[files[row] for row in rows] for files in sides])
-            for rows in split(labels, fraction)
-        ]
+    """Two halves of files."""
     first = [files[0] for files in parts[0][1]]
     halves = []
     for labels, sides in parts:
@@ -338,7 +342,8 @@ class Reader:
     open: Callable[[Path, Options], Source]  # of the folder --data
     takes: tuple[str, ...] = ()  # of the options that are not every reader's
     by_hand: str = ""  # why nothing is fetched, and what to do; empty where --download does it
-    classes: int | None = None  # of what is published: another count is another data set
+    # How many are published, or their names: others are another data set.
+    classes: int | tuple[str, ...] | None = None
     data: Literal["needed", "optional", "refused"] = "needed"
     apart: bool = False  # nothing pairs the two sides
 
@@ -346,7 +351,10 @@ class Reader:
 _OWN = "nobody publishes images of your own; fix: leave it out"
 _HAND = "fix: fetch it by hand and name its folder with --data"
 _IMAGENET = f"ImageNet's publisher asks for a registration; {_HAND}"
-_SIDES = ("rich", "poor", "size", "test_fraction")
+_CUT = ("test_fraction", "test_draw")
+_SIDES = ("rich", "poor", "size", *_CUT)
+CML_CLASSES = ("Cargo", "Fishing Vessel", "Sailing Vessel", "Pleasure Vessel", "HSC", "Law Vessel",
+               "Ocean Buoy", "Helicopter")  # fmt: skip
 READERS = {
     "mnist": Reader(
         open_mnist, classes=10, data="refused",
@@ -358,23 +366,23 @@ READERS = {
     "tiny_imagenet": Reader(open_tiny_imagenet, classes=200),
     "imagenet": Reader(open_imagenet, ("size",), _IMAGENET, 1000),
     "imagenet100": Reader(open_imagenet, ("size", "classes"), _IMAGENET),
-    "folder": Reader(open_folder, ("size", "test_fraction"), _OWN),
+    "folder": Reader(open_folder, ("size", *_CUT), _OWN),
     "pairs": Reader(open_pairs, (*_SIDES, "only_pairs"), _OWN, data="optional"),
     "folders": Reader(open_folders, _SIDES, _OWN, data="optional", apart=True),
     "cml": Reader(
-        open_pairs, ("size", "test_fraction", "only_pairs"),
+        open_pairs, ("size", *_CUT, "only_pairs"),
         "it lies on a drive that asks before it sends (drive.google.com/file/d/"
-        f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}",
+        f"1hBoLkS9uGKKzpsFCyhgr6jCgfY3I_eil); {_HAND}", CML_CLASSES,
     ),
     "eurosat": Reader(
-        open_eurosat, ("bands", "test_fraction"),
+        open_eurosat, ("bands", "size", *_CUT),
         "it is published as one file of two gigabytes (zenodo.org/records/7711810, "
         f"EuroSAT_MS.zip); {_HAND}",
     ),
     "ombria": Reader(
         open_ombria, (), f"its repository (github.com/geodrak/OMBRIA) states no licence; {_HAND}", 4
     ),
-    "scenes": Reader(open_scenes, ("bands", "test_fraction"), f"it has no address; {_HAND}",
+    "scenes": Reader(open_scenes, ("bands", *_CUT), f"it has no address; {_HAND}",
                      apart=True),
 }  # fmt: skip
 
@@ -414,9 +422,21 @@ def open_source(options: Options) -> Source:
             f"{more}"
         )
     source = reader.open(root, options)
-    if reader.classes is not None and len(source.classes) != reader.classes:
+    wanted = reader.classes
+    if isinstance(wanted, tuple) and set(map(_plain, wanted)) != set(map(_plain, source.classes)):
         raise ValueError(
-            f"{name} has {reader.classes} classes, {options.data} has {len(source.classes)}; fix: "
+            f"{name} has {len(wanted)} classes, {', '.join(wanted)}; {options.data} has "
+            f"{len(source.classes)}, {named(source.classes, len(wanted))}; fix: rename its folders "
+            "on both sides, or take the recipe 'pairs' with --rich and --poor, which takes any"
+        )
+    if isinstance(wanted, int) and len(source.classes) != wanted:
+        raise ValueError(
+            f"{name} has {wanted} classes, {options.data} has {len(source.classes)}; fix: "
             "another recipe, or the folder of that data set; 'folder' takes any"
         )
     return source
+
+
+def _plain(name: str) -> str:
+    """A class's name by its letters: DSKD writes ``Fishing Vessel``, ``Fishing``, ``LawVessel``."""
+    return re.sub(r"[\W_]|vessel", "", name.lower())

@@ -141,9 +141,11 @@ def stratified(labels: Rows, count: int, *, draw: int) -> Rows:
     return np.sort(np.lexsort((labels, share))[:count])
 
 
-def split(labels: Rows, fraction: float, groups: Rows | None = None) -> tuple[Rows, Rows]:
+def split(
+    labels: Rows, fraction: float, groups: Rows | None = None, *, draw: int = 0
+) -> tuple[Rows, Rows]:
     """Rows to train on and to test on, each ascending, of a set without a split of its own."""
-    test = held_out(labels, groups, fraction, draw=_TEST)
+    test = held_out(labels, groups, fraction, draw=_TEST + 1000 * draw)
     left = np.bincount(labels) - np.bincount(labels[test], minlength=int(labels.max()) + 1)
     if (bare := int((left == 0).sum())) > 0:
         raise ValueError(

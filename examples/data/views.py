@@ -185,7 +185,12 @@ def _apart(source: Source, options: Options, pseudo: str) -> Views:
     shown = "bands:" + ",".join(map(str, options.rgb)) if options.rgb else options.view
     sets, first = [], 0
     for side in (source.train, source.test):
-        train, test = _cut(np.arange(len(side.labels)), side, options.test_fraction, _TEST)
+        train, test = _cut(
+            np.arange(len(side.labels)),
+            side,
+            options.test_fraction,
+            _TEST + 1000 * options.test_draw,
+        )
         if options.evaluate == "val":
             train, test = _cut(train, side, VAL_FRACTION, _APART_VAL)
         train = _limited(train, source, side, options, _APART_LIMIT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data import Images
 from methods import ALONE
+from progress import CHECKSUM, row_checksum
 from store import write_atomically
 from structkd.diagnostics import effective_rank, self_similarity
 from table import Row
@@ -26,7 +29,8 @@ from table import Row
 # Paul Tol's "muted" scheme: ten hues that stay apart for colour-blind readers.
 PALETTE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
            "#DDCC77", "#CC6677", "#882255", "#AA4499", "#888888")  # fmt: skip
-LONE = "#CC6677"  # the lone student
+LONE = "#CC6677"  # the lone student; no other line has it
+_LETTERS = 14  # of 9 pt, about, in an inch
 _INK, _DISTILLED, _RIGHT = "#222222", "#332288", "#117733"
 _STYLE: Any = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
 _STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
@@ -98,21 +102,38 @@ def _accuracies(axes: Any, panel: Panel, *, alone: bool) -> None:
         if name in theirs:
             axes.scatter(theirs[name], place, **_DIAMOND)
     axes.set_title(panel.title, fontsize=8)
-    axes.set_xlabel(f"accuracy, %\n{wrapped(panel.caption, 6.4 if alone else 2.6)}".strip())
+    axes.set_xlabel(f"accuracy, %\n{wrapped(panel.caption, 5.4 if alone else 2.2)}".strip())
     axes.margins(x=0.1)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """A training's epochs.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    found = []
+    try:
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                told = line.pop(CHECKSUM, "")  # an older history has none
+                row = {name: float(value) for name, value in line.items() if value}
+                if told != "" and told != row_checksum(row):
+                    raise ValueError(f"epoch {len(found) + 1} has another checksum")
+                found.append(row)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); fix: move it away, and its curve is left out"
+        ) from error
+    return found
 
 
 def draw_curves(
     histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path, *, title: str
 ) -> None:
-    """The loss, and the accuracy in training, over the epochs; every seed a line."""
+    """The loss, and the accuracy in training, over the epochs."""
     panels: dict[str, Series] = {}
     for column, label in {"loss": "loss", "accuracy": "accuracy in training, %"}.items():
         panels[label] = {
@@ -145,57 +166,79 @@ def draw_transport(
         for run in runs:
             if costs := run.get("trace", {}).get(kind):
                 series.setdefault(run["method"], []).append((range(len(costs)), costs))
-    draw_lines(panels, path, title=title, across="epochs done", sharey=True, yscale="log")
+    draw_lines(panels, path, title=title, across="epochs done", sharey=True, log=True)
 
 
 def draw_lines(
     panels: Mapping[str, Series], path: Path, *, title: str, across: str, sharey: bool = False,
-    **axis: Any,
+    log: bool = False,
 ) -> None:  # fmt: skip
-    """Panels side by side, with one legend; nothing where they have no lines."""
-    names = list(next(iter(panels.values())))
-    if not names:
+    """Panels side by side, with one legend; nothing where they have no lines.
+
+    A name's seeds are pale lines and their mean is a strong one.
+    """
+    if not any(panels.values()):
         return
     with drawing(path, (8.2, 3.8)) as figure:
         places = figure.subplots(1, len(panels), sharey=sharey)
         for axes, (label, series) in zip(places, panels.items(), strict=True):
-            for (name, seeds), colour in zip(series.items(), palette(len(names)), strict=False):
-                shown = "black" if name.endswith("(reference)") else colour
-                for number, (xs, ys) in enumerate(seeds):
-                    told = textwrap.shorten(name, 44) if number == 0 else None
-                    mark = "." if len(xs) == 1 else None
-                    axes.plot(xs, ys, color=shown, marker=mark, linewidth=1, label=told)
-            axes.set(title=label, xlabel=across, **axis)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            for (name, seeds), colour in zip(series.items(), colours(series), strict=True):
+                shared = min(len(xs) for xs, _ in seeds)
+                mean = np.mean([ys[:shared] for _, ys in seeds], axis=0)
+                told, mark = textwrap.shorten(name, 44), "." if shared == 1 else None
+                axes.plot(seeds[0][0][:shared], mean, color=colour, marker=mark, label=told)
+                for xs, ys in seeds if len(seeds) > 1 else ():
+                    axes.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.35)
+            axes.set(title=label, xlabel=across)
+            if log:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         figure.suptitle(wrapped(title, 8.2), fontsize=9)
-        handles, labels = places[0].get_legend_handles_labels()
-        columns = max(min(4, len(labels), 100 // (max(map(len, labels)) + 8)), 1)
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        below(figure, places[0])
 
 
-def palette(count: int) -> Sequence[Any]:
+def below(figure: Figure, axes: Any) -> None:
+    """The legend of a panel, under the whole figure and no wider."""
+    handles, labels = axes.get_legend_handles_labels()
+    room = int(_LETTERS * figure.get_figwidth())
+    columns = max(min(4, len(labels), room // (max(map(len, labels)) + 8)), 1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def colours(names: Collection[str]) -> list[str]:
+    """One a name: the lone student and the reference have their own in every figure."""
+    fixed = {name: "black" for name in names if name.endswith("(reference)")} | {ALONE: LONE}
+    others = [name for name in names if name not in fixed]
+    free = [hue for hue in palette(len(others) + 1) if hue != LONE]
+    chosen = fixed | dict(zip(others, free, strict=False))
+    return [chosen[name] for name in names]
+
+
+def palette(count: int) -> Sequence[str]:
     if count <= len(PALETTE):
         return PALETTE
-    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+    return [to_hex(hue) for hue in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))]
 
 
 def draw_self_similarity(embeddings: Mapping[str, Tensor], path: Path) -> None:
     """DSKD's Fig. 2(a-b): |cosine| between the channels of each network's output embedding."""
-    with _each(embeddings, path) as (figure, panels):
+    with _each(embeddings, path, "Self-similarity of the output's channels") as (figure, panels):
         for axes, (name, embedding) in zip(panels, embeddings.items(), strict=True):
             matrix = self_similarity(embedding).abs()
             image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
             rank = f"effective rank {float(effective_rank(embedding)):.1f} of {len(matrix)}"
-            axes.set_title(f"{name}\nmean off-diagonal {off_diagonal(embedding):.2f}\n{rank}")
-            axes.set_xlabel("channel")
-        panels[0].set_ylabel("channel")
+            axes.set_title(f"{name}\nmean off-diagonal {off_diagonal(matrix):.2f}\n{rank}")
+            axes.set(xlabel="channel", ylabel="channel")
         figure.colorbar(image, ax=list(panels), label="|cosine similarity|", shrink=0.8)
 
 
-def off_diagonal(embedding: Tensor) -> float:
-    """Mean |cosine| between two different channels."""
-    matrix, width = self_similarity(embedding).abs(), embedding.shape[1]
-    return float((matrix.sum() - matrix.diagonal().sum()) / max(width * (width - 1), 1))
+def off_diagonal(cosines: Tensor) -> float:
+    """Mean |cosine| between two different channels; 0 where there are no two."""
+    others, width = cosines.abs().fill_diagonal_(0), len(cosines)
+    return float(others.sum() / max(width * (width - 1), 1))
 
 
 def draw_tsne(
@@ -204,22 +247,22 @@ def draw_tsne(
     """DSKD's Fig. 2(c-d): t-SNE of each network's pooled intermediate features, by class."""
     from sklearn.manifold import TSNE
 
-    colours = palette(len(classes))
-    with _each(features, path) as (figure, panels):
+    hues, title = palette(len(classes)), "t-SNE of the features of the last stage but one"
+    with _each(features, path, title) as (figure, panels):
         for axes, (name, rows) in zip(panels, features.items(), strict=True):
             perplexity = min(30.0, (len(rows) - 1) / 3)
             made = TSNE(init="pca", perplexity=perplexity, random_state=0)
-            shown = [colours[label] for label in labels.tolist()]
+            shown = [hues[label] for label in labels.tolist()]
             axes.scatter(*made.fit_transform(rows.numpy()).T, c=shown, s=6, linewidths=0)
             axes.set(title=name, xticks=[], yticks=[])
         if len(classes) <= len(PALETTE):
-            for colour, name in zip(colours, classes, strict=False):
-                axes.scatter([], [], color=colour, label=name)
+            for hue, name in zip(hues, classes, strict=False):
+                axes.scatter([], [], color=hue, label=name)
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 @contextmanager
-def _each(networks: Mapping[str, Tensor], path: Path) -> Iterator[tuple[Figure, Any]]:
+def _each(networks: Mapping[str, Tensor], path: Path, title: str) -> Iterator[tuple[Figure, Any]]:
     """A panel a network, framed, three to a row where there are more than four."""
     across = len(networks) if len(networks) <= 4 else 3
     down = -(-len(networks) // across)
@@ -229,6 +272,7 @@ def _each(networks: Mapping[str, Tensor], path: Path) -> Iterator[tuple[Figure, 
             axes.spines[:].set_visible(True)
         for axes in panels[len(networks) :]:
             axes.set_visible(False)
+        figure.suptitle(title, fontsize=9)
         yield figure, panels[: len(networks)]
 
 
@@ -297,4 +341,4 @@ def visible(image: Tensor, rgb: Sequence[int]) -> NDArray[np.float32]:
 
 
 def wrapped(text: str, inches: float) -> str:
-    return textwrap.fill(text, int(12 * inches))  # about 12 letters of 9 pt an inch
+    return textwrap.fill(text, int(_LETTERS * inches))

@@ -23,7 +23,15 @@ import train
 from data import Images, Views
 from data.sources import stratified
 from methods import ALONE
-from papers.figures import LONE, PALETTE, draw_self_similarity, draw_tsne, drawing, off_diagonal
+from papers.figures import (
+    LONE,
+    PALETTE,
+    below,
+    draw_self_similarity,
+    draw_tsne,
+    drawing,
+    off_diagonal,
+)
 from papers.grid import each, opened, split
 from papers.reports import LOOKED_AT, look, pooled
 from recipe import parsed
@@ -173,8 +181,8 @@ def structure(
     centred = used - used.mean(0)
     found = {
         "channels": 100 * used.shape[1] / embedding.shape[1],
-        "off_diagonal": off_diagonal(used),
-        "off_diagonal_centred": off_diagonal(centred),
+        "off_diagonal": off_diagonal(self_similarity(used)),
+        "off_diagonal_centred": off_diagonal(self_similarity(centred)),
         "rank": effective_rank(used),
         "rank_centred": effective_rank(centred),
         "uniformity": uniformity(rows),
@@ -233,5 +241,5 @@ def draw_classifiers(runs: Sequence[Any], path: Path, *, title: str) -> None:
                     axes.scatter(np.full(len(values), at), values, s=8, color="#222222", zorder=3)
         axes.set_xticks(range(len(accuracies)), list(accuracies), rotation=15)
         axes.set(ylabel="accuracy, %", ylim=(0, 100))
-        figure.legend(loc="outside right upper")
-        figure.suptitle(title, fontsize=9)
+        below(figure, axes)
+        figure.suptitle(f"Accuracy of classifiers, {title}", fontsize=9)

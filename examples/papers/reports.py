@@ -130,7 +130,8 @@ def finish(session: Any, name: str, body: Callable[[Sequence[Run]], str], mark: 
     number = _put(session.out / f"{name}.md", text, session.command, mark)
     ending = ".png" if number == 1 else f"-{number}.png"
     place = session.out / f"{name}-accuracy{ending}"
-    told = "; ".join(f"{who}: {value:.2f}\u00a0%" for who, value in teacher_of(session).items())
+    facts = ", ".join(f"{value:.2f}\u00a0% on {what}" for what, value in session.facts.items())
+    told = f"teacher {session.options.teacher}: {facts}" if facts else ""
     panel = figures.Panel({row.method: row for row in found}, caption=told)
     figures.draw_accuracy([panel], place, title=title)
     histories = {}

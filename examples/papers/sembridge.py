@@ -42,7 +42,7 @@ def sembridge(arguments: Sequence[str], command: str) -> int:
     session = unpaired.Session(options, command)
 
     def body(found: Sequence[Run]) -> str:
-        told = "from the teacher's {} to the student's"
+        told = "cost of transport from the teacher's {} to the student's"
         for kind, suffix in (("logits", ""), ("features", "-features")):
             title = f"{options.recipe}: {told.format(kind)}"
             path = session.out / f"transport{suffix}.png"
@@ -108,11 +108,14 @@ def _draw_matches(session: unpaired.Session, runs: Sequence[Mapping[str, Any]]) 
     """One student: of the published row, else of one that chooses again, else of any."""
     views = session.views
     run = max(runs, key=lambda run: (run["method"] == PUBLISHED, len(run["trace"]["given"])))
-    lines = {"student": views.poor.chosen(torch.tensor(run["trace"]["students"]))}
+    lines = {"student's": views.poor.chosen(torch.tensor(run["trace"]["students"]))}
     for epoch, ids in run["trace"]["given"].items():
         told = f"chosen after\nepoch {epoch}" if int(epoch) else "given at first"
         lines[told] = views.rich.chosen(torch.tensor(ids))
-    title = f"{session.options.recipe}, {run['method']}, seed {run['seed']}: teacher images"
+    title = (
+        f"{session.options.recipe}, {run['method']}, seed {run['seed']}: the student's images, and "
+        "the teacher images that they were given"
+    )
     figures.draw_matches(lines, session.options.rgb, session.out / "matches.png", title=title)
 
 

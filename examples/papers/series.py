@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.markdown import Markdown
 
 import segment
 import train
 import unpaired
 from methods import ALONE
-from papers.figures import LONE, drawing, palette, wrapped
+from papers.figures import LONE, below, colours, drawing, wrapped
 from papers.grid import each, opened, split
 from papers.reports import title_of
 from recipe import parsed
@@ -125,8 +126,10 @@ def axis(arguments: Sequence[str], command: str) -> int:
         options = parsed(filled, _kind(own), program="papers axis")
         out = options.out or Path("runs") / f"axis-{options.recipe}"
         values[value] = [replace(options, evaluate="val", out=out)]
+    across = told.removesuffix(f" {PLACE}")
+    across = f"{PLACE} in {told}" if PLACE in across else across
     # A criterion that has the value in it is one row, not a row a value.
-    return run(told.removeprefix("--"), values, command, told, same=others[place])
+    return run(told.removeprefix("--"), values, command, across, same=others[place])
 
 
 def _kind(own: Labels | Axis) -> Any:
@@ -198,7 +201,7 @@ def draw(
     found: Found, at: Mapping[str, float], path: Path, *, title: str, across: str,
     measure: str = "accuracy",
 ) -> None:  # fmt: skip
-    """A line a method over the numbers ``at`` which values stand; bars side by side without.
+    """A line a method over the numbers ``at`` which values stand; points side by side without.
 
     Dotted is the lone student: with all labels, or where nothing of it depends on the value.
     """
@@ -210,25 +213,21 @@ def draw(
     places = at or dict(zip(found, map(float, range(len(found))), strict=True))
     with drawing(path, (6.4, 3.6)) as figure:
         axes = figure.subplots()
-        for number, (name, colour) in enumerate(zip(names, palette(len(names)), strict=False)):
+        for number, (name, colour) in enumerate(zip(names, colours(names), strict=True)):
             shown = [(places[value], some[name]) for value, some in by.items() if name in some]
             if not shown:
                 continue
+            # Without numbers in between no line means anything, and points would hide each other.
+            shift = 0.0 if at else (number - (len(names) - 1) / 2) * 0.6 / len(names)
             xs, some = zip(*shown, strict=True)
-            means, errors = [row.mean for row in some], [row.std or 0.0 for row in some]
-            told: Any = {"color": LONE if name == ALONE else colour, "capsize": 3, "label": name}
-            if at:
-                axes.errorbar(xs, means, errors, marker="o", **told)
-            else:
-                width = 0.8 / len(names)
-                shift = (number - (len(names) - 1) / 2) * width
-                axes.bar([x + shift for x in xs], means, width, yerr=errors, **told)
+            axes.errorbar(
+                [x + shift for x in xs], [row.mean for row in some],
+                np.array([row.std for row in some], dtype=float),  # None, of one seed, is nan
+                color=colour, capsize=3, label=name, marker="o", linestyle="-" if at else "none",
+            )  # fmt: skip
         if lone:
             axes.axhline(lone[0].mean, color=LONE, linestyle=":", linewidth=1,
                          label=None if at else ALONE)  # fmt: skip
-        if not at:  # bars from 0 would show no difference
-            low = (row.mean - (row.std or 0) for some in by.values() for row in some.values())
-            axes.set_ylim(bottom=max(min(low, default=0.0) - 1, 0))
         xs = list(places.values())
         if at and min(xs) > 0 and max(xs) > 10 * min(xs):
             axes.set_xscale("log")
@@ -238,5 +237,5 @@ def draw(
         axes.set(xlabel=across, ylabel=f"{measure}, %")
         axes.grid(color="#DDDDDD", linewidth=0.6, axis="both" if at else "y")
         axes.set_axisbelow(True)
-        axes.legend(loc="best")
+        below(figure, axes)
         figure.suptitle(wrapped(title, 6.4), fontsize=9)

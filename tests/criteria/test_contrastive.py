@@ -114,6 +114,13 @@ def test_compiles_into_one_graph_and_once() -> None:
     assert torch.equal(criterion.draws, wanted.draws)
 
 
+def test_banks_begin_as_the_published_codes() -> None:
+    large = ContrastiveRepresentationLoss(500, embedding_dim=64)
+    for bank in (large.bank_s, large.bank_t):
+        assert bank.square().sum(dim=1).mean() == pytest.approx(1, abs=0.03)
+        assert bank.abs().max() <= (3 / 64) ** 0.5
+
+
 def test_draws_follow_the_seed_and_the_step_alone() -> None:
     one, same, other = _make(seed=3), _make(seed=3), _make(seed=4)
     torch.manual_seed(12345)

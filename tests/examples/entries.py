@@ -14,6 +14,7 @@ import data
 from data.readers import READERS
 from data.views import Views
 from recipe import recipe
+from store import key
 from unpaired import Options
 
 TINY = ""  # the file of the tiny recipe, while a test runs
@@ -32,8 +33,8 @@ def recipe_views(
     return views.loaded() if known == TINY else views
 
 
-def class_counts(monkeypatch: pytest.MonkeyPatch, **known: int) -> None:
-    """The data sets' published numbers of classes, for parts of them: no others are checked."""
+def class_counts(monkeypatch: pytest.MonkeyPatch, **known: int | tuple[str, ...]) -> None:
+    """The data sets' published classes, for parts of them: no others are checked."""
     for name, reader in READERS.items():
         monkeypatch.setitem(READERS, name, replace(reader, classes=known.get(name)))
 
@@ -47,9 +48,27 @@ def outcome(out: Path) -> tuple[dict[Any, Any], dict[str, str]]:
     """What a job came to, but for its seconds: results by run, and the checksums of all weights."""
     found = {}
     for run in results(out):
-        trace = {name: run.get("trace", {}).get(name) for name in ("transport", "matched")}
-        found[run["method"], run["seed"]] = (run.get("accuracy"), run.get("terms"), trace)
+        trace = {
+            k: v for k, v in run.get("trace", {}).items() if k not in ("rematching", "watching")
+        }
+        run = run | {"trace": trace, "seconds": None}
+        found[run["method"], run["seed"], key(run["config"])] = run
     weights = {
-        file.name: torch.load(file, weights_only=True)["sha256"] for file in out.glob("*.pt")
+        file.name: torch.load(file, weights_only=True)["sha256"] for file in out.glob("[!.]*.pt")
     }
     return found, weights
+
+
+def damage(file: Path, kind: str, place: float = 0.5) -> None:
+    """Harm a file at a share of its length."""
+    content = bytearray(file.read_bytes())
+    at = int(place * len(content))
+    if kind == "gone":
+        file.unlink()
+    elif kind == "cut short":
+        file.write_bytes(content[:at])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    else:
+        content[at] ^= 1  # one bit
+        file.write_bytes(content)

@@ -45,6 +45,6 @@ def two_sides(
             stem = Path(half) / name / f"{number:02}"
             rich = values(8, 8, 5, seed=seed, kind="uint16") // 4 + 2000 * label
             write(root / "rich" / stem.with_suffix(".tif"), rich)
-            image = values(8, 8, seed=seed + 50) // 4 + np.uint8(150 * label)
+            image = values(8, 8, seed=seed + 50) // 4 + np.uint8(150 * label // (len(classes) - 1))
             write(root / "poor" / stem.with_suffix(poor), image)
     return root / "rich", root / "poor"

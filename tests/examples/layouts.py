@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import yaml
 from PIL import Image
 from torchvision.datasets import CIFAR100, STL10
 
@@ -30,6 +31,30 @@ def classes_of(
             write(
                 root / name / f"{number}{suffix}", values(size, size, 3, seed=10 * label + number)
             )
+
+
+def write_recipe(root: Path) -> Path:
+    """A recipe over image files, which another process can read."""
+    classes_of(root / "data", ["boat", "buoy"], 20, size=12)
+    options = {
+        "reader": "folder", "data": str(root / "data"), "teacher": "resnet8", "lr": 0.05,
+        "student": "resnet8x0_5", "view": "noise:0.2", "epochs": 2, "batch_size": 8, "pad": 1,
+        "device": "cpu", "seeds": [0, 1], "criterion": ["alone", "dense"],
+    }  # fmt: skip
+    (root / "own.yaml").write_text(yaml.safe_dump(options))
+    return root / "own.yaml"
+
+
+def write_scenes(root: Path) -> Path:
+    """Rich colour images, poor grey ones, and masks of 0 and 255: what is bright is flooded."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        flooded = random.random((4, 4)).repeat(8, 0).repeat(8, 1) > 0.6
+        rich = np.where(flooded[..., None], [180, 60, 200], [40, 160, 50])
+        poor = np.where(flooded, 130, 110) + random.integers(-20, 20, (32, 32))
+        for side, image in {"rich": rich, "poor": poor, "masks": flooded * 255}.items():
+            write(root / side / f"scene{number:02d}.png", image.astype(np.uint8))
+    return root
 
 
 def write_tiny_imagenet(tmp_path: Path) -> Path:

@@ -27,6 +27,8 @@ def test_rich_are_all_bands_and_poor_its_photographs(eurosat: Path) -> None:
     shown = views.rich.pixels[:, [3, 2, 1]] * 255 / 2750
     assert np.array_equal(views.poor.pixels, shown.round().clamp(0, 255))
     assert views.poor.statistics.mean.shape == (3,)
+    small = recipe_views("eurosat", data=eurosat, size=16).loaded()
+    assert (small.rich.shape, small.poor.shape) == ((13, 16, 16), (3, 16, 16))
 
 
 def test_no_neighbourhood_lies_on_both_sides(eurosat: Path) -> None:
@@ -36,8 +38,9 @@ def test_no_neighbourhood_lies_on_both_sides(eurosat: Path) -> None:
         # With an even number of images a place, all sides have whole places.
         sides = [set(_places(images)) for images in (views.rich, views.held_out_rich)]
         assert not sides[0] & sides[1]
-    test = recipe_views("eurosat", data=eurosat)
-    assert np.bincount(test.held_out_rich.labels).tolist() == [4, 4]
+    tests = [recipe_views("eurosat", data=eurosat, test_draw=draw) for draw in range(4)]
+    assert np.bincount(tests[0].held_out_rich.labels).tolist() == [4, 4]
+    assert len({tuple(_places(test.held_out_rich)) for test in tests}) > 1
 
 
 def _places(images: object) -> list[tuple[float, ...]]:

@@ -126,3 +126,17 @@ def test_imagenet_without_a_half_says_what_it_looks_like(tmp_path: Path) -> None
         opened("imagenet", tmp_path)
     with pytest.raises(ValueError, match=r"has no wnids\.txt.*it looks like cifar100"):
         opened("tiny_imagenet", tmp_path)
+
+
+def test_another_draw_of_the_test_images(tmp_path: Path) -> None:
+    classes_of(tmp_path, ["a", "b"], 12)
+    fingerprints = {
+        opened("folder", tmp_path, test_draw=draw).held_out_rich.fingerprint for draw in (0, 0, 1)
+    }
+    assert len(fingerprints) == 2
+    with pytest.raises(ValueError, match="--test-draw must be at least 0"):
+        opened("folder", tmp_path, test_draw=-1)
+    for half in ("train", "test"):
+        classes_of(tmp_path / "halves" / half, ["a", "b"], 2)
+    with pytest.raises(ValueError, match=r"--test-draw 1 has no effect: .* has images for testing"):
+        opened("folder", tmp_path / "halves", test_draw=1)

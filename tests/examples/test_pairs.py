@@ -10,7 +10,8 @@ import torch
 
 from data import Views
 from data.decode import read_bands
-from tests.examples.entries import recipe_views
+from data.readers import CML_CLASSES
+from tests.examples.entries import class_counts, recipe_views
 from tests.examples.files import two_sides, values, write
 
 
@@ -90,12 +91,18 @@ def test_without_pairs_the_student_sees_its_own_sensor(tmp_path: Path) -> None:
     assert torch.equal(views.pseudo.index, views.rich.index)
 
 
-def test_cml_is_optics_and_radar(tmp_path: Path) -> None:
-    rich, poor = two_sides(tmp_path)
+def test_cml_is_optics_and_radar_of_eight_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_counts(monkeypatch, cml=CML_CLASSES)
+    # As its paper's Fig. 4 writes them; the archive itself may have those of the table.
+    written = ("cargo", "Fishing", "Sailing", "Pleasure", "HSC", "LawVessel", "Ocean_Buoy")
+    rich, poor = two_sides(tmp_path, classes=[*written, "Helicopter"])
     rich.rename(tmp_path / "optics")
     poor.rename(tmp_path / "radar")
     views = recipe_views("cml", data=tmp_path).loaded()
     assert (views.rich.shape[0], views.poor.shape[0]) == (5, 1)
+    assert len(views.poor.classes) == 8
     assert views.poverty == "its own sensor"
     with pytest.raises(ValueError, match="has no effect"):
         recipe_views("cml", data=tmp_path, poor="grey")
@@ -103,6 +110,15 @@ def test_cml_is_optics_and_radar(tmp_path: Path) -> None:
         recipe_views("cml", data=tmp_path / "radar")
     with pytest.raises(ValueError, match="drive that asks before it sends"):
         recipe_views("cml", data=tmp_path, download=True)
+    for side in ("optics", "radar"):
+        (tmp_path / side / "Fishing").rename(tmp_path / side / "Ferry")
+    with pytest.raises(ValueError, match=r"8 classes, Cargo, Fishing.* has 8, Ferry, .*fix:"):
+        recipe_views("cml", data=tmp_path)
+    two_sides(tmp_path / "two")
+    (tmp_path / "two" / "rich").rename(tmp_path / "two" / "optics")
+    (tmp_path / "two" / "poor").rename(tmp_path / "two" / "radar")
+    with pytest.raises(ValueError, match=r"cml has 8 classes, .* has 2, boat, buoy; fix:"):
+        recipe_views("cml", data=tmp_path / "two")
 
 
 def test_names_without_a_partner_are_listed(tmp_path: Path) -> None:

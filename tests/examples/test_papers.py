@@ -13,12 +13,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import train as script
 import unpaired
 from methods import Method
 from papers import figures, grid, motivation, published, reports, sembridge, series, tables
 from papers.__main__ import COMMANDS, main
+from progress import Show
 from recipe import recipe as recipe_of
 from store import HELPER, Store
 from structkd import Features
@@ -704,7 +706,7 @@ def test_an_axis_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("at", [{}, {"0.001": 0.001, "0.1": 0.1}])
-def test_a_series_is_lines_over_numbers_and_bars_over_names(
+def test_a_series_is_lines_over_numbers_and_points_over_names(
     at: dict[str, float], tmp_path: Path
 ) -> None:
     found = {
@@ -754,6 +756,36 @@ def test_curves_are_drawn_from_a_history(tmp_path: Path) -> None:
     figures.draw_curves({"kd": [history], "at": []}, tmp_path / "c.png", title="T")
     with Image.open(tmp_path / "c.png") as image:
         assert image.size[0] > image.size[1]
+
+
+@pytest.mark.parametrize("count", [8, 20])
+def test_every_line_has_a_hue_of_its_own(count: int) -> None:
+    names = ["alone", "own pairs (reference)", *(f"method {k}" for k in range(count))]
+    found = figures.colours(names)
+    assert found[:2] == [figures.LONE, "black"]
+    assert len(set(found)) == len(names)
+
+
+@pytest.mark.parametrize("damage", ["a number", "an epoch's end", "a column", "no number"])
+def test_a_damaged_history_is_named(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "h.csv"
+    show = Show(Console(), tmp_path)
+    show.keep(file)
+    show.begin("kd", 2, 1, 0)
+    rates = {"seconds": 1.0, "images_per_second": 8.0}
+    whole = [{"epoch": 1, "loss": 2.5, "accuracy": 30.0} | rates, {"epoch": 2, "loss": 1.5} | rates]
+    show.epoch(whole)
+    assert figures.read_history(file) == whole
+    text = file.read_text()
+    changed = {
+        "a number": text.replace("2.5", "2.4"),
+        "an epoch's end": text[: text.index("30.0") + 3],
+        "a column": text.replace("loss", "lost"),
+        "no number": text.replace("2.5", "2x5"),
+    }
+    file.write_text(changed[damage])
+    with pytest.raises(ValueError, match=r"h\.csv is damaged .* fix: move it away"):
+        figures.read_history(file)
 
 
 @pytest.mark.parametrize("count", [1, 3])

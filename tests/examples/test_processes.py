@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate import PartialState
 from torch import Tensor, nn
 
@@ -31,16 +30,7 @@ HERE = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over image files, which another process can read."""
-    root = tmp_path_factory.mktemp("images")
-    layouts.classes_of(root / "data", ["boat", "buoy"], 20, size=12)
-    options = {
-        "reader": "folder", "data": str(root / "data"), "teacher": "resnet8", "lr": 0.05,
-        "student": "resnet8x0_5", "view": "noise:0.2", "epochs": 2, "batch_size": 8, "pad": 1,
-        "device": "cpu", "seeds": [0, 1], "criterion": ["alone", "dense"],
-    }  # fmt: skip
-    (root / "own.yaml").write_text(yaml.safe_dump(options))
-    return root / "own.yaml"
+    return layouts.write_recipe(tmp_path_factory.mktemp("images"))
 
 
 def started(*command: object, **environment: str) -> subprocess.Popen[bytes]:

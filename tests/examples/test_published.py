@@ -1,8 +1,12 @@
-"""The papers' accuracies: each gain that a table prints is the difference of two that it prints."""
+"""The papers' accuracies: as in the papers' text, and with the gains that the tables print."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -133,6 +137,67 @@ def test_what_the_paper_has_not_got() -> None:
     assert published.column("cifar10", "crd_vgg13", "crd_vgg8") is None
     assert published.column("cml", "crd_vgg13", "crd_vgg8") is not None
     assert published.columns("resnet8", "resnet8") == {}
+
+
+# What was compared with the text: rows (without our second form), columns, and a checksum.
+COMPARED = {
+    "table2": (15, 5, "cc782e1271822f2e"),
+    "table3": (15, 6, "d14d6274961c97d8"),
+    "table4": (15, 6, "699b3bc7f45a7ef1"),
+    "table5": (15, 6, "bf0c2f92269c2474"),
+    "table6": (6, 1, "77b1705cba8da561"),
+    "table7": (18, 2, "282ae71b7e82d723"),
+}
+# Their text cannot be in the repository.
+PAPERS = os.environ.get("STRUCTKD_PAPERS")
+TITLES = {"baseline-t": "teacher", "baseline-s": "alone", "ours": published.OURS}
+Cells = list[tuple[str, list[float]]]  # a table's rows: our name, and a number a column
+
+
+def transcribed(name: str) -> Cells:
+    table = published.tables()[name]
+    rows = [row for row in table.columns[0].accuracies if published.PRINTED not in row]
+    if name == "table6":
+        rows = [row for row in rows if not row.startswith("printed-")]
+    return [(row, [column.accuracies[row] for column in table.columns]) for row in rows]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_no_number_was_changed_since_it_was_compared(name: str) -> None:
+    cells = transcribed(name)
+    digest = hashlib.sha256(repr(cells).encode()).hexdigest()[:16]
+    assert (len(cells), len(cells[0][1]), digest) == COMPARED[name]
+
+
+def printed_rows(text: str) -> Iterator[tuple[str, list[float]]]:
+    """Every line of tables as our names and their numbers, gains left out.
+
+    Its cells are parted by tabs; some have the names or the numbers of several rows, and all are
+    strewn with the signs of LaTeX and HTML.
+    """
+    for line in text.splitlines():
+        first, *cells = re.sub(r"<.*?>|\\mathbf|[\\{}$]", "", line).split("\t")
+        numbers = [re.findall(r"\b\d\d\.\d\d\b", cell) for cell in cells]
+        columns = [[float(number) for number in column] for column in numbers if column]
+        names = ["+".join(TITLES.get(n, n) for n in part.lower().split("+"))
+                 for part in first.split()]  # fmt: skip
+        if columns and all(len(column) == len(names) for column in columns):
+            yield from zip(names, map(list, zip(*columns, strict=True)), strict=True)
+
+
+@pytest.mark.skipif(PAPERS is None, reason="STRUCTKD_PAPERS names no folder with the papers' text")
+def test_every_number_is_the_one_in_the_text() -> None:
+    text = (Path(PAPERS or "") / "dskd.md").read_text()
+    rows = list(printed_rows(text))
+    for name in ("table2", "table3", "table4", "table5", "table7"):
+        expected = transcribed(name)
+        assert rows[: len(expected)] == expected, name
+        del rows[: len(expected)]
+    assert not rows
+    # Of Table 6 the text has no lines: four numbers beside marks, and two alone.
+    (marked,) = re.findall(r"^SRM SEM-1 .*", text, re.MULTILINE)
+    left = re.findall(r"\d\d\.\d\d", marked) + re.findall(r"^\d\d\.\d\d$", text, re.MULTILINE)
+    assert [float(number) for number in left] == [row[0] for _, row in transcribed("table6")]
 
 
 DOCS = Path(__file__).parents[2] / "docs"

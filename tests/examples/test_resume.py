@@ -11,8 +11,8 @@ import torch
 import train as script
 import unpaired
 from progress import Show
-from store import Store
-from tests.examples.entries import outcome, results
+from store import Checkpoint, Epochs, Store, read_checkpoint, write_atomically
+from tests.examples.entries import damage, outcome, results
 
 Runner = Callable[..., int]
 Shown = pytest.CaptureFixture[str]
@@ -68,21 +68,47 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
     assert not list((tmp_path / "cut/epochs").glob("*/epoch-*"))
 
 
+@pytest.mark.parametrize("count", [1, 2], ids=["teacher", "student"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Checkpoint, "save"), (Store, "write"), (Epochs, "clear")],
+    ids=["weights", "result", "epochs"],
+)  # fmt: skip
+def test_a_kill_right_after_a_training_loses_nothing_and_leaves_no_epochs(
+    kind: type, name: str, count: int, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, calls = ("--criterion", "alone"), []
+    assert run(*options, out=tmp_path / "whole") == 0
+
+    def killed(*anything: object, **more: object) -> object:
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*anything, **more)
+
+    original = getattr(kind, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, killed)
+        assert run(*options) == 130
+    assert run(*options) == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert not list(tmp_path.glob("out/epochs/*"))
+
+
+def test_a_student_that_cannot_be_evaluated_failed_and_is_not_trained_again(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    def without_room(*anything: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Session, "evaluated", without_room)
+        assert run("--criterion", "alone") == 1
+    assert "alone seed 0: failed: out of memory" in capsys.readouterr().out
+    assert run("--criterion", "alone") == 0
+    assert "resumes after epoch 3 of 3" in capsys.readouterr().out
+
+
 # Damage.
-
-
-def damage(file: Path, kind: str) -> None:
-    content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    if kind == "gone":
-        file.unlink()
-    elif kind == "cut short":
-        file.write_bytes(content[:middle])
-    elif kind == "empty":
-        file.write_bytes(b"")
-    else:
-        content[middle] ^= 1  # one bit
-        file.write_bytes(content)
 
 
 @pytest.fixture
@@ -132,15 +158,18 @@ def test_where_every_epoch_is_damaged_the_row_fails_and_says_what_to_delete(
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("cut short", "results.json"), ("empty", "results.json"), ("flipped", "results.json"),
-     ("cut short", "teacher-*.pt"), ("empty", "teacher-*.pt"), ("flipped", "teacher-*.pt")],
+     ("a number", "results.json"), ("cut short", "teacher-*.pt"), ("empty", "teacher-*.pt"),
+     ("flipped", "teacher-*.pt"), ("a fact", "teacher-*.pt")],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_with_its_cure_and_nothing_is_lost(
     kind: str, name: str, run: Runner, tmp_path: Path, capsys: Shown
 ) -> None:
     run("--criterion", "alone", "--epochs", "1")
     (file,) = (tmp_path / "out").glob(name)
-    if name == "results.json" and kind == "flipped":
-        file.write_text(file.read_text().replace('"runs"', '"rums"'))
+    if kind == "a number":
+        file.write_text(file.read_text().replace('"accuracy": ', '"accuracy": 1'))
+    elif kind == "a fact":
+        file.write_bytes(file.read_bytes().replace(b"modality", b"modalitx"))
     else:
         damage(file, kind)
     before = (tmp_path / "out/results.json").read_bytes()
@@ -151,6 +180,21 @@ def test_a_damaged_file_is_one_line_with_its_cure_and_nothing_is_lost(
     assert "fix: move it away" in said
     assert said.count("\n") == 1
     assert (tmp_path / "out/results.json").read_bytes() == before
+
+
+def test_damaged_weights_of_a_student_are_made_again_as_the_message_says(
+    run: Runner, tmp_path: Path
+) -> None:
+    assert run("--criterion", "alone") == 0
+    made = outcome(tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("student-*.pt")
+    damage(file, "flipped")
+    with pytest.raises(ValueError, match=r"is damaged .* again with --fresh") as refused:
+        read_checkpoint(file)
+    assert str(file) in str(refused.value)
+    file.unlink()
+    assert run("--criterion", "alone", "--fresh") == 0
+    assert outcome(tmp_path / "out") == made
 
 
 @pytest.mark.parametrize(
@@ -186,6 +230,8 @@ def test_on_a_full_disk_the_training_goes_on_and_its_result_is_kept(
         assert run("--criterion", "alone") == 0
     said = capsys.readouterr().out
     assert said.count("could not be") == (1 if name == "student-" else 2)  # once a training
+    lost = [line for line in said.splitlines() if "could not be" in line]
+    assert all(str(tmp_path / "out") in line for line in lost)
     (found,) = results(tmp_path / "out")
     assert "accuracy" in found
 
@@ -209,6 +255,16 @@ def test_a_teacher_that_cannot_be_kept_is_one_line(
     assert "the same command resumes" in said
     assert run("--criterion", "alone") == 0
     assert "resumes after epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    def full(file: Path) -> None:
+        file.write_bytes(b"a part")
+        raise FULL[0]  # the system names no file
+
+    with pytest.raises(OSError, match=r"table\.md could not be written .*No space left"):
+        write_atomically(tmp_path / "table.md", full)
+    assert not list(tmp_path.glob("*table*"))
 
 
 def test_results_that_cannot_be_written_are_there_when_the_disk_has_room(

@@ -20,6 +20,7 @@ from papers import __main__ as papers
 from recipe import recipe
 from segment import Options
 from structkd import Features, SupervisionLoss
+from tests.examples import layouts
 
 NAMES = [f"scene{n:02d}" for n in range(12)]
 Runner = Callable[..., int]
@@ -36,17 +37,7 @@ def write(folder: Path, name: str, image: np.ndarray) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Rich colour images, poor grey ones, and masks of 0 and 255: what is bright is flooded."""
-    random = np.random.default_rng(0)
-    root = tmp_path / "scenes"
-    for name in NAMES:
-        flooded = random.random((4, 4)).repeat(8, 0).repeat(8, 1) > 0.6
-        rich = np.where(flooded[..., None], [180, 60, 200], [40, 160, 50]).astype(np.uint8)
-        poor = np.where(flooded, 130, 110) + random.integers(-20, 20, (32, 32))
-        write(root / "rich", name, rich)
-        write(root / "poor", name, poor.astype(np.uint8))
-        write(root / "masks", name, (flooded * 255).astype(np.uint8))
-    return root
+    return layouts.write_scenes(tmp_path / "scenes")
 
 
 @pytest.fixture
