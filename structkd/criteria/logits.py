@@ -178,7 +178,7 @@ class LogitMSELoss(Criterion):
                     "LogitMSELoss(form='log') measures the teacher's variance over rows: it needs "
                     "at least 2, got 1; use drop_last=True in the DataLoader"
                 )
-            shape = (*logits_s.shape[:2], -1, 1)
+            shape = (*logits_s.shape[:2], math.prod(logits_s.shape[2:]), 1)
             gaps, logits_t = (logits_s - logits_t).view(shape), logits_t.reshape(shape)
             counted = None if gone is None else ~gone.view(shape)
             return {"Logits": log_error(gaps, logits_t, shards, counted)}

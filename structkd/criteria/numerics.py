@@ -86,7 +86,7 @@ def labelled_mean(values: Tensor, labelled: Tensor, shards: Shards) -> Tensor:
         labelled: Which rows have a label, a bool for each.
         shards: As in :func:`mean_of_sum`.
     """
-    return mean_of_sum(torch.where(labelled, values, 0).sum(), labelled.sum(), shards)
+    return mean_of_sum(torch.where(labelled, values, 0).sum(), labelled.count_nonzero(), shards)
 
 
 def mean_of_sum(total: Tensor, count: Tensor, shards: Shards) -> Tensor:

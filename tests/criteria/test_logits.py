@@ -170,6 +170,9 @@ def test_bad_targets_are_named() -> None:
         DKDLoss()(logits, logits)
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.2 .*got values in 0\.\.3"):
         DKDLoss()(logits, logits, torch.tensor([0, 3]))
+    for missing_one in ([-100, -1], [-1, -100]):  # which is the lowest of all, and allowed
+        with pytest.raises(ValueError, match=r"or be -100.*got values in -1\.\.0"):
+            DKDLoss()(logits, logits, torch.tensor(missing_one))
     with pytest.raises(ValueError, match=r"target must have shape \(2,\), got \(3,\)"):
         DKDLoss()(logits, logits, torch.tensor([0, 1, 2]))
     with pytest.raises(TypeError, match=r"target must be an int64 tensor.* float32"):

@@ -171,6 +171,31 @@ def test_the_layout_in_memory_changes_nothing(name: str) -> None:
     torch.testing.assert_close(_value(ALL[name](), *last, target), value, rtol=1e-12, atol=1e-12)
 
 
+def test_a_criterion_of_ones_own_is_given_rows_unless_it_asks_for_maps() -> None:
+    class Gap(Criterion):
+        reads = ("logits",)
+
+        def compute(self, *given) -> dict[str, Tensor]:
+            seen[self.pixels] = [given[0].logits, given[1].logits, given[2]]
+            return {"gap": given[0].logits.sum()}
+
+    student, teacher, target = _batch(11)
+    seen: dict[str, list[Tensor]] = {}
+    for pixels in ("rows", "labelled", "maps", "labelled maps"):
+        criterion = Gap()
+        criterion.pixels = pixels
+        criterion(student, _resized(teacher, 2, 3), target)
+    teacher = _resized(_resized(teacher, 2, 3), 4, 6)
+    for pixels, found in seen.items():
+        wanted = [student, teacher, target]
+        if not pixels.endswith("maps"):
+            wanted = [v.movedim(1, -1).reshape(-1, CLASSES) for v in wanted[:2]] + [
+                target.flatten()
+            ]
+        for value, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(value, right, rtol=0, atol=0)
+
+
 # How many copies of the student's logits a call keeps for its backward pass, at most. DKD parts a
 # row into the label's class and the others; an index of int64 for that is two copies.
 COPIES = {"DKD": 9.0, "KD-sigmoid": 6.0}
