@@ -257,7 +257,7 @@ def _noticed(job: Job, out: Path, file: Path, original: Path) -> str:
 
 
 def full_disk(job: Job, times: int) -> Iterator[Trial]:
-    """No file may be longer than most of one of a kind; the networks that students share are there."""
+    """No file may be as long as one of a kind; the networks that students share are there."""
     kinds = kinds_of_files(job.out, "") | kinds_of_files(job.cut, "epochs")
     for (folder, role, suffix), original in kinds.items():
         size, out = original.stat().st_size, job.folder()
