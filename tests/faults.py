@@ -260,9 +260,10 @@ def full_disk(job: Job, times: int) -> Iterator[Trial]:
     """No file may be as long as one of a kind; the networks that students share are there."""
     kinds = kinds_of_files(job.out, "") | kinds_of_files(job.cut, "epochs")
     for (folder, role, suffix), original in kinds.items():
-        most, out = original.stat().st_size - 1, job.folder()
-        if most <= _PROBE:
+        size, out = original.stat().st_size, job.folder()
+        if size <= _PROBE:
             continue
+        most = max(_PROBE, size * 3 // 4)
         out.mkdir()
         for shared in ("teacher", "matcher"):
             for file in job.out.glob(f"{shared}-*.pt") if shared != role else ():
