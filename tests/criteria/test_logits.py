@@ -260,6 +260,16 @@ def test_masked_classes_are_the_definition() -> None:
     torch.testing.assert_close(LogitStandardizationLoss()(student, teacher), cut)
 
 
+@pytest.mark.parametrize("open_", [1, 4])
+def test_float16s_lowest_number_masks_as_infinity_does(open_: int) -> None:
+    values = []
+    for mask in (-torch.inf, torch.finfo(torch.float16).min):
+        student, teacher, target = _masked(2, mask, open_)
+        student[:, open_:] = mask
+        values.append(DKDLoss(temperature=4.0)(student, teacher, target))
+    torch.testing.assert_close(*values)
+
+
 @pytest.mark.parametrize("classes", [1, 5])
 def test_the_sigmoid_form_is_binary_cross_entropy_up_to_the_teachers_entropy(classes: int) -> None:
     rng = torch.Generator().manual_seed(0)
