@@ -289,7 +289,7 @@ def _halves(folder: Path, options: Options) -> list[str]:
             f"{folder} has {' and '.join(halves)} alone{hint(folder, options.reader)}; fix: lay it "
             "out as train/<class>/* and test/<class>/* (or val), or as <class>/*"
         )
-    for name in ("test_fraction", "test_draw") if halves else ():
+    for name in _CUT if halves else ():
         if (value := getattr(options, name)) != getattr(Options, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} {value:g} has no effect: {folder} has images for "

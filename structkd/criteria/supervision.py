@@ -181,6 +181,8 @@ def labelled_cross_entropy(
     costs = F.cross_entropy(
         logits, target, ignore_index=NO_LABEL, reduction="none", label_smoothing=label_smoothing
     )
-    counted = target if target.is_floating_point() else target != NO_LABEL
-    count = costs.new_full((), costs.numel()) if counted is target else counted.count_nonzero()
+    if target.is_floating_point():
+        count = costs.new_full((), costs.numel())
+    else:
+        count = (target != NO_LABEL).count_nonzero()
     return mean_of_sum(costs.sum(), count, shards)
