@@ -194,7 +194,7 @@ class Running:
         if predicted[label] < 0.95 or true[label] > 0.9:
             return None
         return (
-            f"{100 * float(predicted[label]):.0f} % of the answers are called "
-            f"{self._classes[label]!r}, which {100 * float(true[label]):.0f} % of them are: the "
+            f"{100 * float(predicted[label]):.0f} % of the predictions are "
+            f"{self._classes[label]!r}, but {100 * float(true[label]):.0f} % of the labels: the "
             "training may be lost"
         )

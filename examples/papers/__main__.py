@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from job import reported
-from papers import geometry, motivation, published, reports, sembridge, series, tables
+from papers import geometry, motivation, published, reports, sembridge, series, surgery, tables
 from recipe import near
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "sembridge": ("RECIPE: nothing paired, SemBridge's rows, transport cost and matches",
                   sembridge.sembridge),
     "plugin": ("RECIPE: methods at random in the class and within SemBridge", sembridge.plugin),
+    "surgery": ("RECIPE: rules that keep distillation's gradient from harming the labels'",
+                surgery.surgery),
     "figures": ("RECIPE: samples, curves, self-similarity and t-SNE of trained students",
                 reports.drawn),
     "motivation": ("RECIPE: five classifiers on either modality, dimensional structure in numbers",

@@ -270,7 +270,7 @@ def test_one_class_for_everything_is_told_once_with_its_name(
     said = capsys.readouterr().out
     told = [line for line in said.splitlines() if "may be lost" in line]
     assert len(told) == 3  # once a training: the teacher's and two students'
-    assert "alone seed 0, epoch 6: 100 % of the answers are called 'east', which 25 %" in told[1]
+    assert "alone seed 0, epoch 6: 100 % of the predictions are 'east', but 25 %" in told[1]
     table = (tmp_path / "out/results.md").read_text()
     assert "25.00 ± 0.00 (the same for every seed: lost?)" in table
 
