@@ -20,6 +20,9 @@ from structkd.criteria import CRITERIA, build_criterion
 from structkd.criteria.base import CriterionSum
 
 ALONE = "alone"  # the student that has no teacher
+MEAN_TEACHER = (
+    "mean teacher"  # the lone student, taught by its own average where labels are missing
+)
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
@@ -34,6 +37,8 @@ class Method:
     @classmethod
     def of(cls, text: str) -> Method:
         """Reads YAML; ``SupervisionLoss`` in a list is the cross-entropy, with its weight."""
+        if text == MEAN_TEACHER:
+            return cls(text)
         try:
             spec = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -129,7 +134,7 @@ def loaded(kind: str) -> type[structkd.Criterion]:
     place, colon, name = kind.rpartition(":")
     if not colon:
         if kind not in CRITERIA:
-            known = [*METHODS, *CRITERIA]
+            known = [*METHODS, MEAN_TEACHER, *CRITERIA]
             raise ValueError(
                 f"--criterion: unknown {kind!r}; {near(kind, known)}known: {', '.join(known)}, and "
                 "my_losses.py:MyLoss for a class of your own"

@@ -7,7 +7,6 @@ loop, the job and what is kept are ``train.py``'s; the scenes come from ``data/m
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +22,10 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import job
 import models
 import train
-from data import Batch
 from data.images import NO_LABEL
 from data.masks import Masks, SceneBatches, SceneOptions, open_scene_views
-from methods import Method
+from methods import MEAN_TEACHER, Method
 from store import write_atomically
-
-MEAN_TEACHER = "mean teacher"
-_DECAY, _SURE = 0.99, 0.9  # of the moving average; the least probability that is believed
 
 
 @dataclass(frozen=True)
@@ -61,41 +56,6 @@ class Options(SceneOptions, train.LoopOptions):
             raise ValueError(f"--layers must be encoder, decoder or both, got {self.layers!r}")
 
 
-class MeanTeacher(nn.Module):
-    """A student beside its moving average, whose confident answers label the other pixels.
-
-    Tarvainen & Valpola (NeurIPS 2017), with FixMatch's least confidence.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.average = copy.deepcopy(network).requires_grad_(False)
-
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and targets: the average's answers, where it is confident, for missing ones."""
-        self._follow()
-        self.average.train()  # both see one batch's statistics
-        with torch.no_grad():
-            sure, told = self.average(x).softmax(1).max(1)
-        told = torch.where(sure > _SURE, told, NO_LABEL)
-        missing = (target == NO_LABEL).flatten(1).all(1).view(-1, *[1] * (target.dim() - 1))
-        return self.network(x), torch.where(missing, told, NO_LABEL)
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
-            mean.lerp_(value, 1 - _DECAY)
-
-
-def mean_teacher(model: nn.Module, batch: Batch, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-    logits, told = model(batch.poor, batch.target)
-    return logits, {
-        "CE": train.cross_entropy(logits, batch.target),
-        "MT": share * train.cross_entropy(logits, told),
-    }
-
-
 class Session(train.Session):
     """The teacher and the students of scenes with masks."""
 
@@ -107,12 +67,6 @@ class Session(train.Session):
         "epochs", "batch_size", "lr", "optimizer", "weight_decay", "clip", "ema", "precision",
         "crop", "turn",
     )  # fmt: skip
-
-    def rows(self) -> list[Any]:
-        return [
-            Method(MEAN_TEACHER) if text == MEAN_TEACHER else Method.of(text)
-            for text in self.options.criterion
-        ]
 
     def opened(self) -> Any:
         views = open_scene_views(self.options)
@@ -138,21 +92,10 @@ class Session(train.Session):
         wanted = self.options.layers
         return [name for name in names if wanted == "both" or name.startswith(wanted)]
 
-    def student_training(self, method: Any, seed: int) -> train.Training:
-        if method.label != MEAN_TEACHER:
-            return super().student_training(method, seed)
-        options, network = self.options, self.network("student", seed)
-        batches = self.batches(options, poor=self.views.poor, labelled=options.labelled, seed=seed)
-        label = f"{method.label} seed {seed}"
-        return train.Training(label, MeanTeacher(network), network, batches, options, mean_teacher)
-
     def student_settings(self, method: Any, seed: int) -> dict[str, Any]:
         found = super().student_settings(method, seed)
         if method.parts:
             found["layers"] = self.options.layers
-        if method.label == MEAN_TEACHER:
-            found["loss"] = {"mean teacher": [_DECAY, _SURE]}
-            found["labelled"] = self.options.labelled
         return found
 
     def settings(self, role: str, **own: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ ones, students with criteria. Images come from ``data/``, networks from timm and
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -29,9 +30,10 @@ import models
 import structkd
 from data import APART, Batch, Batches, Images, Views, open_views
 from data import Options as DataOptions
+from data.images import NO_LABEL
 from data.options import ImageOptions, at_least
 from job import reported
-from methods import METHODS, Method
+from methods import MEAN_TEACHER, METHODS, Method
 from progress import Running, Show, collapsed, shown
 from recipe import parsed, recipe
 from store import Epochs, first_line
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS", "Method", "Options", "Row", "Session", "evaluate", "fit", "parsed", "recipe",
     "reported", "result_table", "rows", "table",
 ]  # fmt: skip
+_DECAY, _SURE = 0.99, 0.9  # of the mean teacher's average; the least probability that is believed
 _CRITERION_SEED = 1_000_000  # apart from the students', so that these start alike in all rows
 
 
@@ -49,8 +52,9 @@ _CRITERION_SEED = 1_000_000  # apart from the students', so that these start ali
 class LoopOptions(ImageOptions):
     """Options of a training, whatever it trains on."""
 
-    # Rows of the table: alone, a name of methods.yaml, a criterion of structkd, FILE.py:CLASS, or
-    # YAML such as '{type: KDLoss, temperature: 2}'; '[kd, DSLoss]' is a sum.
+    # Rows of the table: alone, mean teacher (for --labels), a name of methods.yaml, a criterion of
+    # structkd, FILE.py:CLASS, or YAML such as '{type: KDLoss, temperature: 2}'; '[kd, DSLoss]' is a
+    # sum.
     criterion: tuple[str, ...] = ("alone", "kd", "dense")
     # Network of the teacher: a timm name, or one of models/.
     teacher: str = "resnet32x4"
@@ -165,6 +169,42 @@ def distilled(labels: float) -> Callable[..., Any]:
         return logits, task | {name: share * term for name, term in terms.items()}
 
     return loss
+
+
+class MeanTeacher(nn.Module):
+    """A student beside its moving average, whose confident answers are labels where there are none.
+
+    Tarvainen & Valpola (NeurIPS 2017), with FixMatch's least confidence.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.average = copy.deepcopy(network).requires_grad_(False)
+
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and targets: the average's answers, where it is confident, for missing ones."""
+        self._follow()
+        self.average.train()  # both see one batch's statistics
+        with torch.no_grad():
+            sure, told = self.average(x).softmax(1).max(1)
+        told = torch.where(sure > _SURE, told, NO_LABEL)
+        missing = (target == NO_LABEL).view(len(target), -1).all(1)
+        missing = missing.view(-1, *[1] * (target.dim() - 1))
+        return self.network(x), torch.where(missing, told, NO_LABEL)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(value, 1 - _DECAY)
+
+
+def mean_teacher(model: nn.Module, batch: Batch, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+    logits, told = model(batch.poor, batch.target)
+    return logits, {
+        "CE": cross_entropy(logits, batch.target),
+        "MT": share * cross_entropy(logits, told),
+    }
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -352,6 +392,9 @@ class Session(job.Job):
     def student_training(self, method: Any, seed: int) -> Training:
         options, network = self.options, self.network("student", seed)
         label, views = f"{method.label} seed {seed}", self.views
+        if method.label == MEAN_TEACHER:
+            batches = self.batches(options, poor=views.poor, labelled=options.labelled, seed=seed)
+            return Training(label, MeanTeacher(network), network, batches, options, mean_teacher)
         if not method.parts:  # an image without a label has nothing for it
             batches = self.batches(options, poor=views.poor, labelled=1.0, seed=seed)
             return Training(label, network, network, batches, options, supervised("poor"))
@@ -399,13 +442,14 @@ class Session(job.Job):
     def student_settings(self, method: Any, seed: int) -> dict[str, Any]:
         options, taught = self.options, bool(method.parts)
         teacher = self.teacher_checkpoint()
+        mean = method.label == MEAN_TEACHER
         return self.settings(
             "student",
             teacher=teacher.name if taught else None,
-            loss=method.described,
+            loss={MEAN_TEACHER: [_DECAY, _SURE]} if mean else method.described,
             seed=seed,
             falling=options.falling and taught,
-            labelled=options.labelled if taught and options.labels is not None else None,
+            labelled=options.labelled if (taught or mean) and options.labels is not None else None,
             held_out=self.views.held_out_poor.fingerprint,
             evaluate=options.evaluate,
         )

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import models
 import predict
 import segment
+import train
 from data import masks as scenes
 from papers import __main__ as papers
 from recipe import recipe
@@ -211,7 +212,7 @@ def test_the_mean_teacher_believes_what_is_sure_of_scenes_without_labels():
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.scale * torch.cat([-images, images], 1)
 
-    model = segment.MeanTeacher(Sure())
+    model = train.MeanTeacher(Sure())
     x = torch.tensor([[[[5.0, 0.1]]], [[[-5.0, 5.0]]], [[[5.0, -5.0]]]])
     target = torch.tensor([[[-100, -100]], [[-100, -100]], [[0, -100]]])
     logits, told = model(x, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +101,15 @@ def test_images_that_are_read_while_training_give_the_same_bits(
     assert run(*options, out=held) == 0
     assert run(*options, "--memory", "0", "--workers", "0", out=streamed) == 0
     assert outcome(held) == outcome(streamed)
+
+
+def test_the_mean_teacher_is_a_row_where_labels_are_few(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    assert run("--labels", "8", "--criterion", "alone", "mean teacher", "--seeds", "0") == 0
+    lone, mean = json.loads((tmp_path / "out/results.json").read_text())["runs"]
+    assert set(lone["terms"]) == {"CE"}
+    assert set(mean["terms"]) == {"CE", "MT"}
+    assert mean["config"]["loss"] == {"mean teacher": [0.99, 0.9]}
+    assert mean["config"]["teacher"] is None
+    assert mean["config"]["labelled"] == pytest.approx(1 / 3)
