@@ -18,7 +18,7 @@ from structkd.criteria._maps import (
 from structkd.criteria.base import Criterion, Input
 from structkd.criteria.correlation import off_diagonal_energy
 from structkd.criteria.moments import UNKNOWABLE, Columns, Moments, by_channel, moments
-from structkd.criteria.numerics import inverse, inverse_scale, off_diagonal
+from structkd.criteria.numerics import inverse, inverse_scale, parted
 from structkd.distributed import Shards
 from structkd.features import Features
 from structkd.projectors import StackedLinear, linear_map
@@ -224,8 +224,7 @@ class DenseStructureLoss(Criterion):
                 stages.append((diagonal, off_diagonal_energy(left.T, cross, diagonal)))
                 continue
             correlation = scale_s * weight @ cross if sums else scale_s * cross
-            others = off_diagonal(correlation).square().sum()
-            stages.append((correlation.diagonal(), others))
+            stages.append(parted(correlation))
         return stages
 
     def _shares(self, maps: list[tuple[Tensor, Tensor]], shards: Shards) -> list[Tensor]:
