@@ -15,10 +15,11 @@ demo: $(INSTALLED)
 	$(PYTHON) examples/data show mnist --view noise:0.7 --out runs/demo/image.png
 	$(PYTHON) examples/predict.py runs/demo/student-dense-seed0-*.pt runs/demo/image.png
 
-# One thread a process, a process a core: a file's tests stay together, as they share fixtures.
+# One thread a process, a process a core. Each takes half of the tests in their order, so that a
+# file's tests share their fixtures; who is done takes tests from the end of the other's.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
@@ -29,7 +30,7 @@ lint: $(INSTALLED)
 coverage: export OMP_NUM_THREADS ?= 1
 coverage: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet pytest-cov
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term $(ARGS)
+	$(PYTHON) -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
 # Beside peers, on a quiet core: make bench ARGS=--check
 bench: export OMP_NUM_THREADS ?= 1

@@ -11,6 +11,7 @@ import torch
 TOUR = Path(__file__).parent.parent / "docs" / "tour.ipynb"
 
 
+@pytest.mark.usefixtures("digits_are_parsed_once")
 def test_the_tour_runs_and_both_students_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     names: dict = {}

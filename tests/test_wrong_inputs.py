@@ -183,6 +183,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.usefixtures("digits_are_parsed_once")
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_the_scripts(
     line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

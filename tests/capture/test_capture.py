@@ -206,25 +206,6 @@ def test_autocast_captures_the_low_precision_tensor() -> None:
     assert feats.logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("inner", [True, False], ids=["capture-inner", "capture-compiled"])
-def test_compile_with_the_hooks_set_first(inner: bool) -> None:
-    torch._dynamo.reset()
-    net = Net().eval()
-    want = FeatureCapture(net, intermediate="stages.0", embedding="fc:input")(image())
-    compiled = torch.compile(net, backend="aot_eager")
-    capture = FeatureCapture(
-        net if inner else compiled, intermediate="stages.0", embedding="fc:input"
-    )
-    for _ in range(2):
-        compiled(image())
-        got = capture.read()
-        torch.testing.assert_close(got.intermediate[0], want.intermediate[0])
-        torch.testing.assert_close(got.embedding, want.embedding)
-        torch.testing.assert_close(got.logits, want.logits)
-    got.intermediate[0].sum().backward()
-    assert net.stem.weight.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize(
     ("name", "stage", "classifier"),
     [

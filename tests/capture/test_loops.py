@@ -6,8 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -38,9 +36,13 @@ def image(size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+# A block a stage and few channels: nothing here depends on either.
+SMALL = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+
+
 def resnet() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("resnet18", layers=(1, 1, 1, 1), num_classes=5).eval()
+    return timm.create_model("resnet18", **SMALL, num_classes=5).eval()
 
 
 def hooks(net: nn.Module) -> list[object]:
@@ -56,40 +58,39 @@ def compiled(net: nn.Module, backend: str, **options: object) -> nn.Module:
     return torch.compile(net, backend=backend, **options)
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+# The order is Dynamo's matter; a Distiller, which reads captures, is compiled by inductor too.
 @pytest.mark.parametrize("order", ["capture-first", "compile-first", "compiled-and-run-first"])
-def test_compile_in_any_order(backend: str, order: str) -> None:
-    net = resnet()
-    want = FeatureCapture(net)(image())
+def test_compile_in_any_order(order: str) -> None:
+    net, layers = Overwriting(), {"intermediate": "relu", "embedding": "fc:input"}
+    want = FeatureCapture(net, **layers)(image())
     if order == "capture-first":
-        capture = FeatureCapture(net)
-        fast = compiled(net, backend, fullgraph=True)
+        capture = FeatureCapture(net, **layers)
+        fast = compiled(net, "aot_eager", fullgraph=True)
     else:
-        fast = compiled(net, backend, fullgraph=True)
+        fast = compiled(net, "aot_eager", fullgraph=True)
         if order == "compiled-and-run-first":
             fast(image())
-        capture = FeatureCapture(fast)
+        capture = FeatureCapture(fast, **layers)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             fast(image())
             got = capture.read()
-        torch.testing.assert_close(got.intermediate[0], want.intermediate[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(got.embedding, want.embedding, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.intermediate[0], want.intermediate[0])
+        torch.testing.assert_close(got.embedding, want.embedding)
+        torch.testing.assert_close(got.logits, want.logits)
     fast(image())
     capture.read().intermediate[0].sum().backward()
-    assert net.conv1.weight.grad.abs().sum() > 0
+    assert net.conv.weight.grad.abs().sum() > 0
 
 
 def test_a_module_compiled_in_place_and_run_is_captured() -> None:
     torch.compiler.reset()
-    net = resnet()
+    net = Overwriting()
     net.compile(backend="aot_eager")
     net(image())
-    capture = FeatureCapture(net)
+    capture = FeatureCapture(net, intermediate="relu")
     net(image())
-    assert capture.read().intermediate[0].shape == (2, 256, 2, 2)
+    assert capture.read().intermediate[0].shape == (2, 4, 30, 30)
 
 
 def test_compiled_code_that_overwrites_in_place_gives_the_right_map() -> None:
@@ -120,7 +121,7 @@ def test_a_copys_forward_pass_is_not_the_originals(copied) -> None:
     with torch.no_grad():
         (ema.module if isinstance(ema, ModelEmaV3) else ema)(image(64))
     feats = capture.read()
-    assert feats.intermediate[0].shape == (2, 256, 2, 2)
+    assert feats.intermediate[0].shape == (2, 16, 2, 2)
     assert feats.intermediate[0].requires_grad
     feats.intermediate[0].sum().backward()
     assert net.conv1.weight.grad is not None
@@ -131,10 +132,10 @@ def test_a_copy_between_forward_and_read() -> None:
     capture = FeatureCapture(net)
     net(image())
     twin = copy.deepcopy(net)
-    assert capture.read().intermediate[0].shape == (2, 256, 2, 2)
+    assert capture.read().intermediate[0].shape == (2, 16, 2, 2)
     # The copy's own capture starts clean, and leaves nothing of the first one behind.
     own = FeatureCapture(twin)
-    assert own(image(64)).intermediate[0].shape == (2, 256, 4, 4)
+    assert own(image(64)).intermediate[0].shape == (2, 16, 4, 4)
     own.remove()
     assert hooks(twin) == []
 
@@ -145,7 +146,8 @@ def test_a_saved_network_knows_nothing_of_its_capture() -> None:
     want = net(image())
     file = io.BytesIO()
     torch.save(net, file)
-    assert b"structkd" not in file.getvalue()
+    # Nor when it is pickled, as for a process that is spawned.
+    assert b"structkd" not in file.getvalue() + pickle.dumps(net)
     file.seek(0)
     torch.testing.assert_close(torch.load(file, weights_only=False)(image()), want)
     assert capture.read().logits is want
@@ -187,10 +189,18 @@ def test_a_failing_layer_poisons_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0", "swin_tiny_patch4_window7_224"]
+    ("name", "size"),
+    [
+        ("resnet18", SMALL),
+        ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}),
+        ("test_efficientnet", {}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 2)},
+        ),
+    ],
 )
-def test_timms_gradient_checkpointing(name: str) -> None:
-    size = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
+def test_timms_gradient_checkpointing(name: str, size: dict[str, object]) -> None:
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3, drop_path_rate=0.0, **size)
     for layer in net.modules():
@@ -220,7 +230,7 @@ def test_timms_gradient_checkpointing(name: str) -> None:
 
 
 def test_reentrant_checkpointing_that_cuts_the_gradient_is_named() -> None:
-    net = timm.create_model("resnet18", num_classes=3)
+    net = timm.create_model("resnet18", **SMALL, num_classes=3)
     net.set_grad_checkpointing(True)
     capture = FeatureCapture(net)
     set_reentrant_ckpt(True)
@@ -291,15 +301,5 @@ def test_a_layer_by_itself_does_not_report() -> None:
     net = resnet()
     capture = FeatureCapture(net, embedding="fc:input")
     net(image())
-    net.fc(torch.zeros(7, 512))
-    assert capture.read().embedding.shape == (2, 512)
-
-
-def test_spawned_processes_take_a_captured_network() -> None:
-    net = resnet()
-    _capture = FeatureCapture(net)
-    code = "import pickle, sys; net = pickle.load(sys.stdin.buffer); print(type(net).__name__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps(net), capture_output=True, check=True
-    )
-    assert done.stdout.decode().strip() == "ResNet"
+    net.fc(torch.zeros(7, 16))
+    assert capture.read().embedding.shape == (2, 16)

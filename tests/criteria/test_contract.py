@@ -111,7 +111,8 @@ def test_gradcheck(case: Case) -> None:
                 feats = feats.replace(**{field: given.pop(0)})
         return example.criterion(feats, example.teacher, example.target)
 
-    assert torch.autograd.gradcheck(value, leaves, atol=1e-5)
+    # Along random directions: entry by entry it is compared with the definition's.
+    assert torch.autograd.gradcheck(value, leaves, atol=1e-5, fast_mode=True)
 
 
 @every_case

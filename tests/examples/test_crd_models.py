@@ -39,7 +39,7 @@ def test_parameter_counts_are_the_crd_benchmarks(name: str) -> None:
 def test_stages_and_embedding_are_where_feature_info_says(name: str) -> None:
     model = models.create(name, num_classes=7, in_chans=8).eval()
     assert [(i["num_chs"], i["reduction"]) for i in model.feature_info] == STAGES[name]
-    for size in (32, 64, 96, 224):
+    for size in (32, 48, 96):
         images = torch.randn(1, 8, size, size)
         names = models.stage_names(model)
         with torch.no_grad(), FeatureCapture(model, intermediate=names) as capture:

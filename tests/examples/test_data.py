@@ -70,6 +70,7 @@ def batches(tmp_path: Path, photos: dict, monkeypatch: pytest.MonkeyPatch) -> Pa
     return root
 
 
+@pytest.mark.usefixtures("digits_are_parsed_once")
 def test_splits_of_the_digits_are_disjoint_and_complete() -> None:
     test, val = (recipe_views("mnist", evaluate=e) for e in ("test", "val"))
     places = [set(images.index.tolist()) for images in

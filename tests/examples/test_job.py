@@ -24,9 +24,8 @@ import unpaired
 from data.readers import READERS, Reader
 from data.sources import Part, Source
 from progress import Show
-from tests.examples import conftest, layouts
-from tests.examples.entries import outcome, results
-from tests.examples.files import two_sides
+from tests.examples import conftest
+from tests.examples.entries import results
 
 Runner = Callable[..., int]
 Shown = pytest.CaptureFixture[str]
@@ -332,54 +331,6 @@ def test_a_recipe_that_cannot_be_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
-
-
-# Data sets in their own layouts.
-
-SMALL = [
-    "--epochs", "1", "--seeds", "0", "--batch-size", "4", "--device", "cpu", "--pad", "1",
-    "--teacher", "resnet8x0_5", "--student", "resnet8x0_5", "--criterion", "dense",
-]  # fmt: skip
-
-
-def laid_out(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Writes a data set; the arguments that name it."""
-    root.mkdir()
-    if name in ("pairs", "cml"):
-        rich, poor = two_sides(root, count=10)
-        if name == "pairs":
-            return ["--rich", str(rich), "--poor", str(poor), "--size", "16"]
-        rich.rename(root / "optics"), poor.rename(root / "radar")
-        return ["--data", str(root), "--size", "16"]
-    if name == "folder":
-        layouts.classes_of(root, ["a", "b"], 10, size=20)
-        return ["--data", str(root), "--size", "16", "--view", "lowres:4"]
-    if name.startswith("imagenet"):
-        layouts.write_imagenet(root)
-        (root / "classes.txt").write_text("\n".join(layouts.WNIDS[:2]))
-        more = ["--classes", str(root / "classes.txt")] if name == "imagenet100" else []
-        return ["--data", str(root), "--size", "16", "--view", "blur:1", *more]
-    if name in ("cifar100", "stl10"):
-        getattr(layouts, f"write_{name}")(root, monkeypatch)
-        return ["--data", str(root), "--view", "grey"]
-    few = ["--limit", "8"] if name == "ombria" else []
-    return ["--data", str(getattr(layouts, f"write_{name}")(root)), *few]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["pairs", "cml", "folder", "imagenet", "imagenet100", "cifar100", "stl10", "tiny_imagenet",
-     "eurosat", "ombria"],
-)  # fmt: skip
-def test_an_epoch_on_each_data_set(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = laid_out(name, tmp_path / "data", monkeypatch)
-    assert script.main([name, *arguments, *SMALL, "--out", str(tmp_path / "out")]) == 0
-    (found,) = results(tmp_path / "out")
-    assert "accuracy" in found
-    assert outcome(tmp_path / "out")[1]
 
 
 # The scripts.

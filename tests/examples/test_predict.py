@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from PIL import Image
 import predict
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished") / "job"
+
+
 @pytest.fixture
-def student(run: Callable[..., int], tmp_path: Path) -> Path:
-    run("--criterion", "kd", "--epochs", "1")
+def student(run: Callable[..., int], finished: Path, tmp_path: Path) -> Path:
+    """Of a job that is run once for all tests and copied."""
+    if not finished.exists():
+        assert run("--criterion", "kd", "--epochs", "1", out=finished) == 0
+    shutil.copytree(finished, tmp_path / "out")
     (file,) = (tmp_path / "out").glob("student-kd*.pt")
     return file
 

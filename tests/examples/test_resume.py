@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,24 @@ from tests.examples.entries import damage, outcome, results
 
 Runner = Callable[..., int]
 Shown = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def finished_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def finished(run: Runner, finished_jobs: Path) -> Callable[..., Path]:
+    """Leaves a finished job in a folder. It is run once for all tests and copied."""
+
+    def finished(out: Path, *options: str) -> Path:
+        kept = finished_jobs / " ".join(options)
+        if not kept.exists():
+            assert run(*options, out=kept) == 0
+        return shutil.copytree(kept, out)
+
+    return finished
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, label: str, after: int) -> None:
@@ -74,10 +93,11 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_bits(
     ids=["weights", "result", "epochs"],
 )  # fmt: skip
 def test_a_kill_right_after_a_training_loses_nothing_and_leaves_no_epochs(
-    kind: type, name: str, count: int, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind: type, name: str, count: int, run: Runner, finished: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     options, calls = ("--criterion", "alone"), []
-    assert run(*options, out=tmp_path / "whole") == 0
+    finished(tmp_path / "whole", *options)
 
     def killed(*anything: object, **more: object) -> object:
         calls.append(1)
@@ -112,13 +132,19 @@ def test_a_student_that_cannot_be_evaluated_failed_and_is_not_trained_again(
 
 
 @pytest.fixture
-def left(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> Path:
+def left(
+    run: Runner, finished: Callable[..., Path], finished_jobs: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: Shown,
+) -> Path:  # fmt: skip
     """Epochs 2 and 3 of 4 of a student that was cut off, and the result of one that was not."""
     options = ("--criterion", "alone", "--epochs", "4")
-    assert run(*options, out=tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        cut(patch, "alone", after=3)
-        assert run(*options) == 130
+    finished(tmp_path / "whole", *options)
+    kept = finished_jobs / "cut"
+    if not kept.exists():
+        with monkeypatch.context() as patch:
+            cut(patch, "alone", after=3)
+            assert run(*options, out=kept) == 130
+    shutil.copytree(kept, tmp_path / "out")
     capsys.readouterr()
     (folder,) = (tmp_path / "out/epochs").glob("student-*")
     return folder
@@ -162,9 +188,9 @@ def test_where_every_epoch_is_damaged_the_row_fails_and_says_what_to_delete(
      ("flipped", "teacher-*.pt"), ("a fact", "teacher-*.pt")],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_with_its_cure_and_nothing_is_lost(
-    kind: str, name: str, run: Runner, tmp_path: Path, capsys: Shown
+    kind: str, name: str, run: Runner, finished: Callable[..., Path], tmp_path: Path, capsys: Shown
 ) -> None:
-    run("--criterion", "alone", "--epochs", "1")
+    finished(tmp_path / "out", "--criterion", "alone", "--epochs", "1")
     (file,) = (tmp_path / "out").glob(name)
     if kind == "a number":
         file.write_text(file.read_text().replace('"accuracy": ', '"accuracy": 1'))
@@ -183,10 +209,9 @@ def test_a_damaged_file_is_one_line_with_its_cure_and_nothing_is_lost(
 
 
 def test_damaged_weights_of_a_student_are_made_again_as_the_message_says(
-    run: Runner, tmp_path: Path
+    run: Runner, finished: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert run("--criterion", "alone") == 0
-    made = outcome(tmp_path / "out")
+    made = outcome(finished(tmp_path / "out", "--criterion", "alone"))
     (file,) = (tmp_path / "out").glob("student-*.pt")
     damage(file, "flipped")
     with pytest.raises(ValueError, match=r"is damaged .* again with --fresh") as refused:

@@ -11,6 +11,7 @@ import train
 import unpaired
 from papers.__main__ import main as papers
 from tests.examples import layouts
+from tests.examples.entries import outcome
 from tests.examples.files import two_sides, values, write
 
 SMALL = (
@@ -62,6 +63,7 @@ def test_an_epoch_on_each(
     assert [run["method"] for run in runs] == ["kd"]
     assert 0 <= runs[0]["accuracy"] <= 100
     assert len(trained) == 2
+    assert outcome(tmp_path / "out")[1]
 
 
 @pytest.mark.slow

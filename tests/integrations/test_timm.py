@@ -259,7 +259,7 @@ def test_gradient_checkpointing_changes_nothing(data: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_compiled_averaged_and_autocast_at_once(flow: Flow) -> None:
-    flow.ema, flow.amp, flow.compiles = True, True, "aot_eager"
+    flow.ema, flow.amp, flow.compiles = True, True, "eager"  # what is tested is what Dynamo traces
     outcome = train(flow, _net(), _task)
     assert outcome.losses[1] < outcome.losses[0]
     saved = torch.load(flow.output / "last.pth.tar", weights_only=True)
