@@ -166,6 +166,9 @@ def test_a_constant_teacher_pulls_nowhere_and_a_dead_channel_has_no_variance(lev
     assert float(value) == pytest.approx(math.log(1.01), abs=1e-6)
     assert (gradient == 0).all()
     assert _log_share(torch.full_like(student, float("nan")), constant)[0].isnan()
+    met, gradient = _log_share(constant, constant)
+    assert float(met) == pytest.approx(math.log(1.01), abs=1e-6)
+    assert (gradient == 0).all()
     # One channel of three is dead: the mean of the variances is two thirds of theirs.
     half = teacher.clone()
     half[:, 1] = level
