@@ -14,12 +14,13 @@ DATA=${DATA:+$(realpath "$DATA")}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$(dirname "$0")/.." || exit 1
 [ -z "$DATA" ] || [ -d "$DATA" ] || { echo "no folder $DATA"; exit 1; }
 export PYTHONPATH=. STRUCTKD_DEVICE=$DEVICE
-rows=1000000 jobs=$(($(nproc) < 8 ? $(nproc) : 8)) few_tests=() few_rows=()
+rows=1000000 jobs=$(($(nproc) < 8 ? $(nproc) : 8)) few_tests=() few_rows=() check=--check
 if [ "$DEVICE" = cuda ]; then
     "$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' 2>/dev/null ||
         { echo "torch finds no CUDA device here"; exit 1; }
 else
     rows=10000 jobs=1 few_tests=(-k "dkd-accelerator or shares or nested") few_rows=(--quick --only KDLoss FitNet)
+    check=--quick # a little on a shared core says nothing of speed
 fi
 failed=0
 
@@ -49,7 +50,7 @@ measure() { # name, most seconds, options ...
 # Every criterion under the contract, its definition included, and whether it waits for the card.
 tests contract 100 tests/criteria/test_contract.py
 # Each criterion beside its peers: bytes that move against the card's copying speed, and again no wait for the card.
-measure fp32 90 --seconds 0.1 --check "${few_rows[@]}"
+measure fp32 90 --seconds 0.1 "$check" "${few_rows[@]}"
 measure gallery 40 --only gallery --gallery "$rows" --check
 measure bf16 60 --seconds 0.05 --dtype bfloat16 "${few_rows[@]}"
 tests others 60 tests/capture tests/gallery/test_search.py

@@ -128,7 +128,7 @@ def test_a_dead_channel_counts_one_and_sends_no_gradient() -> None:
     assert (gradient[:, 1] == 0).all()
 
 
-@pytest.mark.parametrize("level", [0.1, 0.3, 1e4])
+@pytest.mark.parametrize("level", [0.1, 0.3, 1e4 / 3])  # whose mean is rounded
 @pytest.mark.parametrize("batch", [7, 10_000])
 def test_a_constant_channel_is_dead_once_centred(level: float, batch: int) -> None:
     student, teacher = randn(0, batch, 2), randn(1, batch, 2)
