@@ -183,6 +183,34 @@ def gallery(rows: int = 100_000, width: int = 256, queries: int = 500) -> dict[s
     }
 
 
+def flat_gallery(rows: int, device: str, width: int = 256, queries: int = 1000) -> dict[str, Any]:
+    """An exact search on a device; the first of its answers are compared with the CPU's scores."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(rows, width, generator=generator)
+    asked = torch.randn(queries, width, generator=generator)
+    labels, wanted = torch.zeros(rows, dtype=torch.int64), torch.zeros(queries, dtype=torch.int64)
+    held = RetrievalGallery(width, device=device)
+    for part in range(0, rows, 1 << 16):
+        held.add(data[part : part + (1 << 16)], labels[part : part + (1 << 16)])
+    given = asked.to(device), wanted.to(device)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        ids = held.search(*given)[1][:, 0].cpu()  # waits for the device
+        times.append(time.perf_counter() - start)
+    few = 20
+    scores = F.normalize(asked[:few]) @ F.normalize(data).T
+    return {
+        "rows": rows,
+        "width": width,
+        "queries": queries,
+        "seconds": min(times[1:]),  # the first builds the index
+        "moves": data.nbytes,  # every row is read at least once
+        "same_as_the_cpu": int((ids[:few] == scores.argmax(1)).sum()),
+        "compared": few,
+    }
+
+
 def imported(turns: int = 4) -> dict[str, Any]:
     """In fresh processes that take turns; the first turn reads the files from the disk."""
     times: dict[str, list[float]] = {"import torch": [], "import torch, structkd": []}

@@ -1,4 +1,4 @@
-"""A group of gloo processes for tests."""
+"""A group of processes for tests: nccl where each has a card of its own, gloo otherwise."""
 
 from __future__ import annotations
 
@@ -16,21 +16,34 @@ import torch.multiprocessing as mp
 PRELOADED = ["structkd", "torch._dynamo", "timm", "pytest"]
 
 
-def start(worker: Callable[..., None], folder: Path, world: int, *args: object) -> None:
-    """Runs ``worker(rank, *args)`` in every process of a new group."""
+def start(
+    worker: Callable[..., None], folder: Path, world: int, *args: object, device: str = "cpu"
+) -> None:
+    """Runs ``worker(rank, *args)`` in every process of a new group.
+
+    Tensors of all of them lie on ``device``; processes on CUDA share the cards in turns.
+    """
     rendezvous = f"file://{folder / 'rendezvous'}"
     mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(
-        _process, (world, worker, rendezvous, args), nprocs=world, start_method="forkserver"
+        _process, (world, worker, rendezvous, device, args), nprocs=world, start_method="forkserver"
     )
 
 
 def _process(
-    rank: int, world: int, worker: Callable[..., None], rendezvous: str, args: tuple[object, ...]
+    rank: int,
+    world: int,
+    worker: Callable[..., None],
+    rendezvous: str,
+    device: str,
+    args: tuple[object, ...],
 ) -> None:
     torch.set_num_threads(1)
+    cards = torch.cuda.device_count() if device == "cuda" else 0
+    if cards:
+        torch.cuda.set_device(rank % cards)
     dist.init_process_group(
-        "gloo",
+        "nccl" if cards >= world else "gloo",
         init_method=rendezvous,
         rank=rank,
         world_size=world,

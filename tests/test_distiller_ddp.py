@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structkd import Distiller
 from structkd.criteria import CRITERIA
+from tests.devices import ACCELERATOR
 from tests.processes import start
 
-BATCH, STEPS, CLASSES, WORLD = 8, 5, 4, 2
+BATCH, STEPS, CLASSES = 8, 5, 4
 
 NAMES = list(CRITERIA)
 OPTIONS = {
@@ -26,6 +27,14 @@ OPTIONS = {
     "RelationalLoss": {"weight": 0.1},
     "DistilVPRLoss": {"weight": 0.1},
 }
+
+
+def worlds(processes: int) -> list[object]:
+    """So many processes on the CPU, and two on the accelerator where there is one."""
+    found: list[object] = [pytest.param((processes, "cpu"), id=str(processes))]
+    if ACCELERATOR:
+        found.append(pytest.param((2, ACCELERATOR), id="accelerator", marks=pytest.mark.gpu))
+    return found
 
 
 class Net(nn.Module):
@@ -42,7 +51,7 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def make(name: str) -> tuple[Distiller, Tensor, Tensor, Tensor]:
+def make(name: str, device: str = "cpu") -> tuple[Distiller, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     student, teacher = Net(5).double(), Net(6).double()
     poor, rich = torch.randn(2, STEPS, BATCH, 3, 4, 4, dtype=torch.float64)
@@ -50,11 +59,11 @@ def make(name: str) -> tuple[Distiller, Tensor, Tensor, Tensor]:
     spec = {"type": name, "gather": True, **OPTIONS.get(name, {})}
     layers = {"intermediate": ["first", "second"], "embedding": "fc:input"}
     whole = Distiller(student, teacher, [spec], example=(poor[0], rich[0]), layers=layers)
-    return whole, poor, rich, target
+    return whole.to(device), poor.to(device), rich.to(device), target.to(device)
 
 
-def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
-    whole, poor, rich, target = make(name)
+def train(name: str, rank: int, world: int, device: str = "cpu") -> dict[str, Tensor]:
+    whole, poor, rich, target = make(name, device)
     if world > 1 and rank:  # what a rank starts from must not matter under DDP
         with torch.no_grad():
             for parameter in whole.parameters():
@@ -63,7 +72,7 @@ def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
     module: nn.Module = DistributedDataParallel(whole) if world > 1 else whole
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.05, momentum=0.9)
     rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    index = torch.arange(BATCH)
+    index = torch.arange(BATCH, device=device)
     for step in range(STEPS):
         output, terms = module(
             poor[step, rows], target[step, rows], x_teacher=rich[step, rows], index=index[rows]
@@ -76,16 +85,18 @@ def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return {key: value for key, value in whole.state_dict().items() if torch.is_tensor(value)}
 
 
-def _worker(rank: int, world: int, names: list[str], out: str) -> None:
-    results = {name: train(name, rank, world) for name in names}
+def _worker(rank: int, world: int, names: list[str], device: str, out: str) -> None:
+    results = {name: train(name, rank, world, device) for name in names}
     torch.save(results, f"{out}.{rank}")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    start(_worker, folder, WORLD, WORLD, NAMES, str(folder / "state"))
-    return [torch.load(f"{folder / 'state'}.{r}", weights_only=True) for r in range(WORLD)]
+@pytest.fixture(scope="module", params=worlds(2))
+def ranks(request, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    world, device = request.param
+    folder: Path = tmp_path_factory.mktemp(f"ddp{world}")
+    start(_worker, folder, world, world, NAMES, device, str(folder / "state"), device=device)
+    saved = [folder / f"state.{r}" for r in range(world)]
+    return [torch.load(file, weights_only=True, map_location="cpu") for file in saved]
 
 
 @pytest.mark.slow

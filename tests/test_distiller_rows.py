@@ -13,13 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 import structkd
 from structkd import Distiller
 from tests.processes import start
-from tests.test_distiller_ddp import NAMES, OPTIONS, Net
+from tests.test_distiller_ddp import NAMES, OPTIONS, Net, worlds
 
 BATCH, CLASSES = 10, 4
 # Rank 0 has the rows before the first cut, and so on. Of the whole batch these have a pair: 4 or
 # none, as one criterion keeps the size that it met first.
-CUTS = {1: [0, BATCH], 4: [0, 4, 5, 6, BATCH]}
-WORLD = 4
+CUTS = {1: [0, BATCH], 2: [0, 4, BATCH], 4: [0, 4, 5, 6, BATCH]}
 STEPS = [[0, 1, 4, 8], [6, 7, 8, 9], [], [3, 5, 6, 8]]
 LAYERS = {"intermediate": ["first", "second"], "embedding": "fc:input"}
 
@@ -50,11 +49,11 @@ def _data() -> tuple[Tensor, Tensor, Tensor]:
     return poor, rich, torch.randint(0, CLASSES, (len(STEPS), BATCH), generator=rng)
 
 
-def _train(name: str, rank: int, world: int) -> dict[str, Tensor]:
-    whole = _make(name, rank)
+def _train(name: str, rank: int, world: int, device: str = "cpu") -> dict[str, Tensor]:
+    whole = _make(name, rank).to(device)
     module: nn.Module = DistributedDataParallel(whole) if world > 1 else whole
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.05, momentum=0.9)
-    poor, rich, target = _data()
+    poor, rich, target = (values.to(device) for values in _data())
     low, high = CUTS[world][rank], CUTS[world][rank + 1]
     found: dict[str, Tensor] = {}
     for step, pairs in enumerate(STEPS):
@@ -67,7 +66,7 @@ def _train(name: str, rank: int, world: int) -> dict[str, Tensor]:
             target[step, low:high],
             x_teacher=rich[step, mine],
             paired=paired,
-            index=torch.arange(low, high),
+            index=torch.arange(low, high, device=device),
         )
         task = F.cross_entropy(output, target[step, low:high], reduction="sum") * world / BATCH
         optimizer.zero_grad()
@@ -78,15 +77,17 @@ def _train(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return found | state
 
 
-def _worker(rank: int, world: int, out: str) -> None:
-    torch.save({name: _train(name, rank, world) for name in NAMES}, f"{out}.{rank}")
+def _worker(rank: int, world: int, device: str, out: str) -> None:
+    torch.save({name: _train(name, rank, world, device) for name in NAMES}, f"{out}.{rank}")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+@pytest.fixture(scope="module", params=worlds(4))
+def ranks(request, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    world, device = request.param
     folder: Path = tmp_path_factory.mktemp("rows")
-    start(_worker, folder, WORLD, WORLD, str(folder / "state"))
-    return [torch.load(f"{folder / 'state'}.{r}", weights_only=True) for r in range(WORLD)]
+    start(_worker, folder, world, world, device, str(folder / "state"), device=device)
+    saved = [folder / f"state.{r}" for r in range(world)]
+    return [torch.load(file, weights_only=True, map_location="cpu") for file in saved]
 
 
 @pytest.mark.slow

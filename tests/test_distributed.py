@@ -14,6 +14,7 @@ import structkd
 from structkd import Criterion, FeatureCapture, Features
 from structkd.distributed import average_gradients, broadcast_state, gather_batch, world_size
 from tests.cases.case import shaped
+from tests.devices import DEVICES
 from tests.processes import start
 
 WORLD, BATCH = 2, 8
@@ -58,12 +59,20 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
 ONLY_WRAPPED = ("crd",)
 
 
-def _setup(name: str) -> tuple[Net, Net, Criterion, Tensor, Tensor]:
+def _shares(device: str) -> list[str]:
+    """On a card the ranks must agree, and its own assertion ends the process if they do not."""
+    return ["even"] if device == "cuda" else list(SHARES)
+
+
+def _setup(
+    name: str, device: str | torch.device = "cpu"
+) -> tuple[Net, Net, Criterion, Tensor, Tensor]:
     torch.manual_seed(0)
     student, teacher = Net(5).double(), Net(6).double()
     criterion = shaped(CRITERIA[name]().double(), _example(5), _example(6))
-    images = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64)
-    return student, teacher, criterion, images, TARGET
+    images = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64).to(device)
+    modules = (module.to(device) for module in (student, teacher, criterion))
+    return *modules, images, TARGET.to(device)
 
 
 def _example(width: int) -> Features:
@@ -80,9 +89,10 @@ def _example(width: int) -> Features:
 def _run(
     name: str, student: nn.Module, teacher: Net, criterion: nn.Module, rows: slice
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    _, _, _, images, target = _setup(name)
+    device = teacher.fc.weight.device
+    _, _, _, images, target = _setup(name, device)
     feats_s = FeatureCapture(student, intermediate="layer", embedding="fc:input")(images[rows])
-    feats_s = feats_s.replace(index=torch.arange(BATCH)[rows])
+    feats_s = feats_s.replace(index=torch.arange(BATCH, device=device)[rows])
     with torch.no_grad():
         feats_t = FeatureCapture(teacher, intermediate="layer", embedding="fc:input")(images[rows])
     loss = criterion(feats_s, feats_t, target[rows])
@@ -104,12 +114,12 @@ def _rows(rank: int, share: str) -> slice:
     return slice(0, cut) if rank == 0 else slice(cut, BATCH)
 
 
-def _worker(rank: int, names: list[str], out: str) -> None:
+def _worker(rank: int, names: list[str], device: str, out: str) -> None:
     results = {}
     for name in names:
         for wrapped in (False, True):
-            for share in SHARES:
-                student, teacher, criterion, _, _ = _setup(name)
+            for share in _shares(device):
+                student, teacher, criterion, _, _ = _setup(name, device)
                 ddp = DistributedDataParallel(student)
                 trains = any(p.requires_grad for p in criterion.parameters())
                 module = DistributedDataParallel(criterion) if wrapped and trains else criterion
@@ -119,18 +129,20 @@ def _worker(rank: int, names: list[str], out: str) -> None:
         torch.save(list(results.items()), out)
 
 
-@pytest.fixture(scope="module")
-def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+@pytest.fixture(scope="module", params=DEVICES)
+def distributed(request, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ddp")
-    out = folder / "results.pt"
-    start(_worker, folder, WORLD, list(CRITERIA), str(out))
-    return dict(torch.load(out, weights_only=True))
+    out, device = folder / "results.pt", request.param
+    start(_worker, folder, WORLD, list(CRITERIA), device, str(out), device=device)
+    return dict(torch.load(out, weights_only=True, map_location="cpu"))
 
 
 @pytest.mark.parametrize("share", list(SHARES))
 @pytest.mark.parametrize("wrapped", [False, True], ids=["criterion-bare", "criterion-ddp"])
 @pytest.mark.parametrize("name", list(CRITERIA))
 def test_value_and_gradient_equal_the_single_process(distributed, name, wrapped, share) -> None:
+    if (name, wrapped, share) not in distributed:
+        pytest.skip("on a card all ranks must hold as many samples")
     student, teacher, criterion, _, _ = _setup(name)
     value, grads = _run(name, student, teacher, criterion, slice(None))
     shared_value, shared_grads = distributed[name, wrapped, share]
@@ -171,7 +183,8 @@ def _training() -> tuple[Net, Criterion]:
 def _train(
     student: nn.Module, criterion: nn.Module, rows: slice, after: Callable[[], None] | None = None
 ) -> dict[str, Tensor]:
-    _, teacher, _, images, target = _setup("srm")
+    device = next(student.parameters()).device
+    _, teacher, _, images, target = _setup("srm", device)
     trained = [*student.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
     capture = FeatureCapture(student, intermediate="layer", embedding="fc:input")
@@ -180,7 +193,7 @@ def _train(
     for _ in range(3):
         optimizer.zero_grad()
         student(images[rows])
-        feats_s = capture.read().replace(index=torch.arange(BATCH)[rows])
+        feats_s = capture.read().replace(index=torch.arange(BATCH, device=device)[rows])
         criterion(feats_s, feats_t, target[rows]).backward()
         if after is not None:
             after()
@@ -193,11 +206,11 @@ def _train(
     }
 
 
-def _training_worker(rank: int, out: str) -> None:
-    for share in SHARES:
+def _training_worker(rank: int, device: str, out: str) -> None:
+    for share in _shares(device):
         for how in ("ddp", "by hand"):
             torch.manual_seed(1 + rank)  # the ranks start apart
-            student, criterion = _training()
+            student, criterion = (module.to(device) for module in _training())
             rows = _rows(rank, share)
             if how == "ddp":
                 wrapped = DistributedDataParallel(student), DistributedDataParallel(criterion)
@@ -209,18 +222,20 @@ def _training_worker(rank: int, out: str) -> None:
             torch.save(state, f"{out}-{share}-{how}-{rank}")
 
 
-def test_loops_with_and_without_ddp_train_as_one_process_does(tmp_path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_loops_with_and_without_ddp_train_as_one_process_does(tmp_path, device: str) -> None:
     """Parameters and, on all ranks, the banks of contrastive distillation."""
     out = tmp_path / "state"
-    start(_training_worker, tmp_path, WORLD, str(out))
+    start(_training_worker, tmp_path, WORLD, device, str(out), device=device)
     torch.manual_seed(1)
     wanted = _train(*_training(), slice(None))
     banks = [name for name in wanted if "bank_" in name]
     assert len(banks) == 2
-    for share in SHARES:
+    for share in _shares(device):
         for how in ("ddp", "by hand"):
             for rank in range(WORLD):
-                state = torch.load(f"{out}-{share}-{how}-{rank}", weights_only=True)
+                saved = f"{out}-{share}-{how}-{rank}"
+                state = torch.load(saved, weights_only=True, map_location="cpu")
                 assert state.keys() == wanted.keys()
                 for name, want in wanted.items():
                     torch.testing.assert_close(

@@ -14,10 +14,15 @@ import structkd
 from structkd import Criterion, Features
 from structkd.distributed import average_gradients, world_size
 from tests.cases.case import shaped
+from tests.devices import ACCELERATOR
 from tests.processes import start
 
 BATCH = 8
 SHARES = ([4, 4], [1, 7], [2, 5, 1], [0, 8])  # batch sizes a rank
+RANKS = [pytest.param((sizes, "cpu"), id=str(sizes)) for sizes in SHARES]
+if ACCELERATOR:  # where the ranks must agree
+    there = pytest.param(([4, 4], ACCELERATOR), id="accelerator", marks=pytest.mark.gpu)
+    RANKS.append(there)
 
 
 def _dense(**options: object) -> Criterion:
@@ -67,18 +72,21 @@ def _features(maps: Tensor) -> Features:
     return Features(logits=maps[:, :5], embedding=maps.mean((2, 3)), intermediate=maps)
 
 
-def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _share(
+    name: str, sizes: list[int], rank: int, device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One rank's part of a batch of maps that are parameters, so that no network is in the way."""
     torch.manual_seed(0)
     criterion = CRITERIA[name]().double()
     examples = [torch.ones(BATCH, c, 3, 4).double() for c in (7 if name == "dense-wide" else 5, 6)]
-    shaped(criterion, *map(_features, examples))
+    shaped(criterion, *map(_features, examples)).to(device)
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     rng = torch.Generator().manual_seed(1)
     widths = (7 if name == "dense-wide" else 5, 6)
     maps = [torch.randn(BATCH, c, 3, 4, generator=rng, dtype=torch.float64) for c in widths]
-    own = maps[0][rows].clone().requires_grad_()
-    value = criterion(_features(own), _features(maps[1][rows]), _labels()[rows])
+    own, other = (side[rows].clone().to(device) for side in maps)
+    own.requires_grad_()
+    value = criterion(_features(own), _features(other), _labels()[rows].to(device))
     value.backward()
     average_gradients(criterion)
     grads = {key: p.grad for key, p in criterion.named_parameters() if p.grad is not None}
@@ -86,16 +94,17 @@ def _share(name: str, sizes: list[int], rank: int) -> tuple[Tensor, dict[str, Te
     return value.detach(), {**grads, "maps": own.grad / world_size()}
 
 
-def _worker(rank: int, sizes: list[int], out: str) -> None:
-    torch.save({name: _share(name, sizes, rank) for name in CRITERIA}, f"{out}.{rank}")
+def _worker(rank: int, sizes: list[int], device: str, out: str) -> None:
+    torch.save({name: _share(name, sizes, rank, device) for name in CRITERIA}, f"{out}.{rank}")
 
 
-@pytest.fixture(scope="module", params=SHARES, ids=str)
+@pytest.fixture(scope="module", params=RANKS)
 def ranks(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    sizes = request.param
+    sizes, device = request.param
     folder = tmp_path_factory.mktemp("shares")
-    start(_worker, folder, len(sizes), sizes, str(folder / "rank"))
-    return [torch.load(folder / f"rank.{r}", weights_only=True) for r in range(len(sizes))]
+    start(_worker, folder, len(sizes), sizes, device, str(folder / "rank"), device=device)
+    saved = [folder / f"rank.{r}" for r in range(len(sizes))]
+    return [torch.load(file, weights_only=True, map_location="cpu") for file in saved]
 
 
 @pytest.mark.parametrize("name", list(CRITERIA))

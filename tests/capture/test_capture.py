@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structkd import FeatureCapture
+from tests.devices import drawn
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Pair(nn.Module):
 
 
 def image(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return drawn(batch, 3, 8, 8)
 
 
 def test_reads_nested_layers_several_maps_and_a_layers_input() -> None:
@@ -199,8 +200,8 @@ def test_two_captures_share_a_model() -> None:
     assert not torch.equal(shallow.read().intermediate[0], deep.read().intermediate[0])
 
 
-def test_autocast_captures_the_low_precision_tensor() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_captures_the_low_precision_tensor(device: str) -> None:
+    with torch.autocast(device, torch.bfloat16):
         feats = FeatureCapture(Net(), intermediate="stem", embedding="fc:input")(image())
     assert feats.intermediate[0].dtype == torch.bfloat16
     assert feats.logits.dtype == torch.bfloat16

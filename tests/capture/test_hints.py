@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import structkd
 from structkd import FeatureCapture
 from structkd.capture.backbone import likely_layers
+from tests.devices import drawn
 
 Pair = namedtuple("Pair", ["scores", "features"])
 
@@ -45,7 +46,7 @@ class Net(nn.Module):
 
 
 def image() -> Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return drawn(2, 3, 8, 8)
 
 
 CAPTURE = r"logits='score' \(in a Distiller, layers=dict\(logits='score'\)"

@@ -9,11 +9,11 @@ import torchvision
 from torch import Tensor, nn
 
 from structkd import FeatureCapture
+from tests.devices import drawn
 
 
 def images(height: int, width: int | None = None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, height, width or height, generator=generator)
+    return drawn(2, 3, height, width or height)
 
 
 def timm_net(name: str, **options: object) -> nn.Module:

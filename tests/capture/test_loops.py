@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from structkd import FeatureCapture
+from tests.devices import drawn
 
 
 class Overwriting(nn.Module):
@@ -33,7 +34,7 @@ class Overwriting(nn.Module):
 
 
 def image(size: int = 32) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return drawn(2, 3, size, size)
 
 
 # A block a stage and few channels: nothing here depends on either.

@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import structkd
 from structkd import FeatureCapture
+from tests.devices import drawn
 
 
 def image(size: int = 8) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return drawn(2, 3, size, size)
 
 
 class Shared(nn.Module):
@@ -51,7 +52,7 @@ ROWS = ["head:input", "head.0:input", "aux:input", "aux.0:input"]
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.Identity(), nn.Dropout(0.5), nn.BatchNorm2d(8)])
 def test_a_layer_object_in_several_places_is_read_where_it_was_named(act: nn.Module) -> None:
-    net = Shared(act)
+    net = Shared(act).to(torch.get_default_device())
     for layer, row in zip(LAYERS, ROWS, strict=True):
         feats = FeatureCapture(net, intermediate=layer, embedding=row)(image())
         assert feats.intermediate[0] is net.seen[layer.removesuffix(".1")]

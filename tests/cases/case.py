@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,48 @@ class Case:
     pure: bool = True
     compiles: bool = True
     zero: Callable[[int], Example] | None = field(default=None)
+
+
+def changed(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
+    """Applies ``function`` to every floating-point field."""
+    return features.replace(
+        logits=None if features.logits is None else function(features.logits),
+        embedding=None if features.embedding is None else function(features.embedding),
+        intermediate=tuple(function(value) for value in features.intermediate),
+    )
+
+
+def moved(example: Example, device: str) -> Example:
+    """Returns an example on a device; its criterion moves there itself, as modules do."""
+
+    def there(features: Features) -> Features:
+        index = None if features.index is None else features.index.to(device)
+        return changed(features, lambda value: value.to(device)).replace(index=index)
+
+    return Example(
+        example.criterion.to(device),
+        there(example.student),
+        there(example.teacher),
+        None if example.target is None else example.target.to(device),
+    )
+
+
+def on(case: Case, device: str) -> Case:
+    """Returns a case on a device; its definition is worked out on the CPU, which is faster there.
+
+    Random numbers stay the CPU's, so that both devices see the same batch.
+    """
+
+    def oracle(example: Example) -> Tensor:
+        back = replace(example, criterion=copy.deepcopy(example.criterion))
+        return case.oracle(moved(back, "cpu")).to(device)
+
+    return replace(
+        case,
+        make=lambda seed, batch: moved(case.make(seed, batch), device),
+        oracle=oracle,
+        zero=None if case.zero is None else lambda seed: moved(case.zero(seed), device),
+    )
 
 
 def generator(seed: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -21,7 +22,8 @@ import tests.cases
 from structkd import Criterion, Features
 from structkd.criteria import CRITERIA
 from structkd.projectors import is_unshaped
-from tests.cases.case import Case, Example
+from tests.cases.case import Case, Example, changed, moved, on
+from tests.devices import ACCELERATOR, no_wait
 
 CASES: list[Case] = [
     case
@@ -30,18 +32,19 @@ CASES: list[Case] = [
 ]
 PUBLIC: list[type[Criterion]] = list(CRITERIA.values())
 IDS = [case.name for case in CASES]
-every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+# The same cases on the accelerator, where there is one.
+THERE = [
+    pytest.param(on(case, ACCELERATOR), id=f"{case.name}-accelerator", marks=pytest.mark.gpu)
+    for case in CASES
+    if ACCELERATOR
+]
+NOWHERE = pytest.param(None, id="accelerator", marks=pytest.mark.skip(reason="no CUDA device"))
+on_the_cpu = pytest.mark.parametrize("case", CASES, ids=IDS)
+on_the_accelerator = pytest.mark.parametrize("case", THERE or [NOWHERE])
+every_case = pytest.mark.parametrize(
+    "case", [*(pytest.param(case, id=case.name) for case in CASES), *THERE]
+)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _change(features: Features, function) -> Features:
-    """Applies ``function`` to every floating-point field."""
-    return Features(
-        logits=None if features.logits is None else function(features.logits),
-        embedding=None if features.embedding is None else function(features.embedding),
-        intermediate=tuple(function(value) for value in features.intermediate),
-        index=features.index,
-    )
 
 
 def _leaves(case: Case, features: Features) -> list[Tensor]:
@@ -57,8 +60,8 @@ def _make(case: Case, seed: int = 0, batch: int = 5) -> Example:
     require = lambda value: value.detach().clone().requires_grad_()  # noqa: E731
     return replace(
         example,
-        student=_change(example.student, require),
-        teacher=_change(example.teacher, require),
+        student=changed(example.student, require),
+        teacher=changed(example.teacher, require),
     )
 
 
@@ -111,8 +114,9 @@ def test_gradcheck(case: Case) -> None:
                 feats = feats.replace(**{field: given.pop(0)})
         return example.criterion(feats, example.teacher, example.target)
 
-    # Along random directions: entry by entry it is compared with the definition's.
-    assert torch.autograd.gradcheck(value, leaves, atol=1e-5, fast_mode=True)
+    # Along random directions: entry by entry it is compared with the definition's. A GPU may add up
+    # in another order each time.
+    assert torch.autograd.gradcheck(value, leaves, atol=1e-5, fast_mode=True, nondet_tol=1e-12)
 
 
 @every_case
@@ -122,8 +126,8 @@ def test_finite_over_dtypes_and_scales(case: Case, dtype: torch.dtype) -> None:
         example = case.make(0, max(5, case.min_batch))
         example.criterion.float()
         cast = lambda value, s=scale: (value * s).to(dtype)  # noqa: E731
-        student = _change(example.student, lambda v, c=cast: c(v).requires_grad_())
-        value = example.criterion(student, _change(example.teacher, cast), example.target)
+        student = changed(example.student, lambda v, c=cast: c(v).requires_grad_())
+        value = example.criterion(student, changed(example.teacher, cast), example.target)
         assert value.dtype == torch.float32
         assert value.shape == ()
         assert value.isfinite(), f"value at scale {scale}"
@@ -157,7 +161,8 @@ def test_terms_sum_to_the_value(case: Case) -> None:
 def test_sum_with_another_criterion(case: Case) -> None:
     value = _run(_make(case))
     example = _make(case)
-    logits = torch.eye(len(_leaves(case, example.student)[0]), 7, dtype=torch.float64)
+    first = _leaves(case, example.student)[0]
+    logits = torch.eye(len(first), 7, dtype=torch.float64, device=first.device)
     add = lambda feats: feats if feats.logits is not None else feats.replace(logits=logits)  # noqa: E731
     student, teacher = add(example.student), add(example.teacher)
     if teacher.logits.shape != student.logits.shape:
@@ -180,10 +185,10 @@ def test_order_of_the_batch_does_not_matter(case: Case) -> None:
     )
     shuffled = replace(
         example,
-        student=_change(example.student, lambda v: v[order]).replace(
+        student=changed(example.student, lambda v: v[order]).replace(
             index=None if example.student.index is None else example.student.index[order]
         ),
-        teacher=_change(example.teacher, lambda v: v[order]).replace(
+        teacher=changed(example.teacher, lambda v: v[order]).replace(
             index=None if example.teacher.index is None else example.teacher.index[order]
         ),
         target=None if example.target is None else example.target[order],
@@ -230,9 +235,9 @@ def test_compiles_whole(case: Case) -> None:
 
 @every_case
 def test_autocast_changes_nothing(case: Case) -> None:
-    wanted = _run(_make(case))
-    with torch.autocast("cpu", torch.bfloat16):
-        value = _run(_make(case))
+    wanted, example = _run(_make(case)), _make(case)
+    with torch.autocast(_leaves(case, example.student)[0].device.type, torch.bfloat16):
+        value = _run(example)
     torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
@@ -241,7 +246,7 @@ def test_teacher_from_inference_mode(case: Case) -> None:
     wanted = _run(_make(case))
     example = _make(case)
     with torch.inference_mode():
-        teacher = _change(example.teacher, lambda v: v.clone())
+        teacher = changed(example.teacher, lambda v: v.clone())
     value = _run(replace(example, teacher=teacher))
     value.backward()
     torch.testing.assert_close(value, wanted)
@@ -253,7 +258,7 @@ def test_nan_in_is_nan_out(case: Case, side: str) -> None:
     example = _make(case)
     if not _leaves(case, getattr(example, side)):
         pytest.skip(f"does not read the {side}")
-    spoiled = _change(getattr(example, side), lambda v: torch.full_like(v, float("nan")))
+    spoiled = changed(getattr(example, side), lambda v: torch.full_like(v, float("nan")))
     assert _run(replace(example, **{side: spoiled})).isnan()
 
 
@@ -270,7 +275,7 @@ def test_batches_that_differ_are_named(case: Case) -> None:
     if not case.reads_teacher:
         pytest.skip("does not read the teacher")
     example = _make(case)
-    shorter = _change(example.teacher, lambda v: torch.cat([v, v]))
+    shorter = changed(example.teacher, lambda v: torch.cat([v, v]))
     with pytest.raises(ValueError, match=r"same samples.*batch size"):
         _run(replace(example, teacher=shorter))
 
@@ -278,7 +283,7 @@ def test_batches_that_differ_are_named(case: Case) -> None:
 @every_case
 def test_integers_are_named(case: Case) -> None:
     example = _make(case)
-    whole = _change(example.student, lambda v: v.detach().long())
+    whole = changed(example.student, lambda v: v.detach().long())
     with pytest.raises(TypeError, match=r"student\.\w+.* floating-point.* int64"):
         _run(replace(example, student=whole))
 
@@ -286,7 +291,7 @@ def test_integers_are_named(case: Case) -> None:
 @every_case
 def test_wrong_rank_is_named(case: Case) -> None:
     example = _make(case)
-    flat = _change(example.student, lambda v: v.detach().flatten())
+    flat = changed(example.student, lambda v: v.detach().flatten())
     with pytest.raises(ValueError, match=r"student\.\w+.* must be .*got float64"):
         _run(replace(example, student=flat))
 
@@ -311,8 +316,8 @@ def test_too_small_a_batch_is_named(case: Case) -> None:
         _run(
             replace(
                 example,
-                student=_change(example.student, lambda v: v[cut]),
-                teacher=_change(example.teacher, lambda v: v[cut]),
+                student=changed(example.student, lambda v: v[cut]),
+                teacher=changed(example.teacher, lambda v: v[cut]),
                 target=None if example.target is None else example.target[cut],
             )
         )
@@ -329,7 +334,7 @@ def test_half_loops_leave_the_criterion_exact(case: Case, dtype: torch.dtype) ->
         if isinstance(value, Tensor):
             torch.testing.assert_close(value, plain.criterion.state_dict()[name], rtol=0, atol=0)
     student, teacher = (
-        _change(feats, lambda v: v.detach().to(dtype)) for feats in (plain.student, plain.teacher)
+        changed(feats, lambda v: v.detach().to(dtype)) for feats in (plain.student, plain.teacher)
     )
     wanted = plain.criterion(student, teacher, plain.target)
     value = moved.criterion(student, teacher, moved.target)
@@ -345,7 +350,7 @@ def test_division_is_multiplication_by_the_inverse(case: Case) -> None:
         _make(case).criterion / 0
 
 
-@every_case
+@on_the_cpu
 def test_its_dict_its_constructor_and_its_repr_have_the_same_words(case: Case) -> None:
     criterion = _make(case).criterion
     parameters = inspect.signature(type(criterion)).parameters
@@ -383,7 +388,7 @@ def test_copies_and_pickles(case: Case) -> None:
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
-@every_case
+@on_the_cpu
 def test_a_negative_weight_is_named(case: Case) -> None:
     with pytest.raises(ValueError, match="weight must be finite >= 0, got -1"):
         -1 * _make(case).criterion
@@ -400,7 +405,32 @@ def test_double_inputs_to_a_float_criterion_are_named(case: Case) -> None:
         _run(example)
 
 
-@every_case
+@on_the_cpu
+def test_no_number_is_read_and_no_shape_depends_on_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either would wait for an accelerator, and is an error on torch's device without numbers."""
+    example = case.make(0, max(5, case.min_batch))
+    _run(example)  # a first call may look at what it was given
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    there = moved(example, "meta")
+    student = changed(there.student, lambda value: value.requires_grad_())
+    value = _run(replace(there, student=student))
+    assert value.is_meta
+    value.backward()
+    assert any(leaf.grad is not None for leaf in _leaves(case, student))
+
+
+@on_the_accelerator
+def test_nothing_waits_for_the_accelerator(case: Case) -> None:
+    example = _make(case)
+    _run(example).backward()  # a first call may look at what it was given
+    with no_wait(ACCELERATOR):
+        _run(example).backward()
+
+
+@on_the_cpu
 def test_docstring_says_what_a_user_needs(case: Case) -> None:
     documentation = inspect.getdoc(type(case.make(0, 5).criterion)) or ""
     for section in ("Example:", "References:", "Raises:", "Shape:"):

@@ -275,6 +275,17 @@ def test_float32_keeps_its_digits_beside_the_optimum(options, level: float) -> N
     )
 
 
+def test_a_compiled_criterion_keeps_its_digits_too() -> None:
+    """It shifts the columns itself, and any shift would do but for the digits."""
+    teacher = randn(0, 8, 3, 4, 4) + 1000
+    student = teacher + 0.01 * randn(1, 8, 3, 4, 4)
+    criterion = as_identity(build(student, teacher))
+    exact = criterion.double()(student.double(), teacher.double())
+    torch.compiler.reset()
+    compiled = torch.compile(criterion.float(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student, teacher).double(), exact, rtol=1e-3, atol=1e-3)
+
+
 @every_form
 @pytest.mark.parametrize("widths", [(2, 3), (3, 2), (2, 4)])
 def test_the_gradient_is_differentiable_itself(options, widths) -> None:

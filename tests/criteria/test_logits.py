@@ -19,6 +19,7 @@ from structkd.criteria.logits import (
     LogitMSELoss,
     LogitStandardizationLoss,
 )
+from structkd.distributed import Shards
 
 GAP = 200.0
 
@@ -320,3 +321,16 @@ def test_rows_without_a_label_count_in_nothing_that_reads_it(labelled: list[int]
     assert gradient.isfinite().all()
     if not labelled:
         assert all(float(value.detach()) == 0 for value in terms.values())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [KDLoss, lambda: KDLoss(form="sigmoid"), LogitStandardizationLoss, CurriculumTemperatureLoss],
+)
+def test_a_process_without_rows_adds_nothing(kind) -> None:
+    student = torch.zeros(0, 3, requires_grad=True)
+    criterion, elsewhere = kind(), Shards((0, 4))
+    value = sum(criterion.terms(student, torch.zeros(0, 3), shards=elsewhere).values())
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in criterion.parameters())

@@ -166,9 +166,21 @@ def test_a_constant_teacher_pulls_nowhere_and_a_dead_channel_has_no_variance(lev
     assert float(value) == pytest.approx(math.log(1.01), abs=1e-6)
     assert (gradient == 0).all()
     assert _log_share(torch.full_like(student, float("nan")), constant)[0].isnan()
+    met, gradient = _log_share(constant, constant)
+    assert float(met) == pytest.approx(math.log(1.01), abs=1e-6)
+    assert (gradient == 0).all()
     # One channel of three is dead: the mean of the variances is two thirds of theirs.
     half = teacher.clone()
     half[:, 1] = level
     spread = half[:, [0, 2]].var(dim=(0, 2, 3), unbiased=False).sum() / 3
     wanted = torch.log(1 / spread + 0.01)
     torch.testing.assert_close(_log_share(half + 1, half)[0], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_rounding_of_a_mean_is_no_variance() -> None:
+    """A mean between two of float32's numbers is half a step off; values are 16.5 steps from it."""
+    step = torch.finfo(torch.float32).eps
+    teacher = torch.ones(8, 1, 8, 8)
+    teacher[::2] += 33 * step
+    value, _ = _log_share(teacher + 32 * step, teacher)
+    assert float(value) == pytest.approx(math.log((32 / 16.5) ** 2 + 0.01), abs=2e-4)
