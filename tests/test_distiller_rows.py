@@ -18,7 +18,7 @@ from tests.test_distiller_ddp import NAMES, OPTIONS, Net, worlds
 BATCH, CLASSES = 10, 4
 # Rank 0 has the rows before the first cut, and so on. Of the whole batch these have a pair: 4 or
 # none, as one criterion keeps the size that it met first.
-CUTS = {1: [0, BATCH], 2: [0, 4, BATCH], 4: [0, 4, 5, 6, BATCH]}
+CUTS = {1: [0, BATCH], 2: [0, 6, BATCH], 4: [0, 4, 5, 6, BATCH]}
 STEPS = [[0, 1, 4, 8], [6, 7, 8, 9], [], [3, 5, 6, 8]]
 LAYERS = {"intermediate": ["first", "second"], "embedding": "fc:input"}
 
