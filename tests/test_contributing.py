@@ -46,6 +46,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "README.md",
         "examples/methods.yaml",
         "tests/__init__.py",
+        "tests/devices.py",
         "tests/criteria/test_contract.py",
         "tests/test_house.py",
     ):

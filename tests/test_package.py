@@ -18,8 +18,9 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-# What a hint may name beside what the extras install: a codec that few TIFF images need.
-BESIDE = {"imagecodecs"}
+# What a hint may name beside what the extras install: a codec that few TIFF images need, and rules
+# that one command of the papers compares with.
+BESIDE = {"imagecodecs", "torchjd"}
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 

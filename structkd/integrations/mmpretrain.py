@@ -63,6 +63,8 @@ def _statistic(owner: object, name: str) -> object:
 
 def _allow_checkpoints() -> None:
     """Tells ``torch.load`` of what mmengine's checkpoints hold: its log of smoothed numbers."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        return  # it read all
     plain: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     plain += [np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
     # Their functions have moved within numpy, so ask an array and a number for them.
@@ -71,8 +73,7 @@ def _allow_checkpoints() -> None:
     torch.serialization.add_safe_globals(plain)
 
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):  # it read all before
-    _allow_checkpoints()
+_allow_checkpoints()
 
 
 @MODELS.register_module()
@@ -139,6 +140,7 @@ class DistilledClassifier(BaseClassifier):  # type: ignore[misc]
         train_cfg: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
+        _allow_checkpoints()  # again: what loads in the meantime may take some of it back
         student_net = _built("student", student)
         if train_cfg is None and isinstance(student, Mapping):
             train_cfg = student.get("train_cfg")  # its Mixup, which a preprocessor of ours does

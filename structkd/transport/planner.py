@@ -29,7 +29,8 @@ class TransportPlan:
         value: ``<plan, cost> + epsilon * sum plan log plan``, ``(...)``, what the plan minimises.
         potentials: ``(f, g)`` of ``(..., N)`` and ``(..., M)`` in units of the cost, detached:
             ``plan_ij = exp((f_i + g_j - cost_ij) / epsilon)`` where the mask is open.
-        converged: Bool ``(...)``: the columns keep their constraint to the planner's tolerance.
+        converged: Bool ``(...)``: the columns keep their constraint to the planner's tolerance and
+            rounding.
         iterations: Iterations run on the whole batch, 0 for the closed form.
     """
 
@@ -245,6 +246,8 @@ class LagrangianPlanner(nn.Module):
                 miss = (received - limit).abs().sum(dim=-1)
             else:
                 miss = _overflow(received, limit, dual).sum(dim=-1)
+        # The iterations stop at sums of their own, which are rounded otherwise than the plan's.
+        bound = self.tolerance + 2 * torch.finfo(plan.dtype).eps
         return TransportPlan(
             plan=plan,
             cost=linear,
@@ -253,7 +256,7 @@ class LagrangianPlanner(nn.Module):
                 self.epsilon * row_dual + row_shift.detach(),
                 self.epsilon * dual + column_shift.detach(),
             ),
-            converged=miss <= self.tolerance * row_mass.sum(dim=-1),
+            converged=miss <= bound * row_mass.sum(dim=-1),
             iterations=iterations,
         )
 

@@ -13,6 +13,7 @@ import mmpretrain.registry
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import HistoryBuffer
 from mmpretrain.structures import DataSample
 from torch import nn
 
@@ -56,6 +57,17 @@ def _model(distill: Any, **options: Any) -> DistilledClassifier:
     return DistilledClassifier(
         student, teacher, distill, **{"example_size": (3, 32, 32), **options}
     )
+
+
+def test_a_new_model_allows_its_checkpoints_though_others_took_that_back() -> None:
+    # As accelerate does, and torch's own context of safe globals when it ends.
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        _model({"type": "KDLoss"})
+        assert HistoryBuffer in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.add_safe_globals(before)
 
 
 def test_two_epochs_train_validate_and_save_no_teacher(data: Path, tmp_path: Path) -> None:
