@@ -20,9 +20,7 @@ from structkd.criteria import CRITERIA, build_criterion
 from structkd.criteria.base import CriterionSum
 
 ALONE = "alone"  # the student that has no teacher
-MEAN_TEACHER = (
-    "mean teacher"  # the lone student, taught by its own average where labels are missing
-)
+MEAN_TEACHER = "mean teacher"  # taught by its own average where labels are missing
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
