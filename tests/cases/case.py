@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structkd import Criterion, Features
+from structkd.criteria.base import _mapped
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,12 @@ class Case:
     zero: Callable[[int], Example] | None = field(default=None)
 
 
-def changed(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
-    """Applies ``function`` to every floating-point field."""
-    return features.replace(
-        logits=None if features.logits is None else function(features.logits),
-        embedding=None if features.embedding is None else function(features.embedding),
-        intermediate=tuple(function(value) for value in features.intermediate),
-    )
-
-
 def moved(example: Example, device: str) -> Example:
     """Returns an example on a device; its criterion moves there itself, as modules do."""
 
     def there(features: Features) -> Features:
         index = None if features.index is None else features.index.to(device)
-        return changed(features, lambda value: value.to(device)).replace(index=index)
+        return _mapped(features, lambda value: value.to(device)).replace(index=index)
 
     return Example(
         example.criterion.to(device),

@@ -21,8 +21,9 @@ import structkd
 import tests.cases
 from structkd import Criterion, Features
 from structkd.criteria import CRITERIA
+from structkd.criteria.base import _mapped
 from structkd.projectors import is_unshaped
-from tests.cases.case import Case, Example, changed, moved, on
+from tests.cases.case import Case, Example, moved, on
 from tests.devices import ACCELERATOR, no_wait
 
 CASES: list[Case] = [
@@ -60,8 +61,8 @@ def _make(case: Case, seed: int = 0, batch: int = 5) -> Example:
     require = lambda value: value.detach().clone().requires_grad_()  # noqa: E731
     return replace(
         example,
-        student=changed(example.student, require),
-        teacher=changed(example.teacher, require),
+        student=_mapped(example.student, require),
+        teacher=_mapped(example.teacher, require),
     )
 
 
@@ -126,8 +127,8 @@ def test_finite_over_dtypes_and_scales(case: Case, dtype: torch.dtype) -> None:
         example = case.make(0, max(5, case.min_batch))
         example.criterion.float()
         cast = lambda value, s=scale: (value * s).to(dtype)  # noqa: E731
-        student = changed(example.student, lambda v, c=cast: c(v).requires_grad_())
-        value = example.criterion(student, changed(example.teacher, cast), example.target)
+        student = _mapped(example.student, lambda v, c=cast: c(v).requires_grad_())
+        value = example.criterion(student, _mapped(example.teacher, cast), example.target)
         assert value.dtype == torch.float32
         assert value.shape == ()
         assert value.isfinite(), f"value at scale {scale}"
@@ -185,10 +186,10 @@ def test_order_of_the_batch_does_not_matter(case: Case) -> None:
     )
     shuffled = replace(
         example,
-        student=changed(example.student, lambda v: v[order]).replace(
+        student=_mapped(example.student, lambda v: v[order]).replace(
             index=None if example.student.index is None else example.student.index[order]
         ),
-        teacher=changed(example.teacher, lambda v: v[order]).replace(
+        teacher=_mapped(example.teacher, lambda v: v[order]).replace(
             index=None if example.teacher.index is None else example.teacher.index[order]
         ),
         target=None if example.target is None else example.target[order],
@@ -246,7 +247,7 @@ def test_teacher_from_inference_mode(case: Case) -> None:
     wanted = _run(_make(case))
     example = _make(case)
     with torch.inference_mode():
-        teacher = changed(example.teacher, lambda v: v.clone())
+        teacher = _mapped(example.teacher, lambda v: v.clone())
     value = _run(replace(example, teacher=teacher))
     value.backward()
     torch.testing.assert_close(value, wanted)
@@ -258,7 +259,7 @@ def test_nan_in_is_nan_out(case: Case, side: str) -> None:
     example = _make(case)
     if not _leaves(case, getattr(example, side)):
         pytest.skip(f"does not read the {side}")
-    spoiled = changed(getattr(example, side), lambda v: torch.full_like(v, float("nan")))
+    spoiled = _mapped(getattr(example, side), lambda v: torch.full_like(v, float("nan")))
     assert _run(replace(example, **{side: spoiled})).isnan()
 
 
@@ -275,7 +276,7 @@ def test_batches_that_differ_are_named(case: Case) -> None:
     if not case.reads_teacher:
         pytest.skip("does not read the teacher")
     example = _make(case)
-    shorter = changed(example.teacher, lambda v: torch.cat([v, v]))
+    shorter = _mapped(example.teacher, lambda v: torch.cat([v, v]))
     with pytest.raises(ValueError, match=r"same samples.*batch size"):
         _run(replace(example, teacher=shorter))
 
@@ -283,7 +284,7 @@ def test_batches_that_differ_are_named(case: Case) -> None:
 @every_case
 def test_integers_are_named(case: Case) -> None:
     example = _make(case)
-    whole = changed(example.student, lambda v: v.detach().long())
+    whole = _mapped(example.student, lambda v: v.detach().long())
     with pytest.raises(TypeError, match=r"student\.\w+.* floating-point.* int64"):
         _run(replace(example, student=whole))
 
@@ -291,7 +292,7 @@ def test_integers_are_named(case: Case) -> None:
 @every_case
 def test_wrong_rank_is_named(case: Case) -> None:
     example = _make(case)
-    flat = changed(example.student, lambda v: v.detach().flatten())
+    flat = _mapped(example.student, lambda v: v.detach().flatten())
     with pytest.raises(ValueError, match=r"student\.\w+.* must be .*got float64"):
         _run(replace(example, student=flat))
 
@@ -316,8 +317,8 @@ def test_too_small_a_batch_is_named(case: Case) -> None:
         _run(
             replace(
                 example,
-                student=changed(example.student, lambda v: v[cut]),
-                teacher=changed(example.teacher, lambda v: v[cut]),
+                student=_mapped(example.student, lambda v: v[cut]),
+                teacher=_mapped(example.teacher, lambda v: v[cut]),
                 target=None if example.target is None else example.target[cut],
             )
         )
@@ -334,7 +335,7 @@ def test_half_loops_leave_the_criterion_exact(case: Case, dtype: torch.dtype) ->
         if isinstance(value, Tensor):
             torch.testing.assert_close(value, plain.criterion.state_dict()[name], rtol=0, atol=0)
     student, teacher = (
-        changed(feats, lambda v: v.detach().to(dtype)) for feats in (plain.student, plain.teacher)
+        _mapped(feats, lambda v: v.detach().to(dtype)) for feats in (plain.student, plain.teacher)
     )
     wanted = plain.criterion(student, teacher, plain.target)
     value = moved.criterion(student, teacher, moved.target)
@@ -415,7 +416,7 @@ def test_no_number_is_read_and_no_shape_depends_on_one(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no such device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     there = moved(example, "meta")
-    student = changed(there.student, lambda value: value.requires_grad_())
+    student = _mapped(there.student, lambda value: value.requires_grad_())
     value = _run(replace(there, student=student))
     assert value.is_meta
     value.backward()
