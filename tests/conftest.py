@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let yapf, which mmengine imports, write its grammar before there are several processes.
+
+    It does so at its first import on a machine and not in one piece: of two that start together
+    one may read an empty file.
+    """
+    if not hasattr(config, "workerinput"):
+        with suppress(ImportError):
+            import yapf.yapflib.yapf_api  # noqa: F401
 
 
 @pytest.fixture(scope="session")
