@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from structkd._checks import describe, whole
+from structkd._checks import NO_LABEL, describe, whole
 from structkd.gallery.gallery import whole_numbers
 from structkd.matching.sembridge import Match
 
@@ -47,7 +47,8 @@ class MatchedDataset(Dataset[MatchedSample]):
     Samples are tuples (or lists) or dicts, of any length; the two sets need not have the same. A
     student's sample must hold its class, in place 1 of a tuple and under ``"label"`` of a dict
     unless a key says otherwise. A teacher's need not: a sample of one field, a dict without
-    ``"label"`` or a bare image is taken as it is. Where both have a class, it must be the same.
+    ``"label"`` or a bare image is taken as it is. Where both have a class (-100 is none), it must
+    be the same.
 
     The match is in shared memory: :meth:`update` reaches the workers of a running DataLoader,
     forked or spawned, persistent ones included. What workers have loaded ahead (``prefetch_factor``
@@ -112,6 +113,10 @@ class MatchedDataset(Dataset[MatchedSample]):
         out: they keep theirs.
         """
         self._ids.copy_(self._merged(match, self._ids))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ids.share_memory_()  # type: ignore[no-untyped-call]  # a deep copy is not
 
     def __len__(self) -> int:
         return len(self.student_set)
@@ -217,7 +222,7 @@ class RematchSchedule:
         return list(takewhile(lambda epoch: epoch < total, every))
 
     def __contains__(self, epoch: object) -> bool:
-        return isinstance(epoch, int) and epoch in self.epochs(epoch + 1)
+        return isinstance(epoch, Integral) and epoch in self.epochs(int(epoch) + 1)
 
     def __repr__(self) -> str:
         return (
@@ -248,8 +253,9 @@ def _split(sample: object, key: str | int | None, name: str) -> tuple[Any, Any]:
 
 
 def _class_of(label: object) -> int | None:
-    """Returns a class index as an int, None for labels of another kind (multi-label vectors)."""
+    """Returns a class index as an int, None for no label and for multi-label vectors."""
     if isinstance(label, Tensor):
         single = label.dim() == 0 and not label.is_floating_point()
-        return int(label) if single else None
-    return int(label) if isinstance(label, Integral) else None
+    else:
+        single = isinstance(label, Integral)
+    return None if not single or label == NO_LABEL else int(label)  # type: ignore[call-overload]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,11 +37,19 @@ def test_items_are_student_teacher_label_index_match():
 
 
 @pytest.mark.parametrize(
-    ("context", "persistent"), [("fork", True), ("fork", False), ("spawn", True)]
+    ("context", "persistent", "copied"),
+    [
+        ("fork", True, False),
+        ("fork", False, False),
+        ("spawn", True, False),
+        ("fork", True, True),
+    ],
 )
-def test_update_reaches_workers(context, persistent):
+def test_update_reaches_workers(context, persistent, copied):
     students, teachers = _sets()
     pairs = MatchedDataset(students, teachers, torch.arange(12))
+    if copied:
+        pairs = copy.deepcopy(pairs)
     loader = DataLoader(
         pairs,
         batch_size=4,
@@ -100,6 +111,13 @@ def test_pairs_of_two_classes_are_refused_multi_labels_not():
         MatchedDataset([("s", 1)], [("t", torch.tensor(2))], match)[0]
     several = torch.tensor([0.0, 1.0, 1.0])
     assert MatchedDataset([("s", 1)], [("t", several)], match)[0] == ("s", "t", 1, 0, 0)
+
+
+@pytest.mark.parametrize("none", [-100, torch.tensor(-100), np.int64(-100)])
+def test_a_sample_without_a_label_may_have_any_match(none):
+    match = torch.zeros(1, dtype=torch.int64)
+    assert MatchedDataset([("s", none)], [("t", 2)], match)[0] == ("s", "t", none, 0, 0)
+    assert MatchedDataset([("s", 2)], [("t", none)], match)[0] == ("s", "t", 2, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +233,7 @@ def test_published_epochs(start, step, growth, printed):
     schedule = RematchSchedule(start, step, growth, times=len(printed))
     assert schedule.epochs(200) == printed
     assert [epoch for epoch in range(200) if epoch in schedule] == printed
+    assert [epoch for epoch in np.arange(200) if epoch in schedule] == printed
 
 
 def test_the_formula_goes_on_where_the_lists_stop():
