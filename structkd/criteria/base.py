@@ -566,8 +566,9 @@ def _labelled_size(logits: Tensor, target: Tensor) -> torch.Size:
     size = target.shape[-2:]
     if len(target) != len(logits):
         raise ValueError(f"target must hold {len(logits)} samples {given}, got {len(target)}")
-    # Strides divide rounding up or down: SegFormer's quarter of 130 pixels is 33.
-    stride = max(1, round(size[0] / logits.shape[2]))
+    # Strides divide rounding up or down: SegFormer's quarter of 130 pixels is 33. The longer side
+    # tells the stride more exactly.
+    stride = max(1, round(max(size) / max(logits.shape[2:])))
     for all_, some in zip(size, logits.shape[2:], strict=True):
         if some not in (all_ // stride, -(-all_ // stride)):
             raise ValueError(

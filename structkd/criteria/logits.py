@@ -179,8 +179,8 @@ class LogitMSELoss(Criterion):
                     "at least 2, got 1; use drop_last=True in the DataLoader"
                 )
             shape = (*logits_s.shape[:2], math.prod(logits_s.shape[2:]), 1)
-            gaps, logits_t = (logits_s - logits_t).view(shape), logits_t.reshape(shape)
-            counted = None if gone is None else ~gone.view(shape)
+            gaps, logits_t = (logits_s - logits_t).reshape(shape), logits_t.reshape(shape)
+            counted = None if gone is None else ~gone.reshape(shape)
             return {"Logits": log_error(gaps, logits_t, shards, counted)}
         error = F.mse_loss if self.form == "squared" else F.l1_loss
         total = error(logits_s, logits_t, reduction="sum")

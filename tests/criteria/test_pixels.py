@@ -152,6 +152,16 @@ def test_logits_are_brought_to_the_size_of_larger_labels(name: str, size: tuple[
     torch.testing.assert_close(value, _value(WITH_LABELS[name](), *brought, target))
 
 
+@pytest.mark.parametrize("size", [(65, 129), (129, 65), (9, 128)])
+@pytest.mark.parametrize("stride", [4, 8])
+def test_labels_of_a_narrow_image_are_no_multiple_of_the_logits(size, stride) -> None:
+    logits = torch.randn(1, CLASSES, *(-(-side // stride) for side in size))
+    loss = structkd.SupervisionLoss()
+    found = loss(Features(logits=logits), Features(), torch.ones(1, *size).long())
+    wanted = F.cross_entropy(_resized(logits, *size), torch.ones(1, *size).long())
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_class_that_is_masked_out_stays_so_at_another_size() -> None:
     student, teacher, _ = _batch(9)
     teacher = _resized(teacher, 8, 12)
@@ -168,7 +178,10 @@ def test_the_layout_in_memory_changes_nothing(name: str) -> None:
     student, teacher, target = _batch(10)
     value = _value(ALL[name](), student, teacher, target)
     last = [v.to(memory_format=torch.channels_last) for v in (student, teacher)]
-    torch.testing.assert_close(_value(ALL[name](), *last, target), value, rtol=1e-12, atol=1e-12)
+    turned = [v.mT.contiguous().mT for v in (student, teacher, target)]
+    for laid_out in ((*last, target), turned):
+        found = _value(ALL[name](), *laid_out)
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
 
 
 def test_a_criterion_of_ones_own_is_given_rows_unless_it_asks_for_maps() -> None:
