@@ -327,6 +327,8 @@ def test_probabilities_where_logits_are_read_are_told() -> None:
 
     with pytest.raises(ValueError, match=r"teacher\.logits look like probabilities"):
         Distiller(net(4), Soft(), structkd.KDLoss())(X, x_teacher=X)
+    shares = Distiller(Soft(), Soft(), structkd.LogitMSELoss())  # of land cover, say
+    assert shares(X, x_teacher=X)[1]["Logits"] > 0
 
 
 def _wrapped(rank: int, out: str) -> None:

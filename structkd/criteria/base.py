@@ -90,6 +90,8 @@ class Criterion(nn.Module):
     # at the target's size. "maps" and "labelled maps": they stay (B, K, H, W), at these sizes,
     # which spares a copy where everything happens along dimension 1.
     pixels: Literal["rows", "labelled", "maps", "labelled maps"] = "rows"
+    # Whether logits may be probabilities, or whatever a network predicts; else they are refused.
+    takes_probabilities: ClassVar[bool] = False
     min_batch: ClassVar[int] = 1
     _version = 2  # of the state dict; 1 is structkd 0.1.0
     _has_met = False  # whether a batch was looked at closely
@@ -269,7 +271,8 @@ class Criterion(nn.Module):
                 raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
             for tensor in value if isinstance(value, tuple) else (value,):
                 _check_tensor(tensor, f"{name}.{field}", field)
-            if field == "logits" and not self._has_met and not torch.compiler.is_compiling():
+            looks = not (self.takes_probabilities or self._has_met)
+            if field == "logits" and looks and not torch.compiler.is_compiling():
                 _check_scores(value, f"{name}.logits")
             found[field] = value
         return Features(**found, index=features.index)  # type: ignore[arg-type]

@@ -143,6 +143,7 @@ class LogitMSELoss(Criterion):
     """
 
     reads = ("logits",)
+    takes_probabilities = True
 
     def __init__(
         self, *, form: str = "squared", ignore: float | None = None, gather: bool = False
