@@ -233,7 +233,7 @@ class Distiller(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that the student asks timm's optimizers not to decay."""
         asked = getattr(backbone.unwrapped(self.student), "no_weight_decay", set)
-        return {f"student.{name}" for name in asked()}
+        return {self._prefix() + name for name in asked()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], Any] | dict[str, Any]:
         """Returns the student's groups of layers for timm's optimizers; a criterion's go last.
@@ -244,12 +244,17 @@ class Distiller(nn.Module):
         asked = getattr(backbone.unwrapped(self.student), "group_matcher", None)
         if asked is None:
             return {}
-        matcher = asked(coarse=coarse)
+        matcher, prefix = asked(coarse=coarse), self._prefix()
         return lambda name: (
-            _layer_group(matcher, name.removeprefix("student."))
-            if name.startswith("student.")
+            _layer_group(matcher, name.removeprefix(prefix))
+            if name.startswith(prefix)
             else (math.inf,)
         )
+
+    def _prefix(self) -> str:
+        """Returns what stands before the student's own names, ``torch.compile``'s part as well."""
+        network = backbone.unwrapped(self.student)
+        return next(f"{name}." for name, part in self.named_modules() if part is network)
 
     def extra_repr(self) -> str:
         return f"teacher={type(backbone.unwrapped(self.teacher)).__name__} (frozen)"

@@ -149,18 +149,20 @@ def test_the_teacher_runs_in_eval_mode_whoever_calls_train() -> None:
     assert task.teacher[1].training  # as the user set it
 
 
-def test_optimizers_of_timm_ask_the_student_through_the_distiller() -> None:
+@pytest.mark.parametrize("student", ["student.", "student._orig_mod."])
+def test_optimizers_of_timm_ask_the_student_through_the_distiller(student: str) -> None:
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10
     )
     teacher = timm.create_model("resnet10t", num_classes=10)
-    distiller = Distiller(vit, teacher, structkd.KDLoss() + structkd.CORALLoss())
+    given = torch.compile(vit) if "_orig_mod" in student else vit
+    distiller = Distiller(given, teacher, structkd.KDLoss() + structkd.CORALLoss())
 
     def decayed(module: nn.Module) -> set[str]:
         optimizer = create_optimizer_v2(module, opt="adamw", lr=1e-3, weight_decay=0.05)
         names = {id(p): name for name, p in module.named_parameters()}
         return {
-            names[id(p)].removeprefix("student.")
+            names[id(p)].removeprefix(student)
             for group in optimizer.param_groups
             if group["weight_decay"]
             for p in group["params"]
@@ -175,7 +177,7 @@ def test_optimizers_of_timm_ask_the_student_through_the_distiller() -> None:
         scales.append({n: of[id(p)] for n, p in module.named_parameters()})
     plain, whole = scales
     for name, scale in plain.items():
-        assert whole[f"student.{name}"] == pytest.approx(scale)
+        assert whole[student + name] == pytest.approx(scale)
     assert {whole[n] for n in whole if n.startswith("criterion.")} == {max(plain.values())}
 
 
