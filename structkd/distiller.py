@@ -317,8 +317,15 @@ class Distiller(nn.Module):
         that of all processes is :math:`\sum_r n_r L_r / \sum_r n_r` with :math:`n_r` rows on
         rank r. What is of all rows already, the same on each rank, this leaves as it is.
         """
-        rows = chosen_rows(paired, "paired", _batch_of(student))
+        batch = _batch_of(student)
+        rows = chosen_rows(paired, "paired", batch)
         size = len(rows)
+        for name, value in (("target", target), ("index", student.index)):
+            if value is not None and len(value) != batch:
+                raise ValueError(
+                    f"{name} must have an entry for each of the {batch} rows of x, also for those "
+                    f"without a pair, got {len(value)}"
+                )
         if teacher is None and size:
             raise ValueError(
                 f"paired names {size} row(s) that have a pair, but x_teacher is None: pass the "

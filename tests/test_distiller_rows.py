@@ -189,6 +189,16 @@ def test_bad_input_is_named(x_teacher, paired, error, message) -> None:
         whole(poor, x_teacher=given, paired=paired)
 
 
+@pytest.mark.parametrize("given", ["target", "index"])
+@pytest.mark.parametrize("length", [2, 7])
+def test_labels_and_positions_are_those_of_the_whole_batch(given: str, length: int) -> None:
+    whole, poor, rich = _distiller("KDLoss")
+    few = {given: torch.zeros(length, dtype=torch.int64)}
+    said = f"{given} must have an entry .* 6 rows of x.*got {length}"
+    with pytest.raises(ValueError, match=said):
+        whole(poor, x_teacher=rich[:2], paired=torch.tensor([1, 0]), **few)
+
+
 def _mixed_worker(rank: int, out: str) -> None:
     said = []
     for spec, images in (
