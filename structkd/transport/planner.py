@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -473,9 +474,9 @@ def _enough(
 ) -> Tensor:
     """Checks that the open columns can take the rows' mass."""
     if not isinstance(capacity, Tensor):
-        if isinstance(capacity, bool) or not isinstance(capacity, int | float):
+        if isinstance(capacity, bool) or not isinstance(capacity, Real):
             raise TypeError(f"capacity must be a number or a tensor, got {describe(capacity)}")
-        capacity = cost.new_tensor(capacity)
+        capacity = cost.new_tensor(float(capacity))
     limit = _checked("capacity", capacity, columns, cost)
     room = (limit if reach is None else limit.where(reach, 0)).sum(dim=-1, keepdim=True)
     if not torch.compiler.is_compiling():

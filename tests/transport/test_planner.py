@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import pairwise
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_default_masses_are_even() -> None:
 def test_capacity_that_is_never_reached_changes_nothing() -> None:
     cost = _random(0, 4, 5)
     free = _planner("rows")(cost).plan
-    for capacity in (1.0, torch.full((5,), float("inf"))):
+    for capacity in (1.0, np.int64(1), np.float32(1), torch.full((5,), float("inf"))):
         found = _planner("capacity")(cost, capacity=capacity)
         torch.testing.assert_close(found.plan, free, rtol=0, atol=0)
 
