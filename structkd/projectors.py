@@ -31,6 +31,11 @@ class LazyHead(LazyModuleMixin, nn.Module):
         super().__init__()
         self._register_state_dict_hook(_without_unshaped)  # type: ignore[no-untyped-call]
 
+    def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
+        # A first call may be a validation's: parameters made there could never train.
+        with torch.inference_mode(False):
+            super()._infer_parameters(module, args, kwargs)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:

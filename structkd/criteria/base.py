@@ -254,7 +254,9 @@ class Criterion(nn.Module):
 
     def _join(self, first: Tensor) -> None:
         """Moves to the device of the first features, and to float64 if they are float64."""
-        self.to(device=first.device, dtype=torch.float64 if first.dtype == torch.float64 else None)
+        wide = torch.float64 if first.dtype == torch.float64 else None
+        with torch.inference_mode(False):  # what is moved there could never train
+            self.to(device=first.device, dtype=wide)
 
     def _read(self, given: Input, name: str) -> Features:
         """Returns only the fields that this criterion reads, each checked for type and rank."""

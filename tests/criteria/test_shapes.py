@@ -86,6 +86,20 @@ def test_the_criterion_has_the_precision_of_the_features(kind) -> None:
 
 
 @every_public
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_first_call_in_inference_mode_leaves_it_trainable(kind, dtype) -> None:
+    criterion = _make(kind)
+    if kind is structkd.CurriculumTemperatureLoss:
+        criterion.to(dtype)
+    with torch.inference_mode():  # Lightning validates a little before it trains
+        criterion.eval()(_network("maps", 6, dtype), _network("maps", 8, dtype), TARGET)
+    assert not any(v.is_inference() for v in (*criterion.parameters(), *criterion.buffers()))
+    student = _network("maps", 6, dtype)
+    criterion.train()(student, _network("maps", 8, dtype), TARGET).backward()
+    assert is_unshaped(criterion) is False
+
+
+@every_public
 def test_an_optimizer_made_before_the_first_call_trains_all_of_it(kind) -> None:
     student, teacher = _network("maps", 6), _network("maps", 8)
     criterion = _make(kind)
