@@ -277,6 +277,20 @@ class Distiller(nn.Module):
         self._frozen.apply(fn)
         return self
 
+    def to_empty(self: DistillerT, *, device: Any, recurse: bool = True) -> DistillerT:
+        """Moves what trains to a device without its values, and the teacher with its own.
+
+        A student made on the meta device gets memory so. The teacher's weights are in no state
+        dict that would be loaded afterwards, so they are kept, unless they are meta themselves.
+        """
+
+        def emptied(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, device=device)
+
+        super()._apply(emptied, recurse)  # type: ignore[no-untyped-call]
+        self._frozen.apply(lambda tensor: emptied(tensor) if tensor.is_meta else tensor.to(device))
+        return self
+
     def _build(self, example: Any) -> None:
         """Runs everything once in eval mode, to shape the criterion without moving a statistic."""
         is_pair = isinstance(example, tuple | list) and len(example) == 2

@@ -190,6 +190,21 @@ def test_a_copy_that_is_moved_takes_a_teacher_of_its_own_along() -> None:
     assert whole(POOR, x_teacher=RICH)[1]["SEM-1"].dtype == torch.float32
 
 
+def test_a_student_without_memory_gets_some_and_the_teacher_keeps_its_weights() -> None:
+    with torch.device("meta"):
+        student = net(4)
+    teacher = net(6)
+    kept = copy.deepcopy(teacher.state_dict())
+    whole = Distiller(student, teacher, structkd.KDLoss()).to_empty(device="cpu")
+    torch.testing.assert_close(whole.teacher.state_dict(), kept, rtol=0, atol=0)
+    whole.student.load_state_dict(net(4).state_dict())
+    assert whole(POOR, x_teacher=RICH)[1]["KD"].isfinite()
+    with torch.device("meta"):
+        both = Distiller(net(4), net(6), structkd.KDLoss()).to_empty(device="cpu")
+    both.teacher.load_state_dict(kept)
+    assert not both.teacher[0].weight.is_meta
+
+
 def test_an_average_of_the_whole_and_one_of_the_student() -> None:
     whole = distiller()
     of_whole, of_student = ModelEmaV3(whole, decay=0.5), ModelEmaV3(whole.student, decay=0.5)
