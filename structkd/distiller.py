@@ -199,14 +199,16 @@ class Distiller(nn.Module):
 
         Warns:
             UserWarning: If the student's parameters changed since the last call and none of the
-                criterion's did: no optimizer has them.
+                criterion's did, which have a gradient: no optimizer has them.
         """
         self.criterion.step_epoch()
         if self._versions is not None:
             student, criterion = (
                 before != now for before, now in zip(self._versions, self._marks(), strict=True)
             )
-            if student and not criterion and self._versions[1]:
+            # Where the loop left the terms out of its loss there is no gradient.
+            given = any(p.grad is not None for p in self.criterion.parameters())
+            if student and not criterion and given:
                 warnings.warn(
                     f"no optimizer updates the parameters of {type(self.criterion).__name__}: make "
                     "it with distiller.parameters(), which has the criterion's too",
