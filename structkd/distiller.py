@@ -576,18 +576,37 @@ class _Around(nn.Module):
 
 
 def _at_least_one(x: Any) -> tuple[Any, bool]:
-    """Returns one sample of zeros in the place of none, and whether there was none."""
+    """Returns one sample of zeros in the place of none, and whether there was none.
+
+    There is none where the first tensor of the input has no rows: a later one may be empty beside
+    a batch, such as boxes that nobody drew. Any other input comes back as it is.
+    """
+    first = _first_tensor(x)
+    empty = first is not None and len(first) == 0
+    return (_filled(x) if empty else x), empty
+
+
+def _first_tensor(x: Any) -> Tensor | None:
+    """Returns the first tensor of an input that has rows, None where there is none."""
     if isinstance(x, Tensor):
-        empty = x.dim() > 0 and len(x) == 0
-        return (x.new_zeros(1, *x.shape[1:]) if empty else x), empty
+        return x if x.dim() else None
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else ()
+    for part in parts:
+        found = _first_tensor(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _filled(x: Any) -> Any:
+    """Returns an input whose empty tensors hold one sample of zeros."""
+    if isinstance(x, Tensor):
+        return x.new_zeros(1, *x.shape[1:]) if x.dim() and not len(x) else x
     if isinstance(x, Mapping):
-        found = {name: _at_least_one(value) for name, value in x.items()}
-        filled: Any = {name: value for name, (value, _) in found.items()}
-        return filled, any(empty for _, empty in found.values())
+        return {name: _filled(part) for name, part in x.items()}
     if isinstance(x, tuple | list):
-        pairs = [_at_least_one(value) for value in x]
-        return tuple(value for value, _ in pairs), any(empty for _, empty in pairs)
-    return x, False
+        return tuple(_filled(part) for part in x)
+    return x
 
 
 def _alike(tensor: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -252,6 +253,25 @@ def test_one_argument_that_is_a_container(kind, wrong, right) -> None:
         distiller(wrong, x_teacher=wrong)
     assert "the teacher" in str(told.value) or "the student" in str(told.value)
     assert distiller(right, x_teacher=right)[1]["KD"].isfinite()
+
+
+class Boxes(Images):
+    """Takes a named tuple whose second tensor may be empty beside a batch."""
+
+    def forward(self, scene: Scene) -> Tensor:  # type: ignore[override]
+        assert scene.boxes.shape == (0, 4)
+        return self.net(scene.image)
+
+
+class Scene(NamedTuple):
+    image: Tensor
+    boxes: Tensor
+
+
+def test_the_teacher_gets_the_container_that_was_given_and_all_that_is_in_it() -> None:
+    distiller = Distiller(Boxes(), Boxes(), structkd.KDLoss())
+    scene = Scene(X, torch.zeros(0, 4))
+    assert distiller((scene,), x_teacher=(scene,))[1]["KD"] > 0
 
 
 def test_an_example_of_two_arguments() -> None:
