@@ -113,18 +113,18 @@ def _regression(form: str, oracle: Callable[[Tensor, Tensor], Tensor], ignore: f
     return make, ("logits",), definition
 
 
-def _dice(classes: int):
+def _dice(classes: int, smooth: float):
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         values = normal(rng, batch, classes, 2, 3)
         target = torch.randint(0, max(2, classes - 1), (batch, 2, 3), generator=rng)
         target[:, 0, 0] = -100
         target[0, 1, 1] = 1
-        return Example(DiceLoss(), Features(logits=values), Features(), target)
+        return Example(DiceLoss(smooth=smooth), Features(logits=values), Features(), target)
 
     def oracle(example: Example) -> Tensor:
         rows = torch.stack(list(_pixels(example.student.logits)))
-        return reference.dice(rows, example.target.flatten())
+        return reference.dice(rows, example.target.flatten(), smooth)
 
     return make, ("logits",), oracle
 
@@ -164,8 +164,8 @@ _LOG_HALF = (1e-2, 1.0, 1e2)
 
 CASES = [
     *(_of_rows(case) for case in _ON_LOGITS if case.reads == ("logits",)),
-    Case("dice", *_dice(4), reads_teacher=False),
-    Case("dice-binary", *_dice(1), reads_teacher=False),
+    Case("dice", *_dice(4, 0.0), reads_teacher=False),
+    Case("dice-binary", *_dice(1, 0.7), reads_teacher=False),
     Case("cwd-logits", *_channel_wise("logits"), zero=_same),
     Case("cwd-maps", *_channel_wise("intermediate")),
     Case("logits-nan", *_regression("squared", reference.logit_mse, None)),

@@ -14,6 +14,7 @@ from structkd.criteria.maps import (
     NeuronSelectivityLoss,
     _by_channels,
     _by_positions,
+    _channels_pay,
 )
 from tests.cases.case import generator
 from tests.largest import Largest
@@ -108,10 +109,11 @@ def test_attention_names_a_bad_power() -> None:
         AttentionTransferLoss(p=0.5)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e15, -1e15])
 def test_attention_does_not_leave_float32(scale: float) -> None:
-    """The fourth power of either scale does."""
+    """The fourth power of either scale does; behind a ReLU the signs are one."""
     student, teacher = _maps((2, 3, 4, 4), (2, 3, 4, 4)).intermediate
+    student = student.relu()
     scaled = (scale * student).requires_grad_()
     value = AttentionTransferLoss(p=4)(scaled, teacher)
     torch.testing.assert_close(value, AttentionTransferLoss(p=4)(student, teacher))
@@ -155,6 +157,13 @@ def test_both_forms_of_selectivity_agree(shape: tuple[int, ...]) -> None:
     unit = lambda w: torch.nn.functional.normalize(torch.randn(batch, w, positions).double(), dim=2)  # noqa: E731
     student, teacher = unit(width), unit(width + 2)
     torch.testing.assert_close(_by_channels(student, teacher), _by_positions(student, teacher))
+
+
+@pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
+def test_selectivity_takes_the_smaller_grams(widths: tuple[int, int]) -> None:
+    """Those of channels hold 9 + 25 + 15 numbers twice as wide: 98, between 9^2 and 10^2."""
+    for positions, pays in ((9, False), (10, True)):
+        assert _channels_pay(*(torch.empty(1, width, positions) for width in widths)) == pays
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def ctkd_ramp(epoch: int, ramp_epochs: int, strength: float) -> float:
     return strength * (1 - math.cos(math.pi * progress)) / 2
 
 
-def dice(logits: Tensor, target: Tensor) -> Tensor:
+def dice(logits: Tensor, target: Tensor, smooth: float) -> Tensor:
     """One minus the overlap of every class that some row has, the mean over all classes."""
     classes = logits.shape[1]
     total = torch.zeros((), dtype=logits.dtype)
@@ -107,7 +107,7 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
             yes = float(label == (k if classes > 1 else 1))
             common, found, wanted = common + share * yes, found + share, wanted + yes
         if wanted > 0:
-            total = total + 1 - 2 * common / (found + wanted)
+            total = total + 1 - (common + smooth) / ((found + wanted) / 2 + smooth)
     return total / classes
 
 
