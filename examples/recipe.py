@@ -62,6 +62,11 @@ def recipe(name: str, kind: type[_Kind], **changes: Any) -> _Kind:
     values = adapted(values) | changes
     types, kinds = {one.name: one for one in dataclasses.fields(kind)}, get_type_hints(kind)
     for option, value in values.items():
+        if option not in types and not own:
+            raise ValueError(
+                f"recipe {name} is for another script, as its option {option!r} tells; known here: "
+                f"{', '.join(_known(kind))}"
+            )
         if option not in types:
             raise ValueError(
                 f"recipe {name} has an unknown option {option!r}; "
