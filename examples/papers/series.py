@@ -109,7 +109,8 @@ def gap(arguments: Sequence[str], command: str) -> int:
 
 def axis(arguments: Sequence[str], command: str) -> int:
     own, others = split(Axis, arguments, "papers axis RECIPE")
-    given = [number for number, text in enumerate(others) if PLACE in text]
+    first = next((n for n, text in enumerate(others) if text.startswith("--")), len(others))
+    given = [n for n, text in enumerate(others) if PLACE in text and n >= first]
     if not own.values or len(given) != 1:
         raise ValueError(
             f"an axis has --values and one {PLACE} among the options, where they go; got "
