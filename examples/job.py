@@ -429,15 +429,20 @@ def main(kind: type, job: type[Job], arguments: Sequence[str] | None = None, lik
     return reported(run)
 
 
-def reported(action: Callable[[], int]) -> int:
-    """Run a command; an expected error becomes one line on stderr and the code 2."""
+def reported(action: Callable[[], int], *, trains: bool = True) -> int:
+    """Run a command; an expected error becomes one line on stderr and the code 2.
+
+    Of one that ``trains`` it is told that the same command resumes.
+    """
     try:
         return action()
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last epoch", file=sys.stderr)
+        more = "; the same command resumes from the last epoch" if trains else ""
+        print(f"stopped{more}", file=sys.stderr)
         return 130
     except OSError as error:
-        line = f"{error}; finished students are kept, and the same command resumes"
+        more = "; finished students are kept, and the same command resumes" if trains else ""
+        line = f"{error}{more}"
     except (ValueError, TypeError, FloatingPointError) as error:
         *_, last = traceback.walk_tb(error.__traceback__)
         place = Path(last[0].f_code.co_filename).resolve()

@@ -10,6 +10,7 @@ with the checkpoint's.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,8 @@ def load(path: Path) -> tuple[Network, dict[str, Any]]:
 def read(file: Path, content: dict[str, Any]) -> Tensor:
     """An image file (1, bands, H, W), in the size that the network was trained on."""
     bands, (height, width) = content["bands"], content["size"]
+    if not file.is_file():
+        raise ValueError(f"image {file} does not exist; fix: name an image file")
     image = read_bands(file)
     if image.shape[0] != bands and bands == 3 and image.shape[0] in (1, 2, 4):
         image = read_colours(file)
@@ -115,7 +118,7 @@ def to_onnx(network: Network, content: dict[str, Any], file: Path, images: Tenso
         network, (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
         output_names=["logits"], verbose=False, external_data=False,
     )  # fmt: skip
-    program.save(str(file))
+    write_atomically(file, lambda path: program.save(str(path)))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})
     return _difference(network, images, torch.from_numpy(logits))
@@ -124,7 +127,8 @@ def to_onnx(network: Network, content: dict[str, Any], file: Path, images: Tenso
 def to_export(network: Network, file: Path, images: Tensor) -> float:
     """Write a file of ``torch.export``; the largest difference of its logits, read back."""
     batch = torch.export.Dim("batch")
-    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=({0: batch},)), file)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
+    write_atomically(file, lambda path: torch.export.save(program, path))
     return _difference(network, images, torch.export.load(file).module()(images))
 
 
@@ -147,6 +151,19 @@ def _measured(content: dict[str, Any]) -> str:
     return ""
 
 
+def _refuse_overwriting(folder: Path | None, images: Sequence[Path]) -> None:
+    """A mask has its image's name, and must not take the place of an image or of another mask."""
+    taken = {file.resolve() for file in images}
+    for image in images if folder is not None else ():
+        file = folder / f"{image.stem}.png"
+        if file.resolve() in taken:
+            raise ValueError(
+                f"--masks {folder} would write {file} over an image or another image's mask; fix: "
+                "another folder, or one for each folder of images"
+            )
+        taken.add(file.resolve())
+
+
 def _mark(file: Path, marked: Tensor, values: list[int]) -> None:
     if not all(0 <= value < 256 for value in values):
         raise ValueError(f"--masks writes 8 bits, the classes are {values}")
@@ -162,8 +179,11 @@ def predict(options: Options) -> int:
         f"{content['network']}, {len(content['classes'])} classes, {content['bands']} band(s) of "
         f"{size} ({content['modality']}){accuracy}"
     )
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, got {options.top}")
     if options.masks is not None and not network.pixels:
         raise ValueError("--masks is for students of segment.py; fix: leave it out")
+    _refuse_overwriting(options.masks, options.images)
     found = [read(file, content) for file in options.images]
     for file, image in zip(options.images, found, strict=True):
         with torch.no_grad():
@@ -196,4 +216,4 @@ def predict(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: predict(tyro.cli(Options))))
+    sys.exit(reported(lambda: predict(tyro.cli(Options)), trains=False))

@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -60,14 +60,21 @@ def recipe(name: str, kind: type[_Kind], **changes: Any) -> _Kind:
         file = file.with_name(f"{like}.yaml") if like else None
     adapted = getattr(kind, "adapted", dict)
     values = adapted(values) | changes
-    types = {one.name: one for one in dataclasses.fields(kind)}
+    types, kinds = {one.name: one for one in dataclasses.fields(kind)}, get_type_hints(kind)
     for option, value in values.items():
+        if option not in types and not own:
+            raise ValueError(
+                f"recipe {name} is for another script, as its option {option!r} tells; known here: "
+                f"{', '.join(_known(kind))}"
+            )
         if option not in types:
             raise ValueError(
                 f"recipe {name} has an unknown option {option!r}; "
                 f"{near(option, types)}known: {', '.join(types)}"
             )
-        values[option] = _typed(value, types[option], f"recipe {name}: {option}")
+        values[option] = _typed(
+            value, kinds[option], types[option].default, f"recipe {name}: {option}"
+        )
     return kind(**values)
 
 
@@ -79,27 +86,37 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {file} cannot be read: {told}") from error
 
 
-def _typed(value: Any, field: dataclasses.Field[Any], told: str) -> Any:
+def _typed(value: Any, kind: Any, default: Any, told: str) -> Any:
     """A value of YAML in the option's type: specs become text again, as they are typed."""
-    default = field.default
-    if isinstance(default, tuple) or isinstance(value, list):
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
-        if "Path" in str(field.type):
-            return tuple(Path(v).expanduser() for v in values)
-        return tuple(v if isinstance(v, str | int | float) else _as_text(v) for v in values)
-    if isinstance(default, float):
+        if inner[-1] is not ... and len(values) != len(inner):
+            raise ValueError(f"{told} must be {len(inner)} values like {default!r}, got {value!r}")
+        return tuple(_typed(_as_text(v) if inner[0] is str else v, inner[0], default, told)
+                     for v in values)  # fmt: skip
+    if get_origin(kind) is Literal:
+        if value not in inner:
+            raise ValueError(f"{told} must be one of {', '.join(inner)}, got {value!r}")
+        return value
+    if type(None) in inner:
+        return None if value is None else _typed(value, inner[0], default, told)
+    if kind is float:
         try:
             return float(value)  # YAML reads 1e-3 as a text
         except (TypeError, ValueError) as error:
             raise ValueError(f"{told} must be a number like {default!r}, got {value!r}") from error
-    if "Path" in str(field.type) and value is not None:
+    if kind is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
-    if not isinstance(value, type(default)) and default is not None:
-        raise ValueError(f"{told} must be like {default!r}, got {value!r}")
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        like = f"like {default!r}" if default else f"of type {kind.__name__}"
+        raise ValueError(f"{told} must be {like}, got {value!r}")
     return value
 
 
-def _as_text(spec: Any) -> str:
+def _as_text(spec: Any) -> Any:
+    if not isinstance(spec, list | dict):
+        return str(spec) if type(spec) in (int, float) else spec
     return str(yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=1000)).strip()
 
 

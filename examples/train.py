@@ -31,7 +31,7 @@ import structkd
 from data import APART, Batch, Batches, Images, Views, open_views
 from data import Options as DataOptions
 from data.images import NO_LABEL
-from data.options import ImageOptions, at_least
+from data.options import ImageOptions, at_least, each_once
 from job import reported
 from methods import MEAN_TEACHER, METHODS, Method
 from progress import Running, Show, collapsed, shown
@@ -106,6 +106,7 @@ class LoopOptions(ImageOptions):
                 raise ValueError(f"--{name} must lie in [0, {most:g}], got {getattr(self, name)}")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"--seeds must be whole numbers of at least 0, got {self.seeds}")
+        each_once(self, "criterion", "seeds")
         if self.jobs > 1 and self.fresh:
             raise ValueError("--fresh trains one student after another; fix: --jobs 1")
         mode, _, size = self.clip.partition(":")

@@ -25,6 +25,7 @@ import job
 import models
 import train
 from data import APART, Batches, Images, MixedBatches, Views, open_views
+from data.options import each_once
 from data.sources import stratified
 from recipe import near
 from store import Checkpoint, Run
@@ -110,6 +111,7 @@ class Options(train.Options):
 
     def check(self) -> None:
         super().check()
+        each_once(self, "rows")
         for name in self.rows:
             if name not in ROWS:
                 hint = near(name, ROWS)

@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 
 from data import open_views
+from data.decode import PHOTOS
 from data.readers import open_source, reader_of
 from job import reported
 from recipe import parsed
+from store import write_atomically
 from unpaired import Options as UnpairedOptions
 
 # Kinds of what is wrong, the gravest first, and how an error of a reader is told to be of one.
@@ -138,10 +140,10 @@ def show(options: Options) -> str:
     """Writes the first poor test image to ``--out``, and says its class."""
     images = open_views(options).held_out_poor
     pixels = images.take(torch.zeros(1, dtype=torch.int64))[0]
-    if options.out is None or pixels.dtype != torch.uint8 or len(pixels) not in (1, 3):
+    fits = pixels.dtype == torch.uint8 and len(pixels) in (1, 3)
+    if options.out is None or options.out.suffix.lower() not in PHOTOS or not fits:
         raise ValueError("show writes images of 8 bits in one or three channels to --out FILE.png")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(options.out)
+    write_atomically(options.out, Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save)
     return f"{options.out}: {images.classes[int(images.labels[0])]}"
 
 
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines))
         return int(bad > 0)
 
-    return reported(run)
+    return reported(run, trains=False)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,14 @@ def read_colours(
     """
     try:
         with Image.open(file) as image:
-            colour = image.convert("RGB")
+            mode, colour = image.mode, image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises, by format
         raise unreadable(file, error) from error
+    if mode[0] in "IF":  # Pillow cuts them at 255
+        raise ValueError(
+            f"image {file} has grey values of more than 8 bits, which are no photograph's; fix: "
+            "store it with 8 bits, or take the recipe 'pairs', which reads any"
+        )
     if size is not None and colour.size != size[::-1]:
         if not resize:
             raise ValueError(

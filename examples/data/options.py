@@ -39,6 +39,14 @@ class ImageOptions:
             raise ValueError(f"--test-fraction must lie in (0, 1), got {self.test_fraction}")
 
 
+def each_once(options: Any, *names: str) -> None:
+    """Refuse options of several values that have one twice: it would count as two."""
+    for name in names:
+        given = getattr(options, name)
+        if twice := [value for value in given if given.count(value) > 1]:
+            raise ValueError(f"--{name} has {twice[0]} more than once; fix: name it once")
+
+
 def at_least(options: Any, **least: float) -> None:
     """Refuse options that are smaller than they may be."""
     for name, value in least.items():

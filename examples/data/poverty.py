@@ -35,6 +35,7 @@ class Poverty:
     view: Callable[..., Tensor]
     drawn: bool = False  # whether it draws anything, for each sample from its own numbers
     as_photo: bool = False  # whether it makes 8 bits of whatever the images hold
+    option: str = "--view"  # who asked for it
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         eight = images.dtype == torch.uint8
@@ -48,7 +49,8 @@ class Poverty:
             else:
                 made = self.view(raw)
         except ValueError as error:
-            raise ValueError(f"--view {self.text} does not fit these images: {error}") from error
+            told = f"{self.option} {self.text} does not fit these images: {error}"
+            raise ValueError(told) from error
         whole = eight or self.as_photo
         return (made * scale).round().clamp(0, 255).to(torch.uint8) if whole else made
 
@@ -76,18 +78,18 @@ def poverty(text: str, option: str = "--view") -> Poverty:
         raise ValueError(f"{option} {text}: {kind} {needs}; as in {EXAMPLES}")
     try:
         if kind == "grey":
-            return Poverty(text, views.luma)
+            return Poverty(text, views.luma, option=option)
         if kind == "bands":
             places, _, white = argument.partition("@")
             chosen, bright = [int(place) for place in places.split(",")], float(white or 255)
             if min(chosen) < 0 or not 0 < bright < float("inf"):
                 raise ValueError("channels are counted from 0, and WHITE is a value above 0")
             shown = partial(_bands, places=chosen, scale=255 / bright if white else 1)
-            return Poverty(text, shown, as_photo=bool(white))
+            return Poverty(text, shown, as_photo=bool(white), option=option)
         view, name = _NUMBERS[kind]
         ends = argument.split("-") if kind == "noise" else [argument]
         number = float(argument) if len(ends) == 1 else tuple(map(float, ends))
-        made = Poverty(text, partial(view, **{name: number}), drawn=kind == "noise")
+        made = Poverty(text, partial(view, **{name: number}), kind == "noise", option=option)
         made(torch.zeros(1, 1, 8, 8), torch.zeros(1))  # a number out of range is told now
     except ValueError as error:
         raise ValueError(f"{option} {text}: {error}; as in {EXAMPLES}") from error

@@ -41,7 +41,10 @@ class Source:
 
 def class_names(*folders: Path, wanted: str = "folder") -> list[str]:
     """The class folders of some folders, which must be the same."""
-    first, *others = ({child.name for child in f.iterdir() if child.is_dir()} for f in folders)
+    first, *others = (
+        {child.name for child in folder.iterdir() if child.is_dir() and child.name[0] != "."}
+        for folder in folders
+    )
     for folder, found in zip(folders[1:], others, strict=True):
         alone = [
             f"{named(sorted(odd))} in {there} alone"
@@ -73,7 +76,7 @@ def class_files(
     labels: list[int] = []
     for label, name in enumerate(classes):
         place = folder / name / inside
-        found = sorted(f for f in place.glob("*") if f.suffix.lower() in suffixes)
+        found = sorted(f for f in place.glob("[!.]*") if f.suffix.lower() in suffixes)
         if len(found) < least:
             raise ValueError(
                 f"class folder {place} holds {len(found) or 'no'} image(s) "

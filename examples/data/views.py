@@ -117,6 +117,12 @@ def open_views(options: Options, *, unpaired: bool = False, pseudo: str = "") ->
     makes the teacher's images poor then, ``options.view`` by default.
     """
     source = open_source(options)
+    if options.view != Options.view and (source.train.read_poor is not None or _shown(options)):
+        name, more = options.recipe.removeprefix("unpaired-"), _shown(options) and ", or --pseudo"
+        raise ValueError(
+            f"--view {options.view} has no effect on {name}: its poor images are a sensor's; fix: "
+            f"leave it out{more}"
+        )
     for part in (source.train, source.test):
         refuse_sizes(part.read), refuse_sizes(part.read_poor)
     if reader_of(options).apart:
@@ -182,7 +188,7 @@ def _apart(source: Source, options: Options, pseudo: str) -> Views:
 
     ``val`` takes a tenth of the rest instead.
     """
-    shown = "bands:" + ",".join(map(str, options.rgb)) if options.rgb else options.view
+    shown = pseudo or _shown(options) or options.view
     sets, first = [], 0
     for side in (source.train, source.test):
         train, test = _cut(
@@ -197,14 +203,21 @@ def _apart(source: Source, options: Options, pseudo: str) -> Views:
         sets += [_images(source, side, rows, first) for rows in (train, test)]
         first += len(side.labels)
     rich, held_out_rich, poor, held_out_poor = sets
-    free = rich.made(poverty(pseudo or shown, "--pseudo"))
+    option = "--view" if shown == options.view else "--pseudo"
+    free = rich.made(poverty(shown, option))
     if free.shape != poor.shape:
         made, real = ("x".join(map(str, images.shape)) for images in (free, poor))
         raise ValueError(
-            f"rich images made poor by {pseudo or shown} are {made}, the poor ones {real}; fix: "
-            "another --pseudo, or --size N"
+            f"rich images made poor by {shown} are {made}, the poor ones {real}; fix: "
+            f"another {option}, or --size N"
         )
     return Views(rich, poor, held_out_rich, held_out_poor, False, "its own sensor", free)
+
+
+def _shown(options: Options) -> str:
+    """The view that makes a sensor's bands look like unpaired photographs, where it is known."""
+    apart = bool(options.rgb) and reader_of(options).apart
+    return "bands:" + ",".join(map(str, options.rgb)) if apart else ""
 
 
 def _images(source: Source, part: Part, rows: Rows, first: int) -> Images:

@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 import segment
 import train
 import unpaired
+from data.options import each_once
 from methods import ALONE
 from papers.figures import LONE, below, colours, drawing, wrapped
 from papers.grid import each, opened, split
@@ -76,6 +77,7 @@ def labels(arguments: Sequence[str], command: str) -> int:
         if text != ALL and not (text.isdecimal() and int(text) > 0):
             raise ValueError(f"--labels must be numbers such as 100, or all, got {text!r}")
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
+    each_once(own, "draws")
     if own.draws and not own.pixels:
         raise ValueError("--draws is for --pixels; fix: leave it out")
     options = parsed(others, _kind(own), program="papers labels")
@@ -107,7 +109,8 @@ def gap(arguments: Sequence[str], command: str) -> int:
 
 def axis(arguments: Sequence[str], command: str) -> int:
     own, others = split(Axis, arguments, "papers axis RECIPE")
-    given = [number for number, text in enumerate(others) if PLACE in text]
+    first = next((n for n, text in enumerate(others) if text.startswith("--")), len(others))
+    given = [n for n, text in enumerate(others) if PLACE in text and n >= first]
     if not own.values or len(given) != 1:
         raise ValueError(
             f"an axis has --values and one {PLACE} among the options, where they go; got "

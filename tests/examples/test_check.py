@@ -159,6 +159,7 @@ def test_several_sizes_are_told_before_anything_is_trained(
         (["folder", "--rich", "x"], "--rich has no effect on folder"),
         (["pairs", "--size", "-1"], "--size must be at least 0"),
         (["mnist", "--data", "x"], "--data x is not for mnist"),
+        (["scenes"], "recipe scenes is for another script, as its option 'layers' tells"),
         (["folder"], "needs a data directory; fix: add --data DIR"),
     ],
 )
@@ -168,3 +169,15 @@ def test_what_cannot_be_checked_is_one_line(
     code, lines = check(*arguments)
     assert (code, len(lines)) == (2, 1)
     assert message in lines[0]
+
+
+def test_what_is_shown_goes_to_an_image_file_alone(
+    recipe: Path, check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = sys.modules["data_command"].main
+    assert show(["show", str(recipe), "--out", str(tmp_path / "digit")]) == 2
+    assert "to --out FILE.png" in capsys.readouterr().err
+    file = tmp_path / "new/digit.png"
+    assert show(["show", str(recipe), "--out", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}: north\n"
+    assert Image.open(file).size == (12, 12)

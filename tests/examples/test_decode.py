@@ -77,7 +77,13 @@ def test_other_kinds_of_photograph(tmp_path: Path) -> None:
     assert deep.dtype == np.float32
     assert read_bands(tmp_path / "a.jpg").shape == (3, 8, 8)
     assert read_bands(tmp_path / "print.jpg").shape == (3, 8, 8)
-    assert read_colours(tmp_path / "deep.png").shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_grey_values_that_colours_would_cut_at_255_are_refused(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(values(8, 8, kind=kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif has grey values of more than 8 bits"):
+        read_colours(tmp_path / "deep.tif")
 
 
 def test_the_middle_is_kept() -> None:

@@ -17,6 +17,17 @@ def opened(name: str, root: Path | None, **options: object) -> Views:
     return recipe_views(name, data=root, **options).loaded()
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    for name in ("boat", "buoy"):
+        for number in range(5):
+            write(tmp_path / name / f"{number}.png", values(8, 8, 3))
+        (tmp_path / name / "._0.png").write_bytes(b"what macOS leaves")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    views = opened("folder", tmp_path)
+    assert views.rich.classes == ["boat", "buoy"]
+    assert len(views.rich) + len(views.held_out_rich) == 10
+
+
 @pytest.fixture
 def tiny_imagenet(tmp_path: Path) -> Path:
     return write_tiny_imagenet(tmp_path)

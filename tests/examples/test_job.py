@@ -320,6 +320,10 @@ def test_a_recipe_fills_what_is_not_given_and_halves_have_twice_the_passes() -> 
         ("like: tiny\nepochs: '3'", "epochs must be like 100, got '3'"),
         ("like: tiny\nepocs: 3", "did you mean 'epochs'"),
         ("like: tiny\nlr: fast", "lr must be"),
+        ("like: tiny\nevaluate: validation", "evaluate must be one of test, val, got 'validation'"),
+        ("like: tiny\nlimit: many", "limit must be of type int, got 'many'"),
+        ("like: tiny\nseeds: [a]", "seeds must be like (0, 1, 2), got 'a'"),
+        ("like: tiny\ncriterion: [alone, no]", "criterion must be like ('alone', "),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(

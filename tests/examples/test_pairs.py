@@ -82,6 +82,24 @@ def test_a_size_brings_both_sides_to_it(tmp_path: Path) -> None:
     assert opened(rich, poor, size=6).poor.shape == (1, 6, 6)
 
 
+def test_a_view_of_what_is_poor_already_is_refused(tmp_path: Path) -> None:
+    rich, poor = two_sides(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"--view lowres:2 has no effect on pairs.*; fix: leave it"
+    ):
+        recipe_views("pairs", rich=rich, poor=poor, view="lowres:2")
+    with pytest.raises(ValueError, match=r"--view lowres:2 has no effect .* or --pseudo"):
+        recipe_views("folders", rich=rich, poor=poor, view="lowres:2", rgb=(2, 1, 0))
+
+
+@pytest.mark.parametrize("option", ["view", "pseudo"])
+def test_a_wrong_view_is_told_by_the_option_that_was_typed(tmp_path: Path, option: str) -> None:
+    rich, poor = two_sides(tmp_path)
+    for text, told in (("gray", "gray: unknown view"), ("grey", "grey does not fit")):
+        with pytest.raises(ValueError, match=f"^--{option} {told}"):
+            recipe_views("folders", rich=rich, poor=poor, **{option: text})
+
+
 def test_without_pairs_the_student_sees_its_own_sensor(tmp_path: Path) -> None:
     rich, poor = two_sides(tmp_path, count=10)
     views = opened(rich, poor, "unpaired-pairs")

@@ -637,6 +637,7 @@ def test_labels_without_pairs(recipe: Path, tmp_path: Path, trained: list[str]) 
     [
         (["labels", "RECIPE", "--labels", "8", "999"], "--labels must lie between 4"),
         (["gap", "RECIPE", "--pseudo", "noise:0.2", "grey"], "grey does not fit these images"),
+        (["axis", "{}", "--values", "1"], "got 1 values and 0 {}"),
     ],
 )
 def test_a_wrong_value_is_refused_before_the_first_is_trained(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 import predict
@@ -77,6 +78,28 @@ def test_an_image_of_another_modality_is_refused(student: Path, tmp_path: Path):
     np.save(tmp_path / "five.npy", np.zeros((5, 12, 14), np.uint8))
     with pytest.raises(ValueError, match="5 band"):
         predict.predict(predict.Options(student, (tmp_path / "five.npy",)))
+
+
+def test_what_is_not_there_or_cannot_be_written_is_one_line(
+    student: Path, image: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    def said(*more: object) -> str:
+        options = lambda: tyro.cli(predict.Options, args=[str(student), *map(str, more)])  # noqa: E731
+        assert predict.reported(lambda: predict.predict(options()), trains=False) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        return str(line)
+
+    assert "nowhere.png does not exist; fix: name an image file" in said(tmp_path / "nowhere.png")
+    assert "--top must be at least 1, got 0" in said(image, "--top", 0)
+    told = said(image, "--torch-export", image / "student.pt2")
+    assert "north.png" in told
+    assert "resumes" not in told
+
+
+def test_an_export_makes_its_folder(student: Path, tmp_path: Path):
+    file = tmp_path / "new" / "student.pt2"
+    assert predict.predict(predict.Options(student, torch_export=file)) == 0
+    assert [path.name for path in file.parent.iterdir()] == ["student.pt2"]
 
 
 def test_a_damaged_file_is_named(student: Path):

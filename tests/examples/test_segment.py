@@ -330,6 +330,22 @@ def test_a_student_marks_the_pixels_of_an_image_file_and_is_exported(
     assert torch.allclose(program(predict.read(image, content)), logits, atol=1e-4)
 
 
+def test_a_mask_takes_no_place_of_an_image_or_of_another_mask(
+    run: Runner, folders: Path, tmp_path: Path
+):
+    assert run("--criterion", "alone", "--epochs", "1") == 0
+    (student,) = (tmp_path / "out").glob("student-*.pt")
+    image = folders / "poor" / f"{NAMES[0]}.png"
+    other = tmp_path / "other" / image.name
+    other.parent.mkdir()
+    other.write_bytes(image.read_bytes())
+    for images, masks in (((image,), image.parent), ((image, other), tmp_path / "marked")):
+        with pytest.raises(ValueError, match=rf"would write .*{image.name} over"):
+            predict.predict(predict.Options(student, images, masks=masks))
+    assert image.read_bytes() == other.read_bytes()
+    assert not (tmp_path / "marked").exists()
+
+
 def test_labels_over_draws_of_scenes_become_one_table(folders: Path, tmp_path: Path):
     given = [f"--{side}={folders / side}" for side in ("rich", "poor", "masks")]
     out = tmp_path / "series"

@@ -44,13 +44,15 @@ def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
         ("--view", "noise:2", "amount"),
         ("--teacher", "resnet9", "near names"),
         ("--limit", "3", "--limit"),
+        ("--seeds", "0 1 0", "--seeds has 0 more than once"),
+        ("--criterion", "alone alone", "--criterion has alone more than once"),
         ("--device", "nowhere", "--device"),
     ],
 )
 def test_wrong_options_are_one_line(
     run: Runner, capsys: pytest.CaptureFixture, option: str, value: str, word: str
 ):
-    assert run(option, value) == 2
+    assert run(option, *value.split()) == 2
     said = capsys.readouterr().err
     assert word in said
     assert len(said.splitlines()) == 1

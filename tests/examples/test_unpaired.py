@@ -54,7 +54,7 @@ def test_two_folders_that_are_not_paired(tmp_path: Path, capsys: pytest.CaptureF
     assert unpaired.main([*command, "--view", "grey", *rows]) == 0
     assert "free pairs" in capsys.readouterr().out
     assert unpaired.main([*command, "--view", "noise:0.5", *rows]) == 2
-    assert "--pseudo" in capsys.readouterr().err  # three channels are not one
+    assert "another --view" in capsys.readouterr().err  # three channels are not one
 
 
 def test_matches_refuse_missing_labels(recipe: Path, capsys: pytest.CaptureFixture):
