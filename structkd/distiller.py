@@ -142,6 +142,15 @@ class Distiller(nn.Module):
         """The frozen teacher, which is no submodule."""
         return self._frozen.module
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module passes every property by: the first teacher would go on teaching.
+        if name == "teacher":
+            raise AttributeError(
+                "teacher cannot be replaced, the captures read the first one; fix: make a new "
+                "Distiller(student, teacher, criterion)"
+            )
+        super().__setattr__(name, value)
+
     def forward(
         self,
         x: Any,

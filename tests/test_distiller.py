@@ -66,6 +66,15 @@ def test_it_is_the_captures_and_the_criterion_in_one() -> None:
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
 
 
+def test_another_teacher_is_refused() -> None:
+    whole = distiller()
+    first = whole.teacher
+    with pytest.raises(AttributeError, match="teacher cannot be replaced"):
+        whole.teacher = copy.deepcopy(first)
+    assert whole.teacher is first
+    assert not any("teacher" in name for name in whole.state_dict())
+
+
 def test_the_teacher_is_frozen_and_nowhere_to_be_found() -> None:
     whole = distiller()
     before = copy.deepcopy(whole.teacher.state_dict())
