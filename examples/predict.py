@@ -151,17 +151,18 @@ def _measured(content: dict[str, Any]) -> str:
     return ""
 
 
-def _refuse_overwriting(folder: Path | None, images: Sequence[Path]) -> None:
-    """A mask has its image's name, and must not take the place of an image or of another mask."""
-    taken = {file.resolve() for file in images}
-    for image in images if folder is not None else ():
-        file = folder / f"{image.stem}.png"
+def _mask_files(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
+    """Where each image's mask goes; none may take the place of an image or of another mask."""
+    taken, files = {image.resolve() for image in images}, {}
+    for image in images:
+        file = files[image] = folder / f"{image.stem}.png"
         if file.resolve() in taken:
             raise ValueError(
                 f"--masks {folder} would write {file} over an image or another image's mask; fix: "
                 "another folder, or one for each folder of images"
             )
         taken.add(file.resolve())
+    return files
 
 
 def _mark(file: Path, marked: Tensor, values: list[int]) -> None:
@@ -183,7 +184,7 @@ def predict(options: Options) -> int:
         raise ValueError(f"--top must be at least 1, got {options.top}")
     if options.masks is not None and not network.pixels:
         raise ValueError("--masks is for students of segment.py; fix: leave it out")
-    _refuse_overwriting(options.masks, options.images)
+    masks = {} if options.masks is None else _mask_files(options.masks, options.images)
     found = [read(file, content) for file in options.images]
     for file, image in zip(options.images, found, strict=True):
         with torch.no_grad():
@@ -192,8 +193,8 @@ def predict(options: Options) -> int:
         if network.pixels:
             marked = logits.argmax(1)[0]
             shares = torch.bincount(marked.flatten(), minlength=len(shares)) / marked.numel()
-            if options.masks is not None:
-                _mark(options.masks / f"{file.stem}.png", marked, content["values"])
+            if file in masks:
+                _mark(masks[file], marked, content["values"])
         best = shares.topk(min(options.top, len(shares)))
         told = ", ".join(
             f"{content['classes'][place]} {100 * share:.1f} %"
