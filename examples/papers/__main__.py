@@ -18,6 +18,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     **{name: (f"{table.title}, beside the published numbers", partial(tables.run, name))
        for name, table in published.tables().items()},
     "compare": ("RECIPE: all methods, in the shape of DSKD's Table 2", reports.compare),
+    "ablation": ("RECIPE: DSLoss without each of its terms, the rows of DSKD's Table 6",
+                 reports.ablation),
     "sweep": ("RECIPE: candidates for defaults on a validation split", reports.sweep),
     "labels": ("RECIPE: accuracy over the number of labels", series.labels),
     "gap": ("RECIPE: accuracy over what makes the free pairs poor", series.gap),

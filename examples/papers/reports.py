@@ -85,6 +85,32 @@ def sweep(arguments: Sequence[str], command: str) -> int:
     )
 
 
+def ablation(arguments: Sequence[str], command: str) -> int:
+    """DSKD's Table 6 on any data set: both forms of DSLoss, and what each term is worth to them."""
+    options = parsed(arguments, train.Options, program="papers ablation RECIPE")
+    session = train.Session(replace(options, criterion=(ALONE,)), command)
+    for name, spec in published.tables()["table6"].rows.items():
+        session.methods.append(replace(Method.of(spec), label=name))
+    return finish(session, "ablation", lambda found: ablated(session, found))
+
+
+def ablated(session: Any, runs: Sequence[Run]) -> str:
+    """What is lost without a term, beside what the paper lost on its radar images."""
+    found = {row.method: row for row in rows(runs)}
+    lines = []
+    for name, row in found.items():
+        cells = [name, row.accuracy]
+        if name != ALONE:
+            whole = found["printed-all" if name.startswith("printed-") else "all"]
+            theirs = published.ABLATION[published.of_paper(name)] - published.ABLATION["all"]
+            measured = row.accuracies and whole.accuracies and row is not whole
+            cells += [f"{row.mean - whole.mean:+.2f}" if measured else ""]
+            cells += [f"{theirs:+.2f}" if theirs else ""]
+        lines.append(cells)
+    head = ("row", "accuracy %", "against the whole", "paper, CML")
+    return table(title_of(session), head, lines)
+
+
 def candidates(groups: Sequence[str]) -> list[Method]:
     """The methods of groups of ``sweeps.yaml``, each once, by their names there."""
     found = {}

@@ -462,6 +462,26 @@ def test_a_sweep_is_on_validation_images_and_has_its_best_first(
     assert means == sorted(means, reverse=True)
 
 
+def test_an_ablation_of_any_recipe_tells_what_each_term_is_worth(
+    recipe: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    assert main(["ablation", str(recipe), "--out", str(tmp_path), "--seeds", "0"]) == 0
+    text = (tmp_path / "ablation.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    assert list(cells)[:3] == ["alone", "all", "without-SRM"]
+    assert len(cells) == 1 + 2 * 6
+    whole, less = cells["printed-all"], cells["printed-without-SEM-1"]
+    assert float(less[1]) == pytest.approx(float(less[0]) - float(whole[0]), abs=0.011)
+    assert less[2] == "-3.12" == cells["without-SEM-1"][2]
+    # Labels off: the student's head learns nothing.
+    run = {
+        run["method"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]
+    }
+    assert run["without-SRM"]["config"]["loss"]["labels"] == 0
+    assert run["all"]["config"]["loss"]["labels"] == 1
+
+
 def test_the_figures_of_trained_students(recipe: Path, tmp_path: Path, trained: list[str]) -> None:
     command = [str(recipe), "--out", str(tmp_path), "--criterion", "alone", "kd"]
     assert script.main(command) == 0
