@@ -104,7 +104,11 @@ def class_indices(target: Tensor | None, shape: Sequence[int], *, reader: str) -
             f"{NO_LABEL} where there is none: pass target=labels"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be an int64 tensor of class indices, got {describe(target)}")
+        fix = f"; take target.long(), with {NO_LABEL} where there is none"
+        fix = fix if isinstance(target, Tensor) else ""
+        raise TypeError(
+            f"target must be an int64 tensor of class indices, got {describe(target)}{fix}"
+        )
     if target.shape != (batch, *size):
         wanted = (batch, *size)
         raise ValueError(f"target must have shape {wanted}, got {tuple(target.shape)}")

@@ -80,7 +80,7 @@ class SupervisionLoss(Criterion):
             if target.shape != logits.shape:
                 raise ValueError(
                     f"target probabilities must have shape {tuple(logits.shape)}, "
-                    f"got {tuple(target.shape)}"
+                    f"got {tuple(target.shape)}; of class indices take target.long()"
                 )
             wanted = target.to(logits.dtype)
         else:

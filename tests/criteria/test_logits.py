@@ -176,8 +176,10 @@ def test_bad_targets_are_named() -> None:
             DKDLoss()(logits, logits, torch.tensor(missing_one))
     with pytest.raises(ValueError, match=r"target must have shape \(2,\), got \(3,\)"):
         DKDLoss()(logits, logits, torch.tensor([0, 1, 2]))
-    with pytest.raises(TypeError, match=r"target must be an int64 tensor.* float32"):
+    with pytest.raises(TypeError, match=r"target must be an int64 .* float32.*target\.long\(\)"):
         DKDLoss()(logits, logits, torch.tensor([0.0, 1.0]))
+    with pytest.raises(TypeError, match=r"uint8 \(2,\); take target\.long\(\), with -100 where"):
+        DKDLoss()(logits, logits, torch.tensor([0, 1], dtype=torch.uint8))  # as masks are read
 
 
 SOFT = [KDLoss(), DKDLoss(), LogitStandardizationLoss(), CurriculumTemperatureLoss()]
