@@ -242,6 +242,12 @@ class SceneBatches(Batches):
 
     masks: Masks
 
+    def first(self, size: int | None = None) -> Batch:
+        """The first scenes, as large as a step's crops: whole ones may not fit into memory."""
+        batch, crop = super().first(size), self.options.crop or None
+        seen = (None if one is None else one[..., :crop, :crop] for one in (batch.rich, batch.poor))
+        return Batch(*seen, batch.target[..., :crop, :crop], batch.index)
+
     def made(self, index: Tensor, number: int | None, ids: Tensor | None) -> Batch:
         passes, index = index // len(self._led) * PASS, index % len(self._led)
         seen = {"rich": self.rich, "poor": self.poor}
