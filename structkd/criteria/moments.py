@@ -191,8 +191,9 @@ def _moments(
 def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Moments:
     mean_s, mean_t, spread_s, var_t, cross = found
     var_s = spread_s.diagonal() if spread_s.dim() == 2 else spread_s
-    dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s)
-    dead_t = is_rounding(var_t.sqrt(), level_t)
+    # Of a half, the square of its mean was taken off too, whose rounding is larger.
+    dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s) | is_rounding(var_s, mean_s.square())
+    dead_t = is_rounding(var_t.sqrt(), level_t) | is_rounding(var_t, mean_t.square())
     if seen_empty(dead_s, dead_t):
         return Moments(mean_s, mean_t, spread_s, var_t, cross)
     both = dead_s[:, None] | dead_s if spread_s.dim() == 2 else dead_s
