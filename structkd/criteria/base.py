@@ -662,15 +662,15 @@ def _flattened(
         weight = number("weight", weights.get(name, 1.0), at_least=0)
         if isinstance(member, CriterionSum):
             for (inner, part), own in zip(member._members(), member.weights.values(), strict=True):
-                yield _base_name(inner), weight * own, part
+                yield _base_name(inner, member.criteria), weight * own, part
         else:
             yield name, weight, member
 
 
-def _base_name(name: str) -> str:
-    """Returns a member's name without the number that made it unique."""
+def _base_name(name: str, members: Iterable[str]) -> str:
+    """Returns a member's name without the number that made it unique among the members."""
     stem, _, count = name.rpartition("_")
-    return stem if stem and count.isdigit() else name
+    return stem if stem in members and count.isdigit() else name
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:
