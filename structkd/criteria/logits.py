@@ -481,6 +481,14 @@ def _masked_out(*sides: Tensor) -> Tensor | None:
     return functools.reduce(torch.minimum, sides) <= _CLOSED
 
 
+def without_masked(logits_s: Tensor, logits_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both with 0 where either masks a class out, which then differs nowhere."""
+    gone = _masked_out(logits_s, logits_t)
+    if gone is None:
+        return logits_s, logits_t
+    return logits_s.masked_fill(gone, 0), logits_t.masked_fill(gone, 0)
+
+
 def _yes_no(logits: Tensor) -> Tensor:
     """Returns the logarithms of ``(p, 1 - p)`` of every class, ``(B, 2 K)``."""
     return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)

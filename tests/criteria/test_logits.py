@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structkd import Features, KDLoss
+from structkd import AdversarialLogitsLoss, Features, KDLoss
 from structkd.criteria.logits import (
     CurriculumTemperatureLoss,
     DKDLoss,
@@ -230,7 +230,11 @@ def _by_definition(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> 
 @pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("open_", [1, 4])
 @pytest.mark.parametrize("both", [False, True], ids=["teacher masks", "both mask"])
-@pytest.mark.parametrize("criterion", [*SOFT, LogitMSELoss()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "criterion",
+    [*SOFT, LogitMSELoss(), AdversarialLogitsLoss()],
+    ids=lambda c: type(c).__name__,
+)
 def test_classes_that_are_masked_out_leave_value_and_gradient_finite(
     criterion, mask: float, open_: int, both: bool
 ) -> None:

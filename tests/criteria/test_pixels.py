@@ -174,6 +174,18 @@ def test_a_class_that_is_masked_out_stays_so_at_another_size() -> None:
     torch.testing.assert_close(structkd.KDLoss()(*both), wanted)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_class_that_is_masked_out_ranks_no_position(side: int) -> None:
+    maps = [value.detach() for value in _batch(9)[:2]]
+    wanted = structkd.ChannelWiseLoss()(*(value[:, 1:] for value in maps))
+    maps[side][:, 0] = -torch.inf
+    student = maps[0].requires_grad_()
+    value = structkd.ChannelWiseLoss()(student, maps[1])
+    torch.testing.assert_close(value, wanted * (CLASSES - 1) / CLASSES)
+    value.backward()
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_layout_in_memory_changes_nothing(name: str) -> None:
     student, teacher, target = _batch(10)
