@@ -174,7 +174,7 @@ class LogitMSELoss(Criterion):
             logits_s, logits_t = (value.masked_fill(gone, 0) for value in (logits_s, logits_t))
         if self.form == "log":
             assert shards is not None
-            if logits_s[:, 0].numel() < 2 and shards.total < 2:
+            if shards.total * math.prod(logits_s.shape[2:]) < 2:
                 raise ValueError(
                     "LogitMSELoss(form='log') measures the teacher's variance over rows: it needs "
                     "at least 2, got 1; use drop_last=True in the DataLoader"

@@ -260,6 +260,8 @@ def test_masked_classes_are_the_definition() -> None:
     torch.testing.assert_close(ctkd(student, teacher).detach(), wanted, rtol=1e-6, atol=1e-8)
     gap = (student - teacher)[:, :4].square().mean()
     torch.testing.assert_close(LogitMSELoss()(student, teacher), gap)
+    share = LogitMSELoss(form="log")
+    torch.testing.assert_close(share(student, teacher), share(student[:, :4], teacher[:, :4]))
     cut = LogitStandardizationLoss()(student[:, :4], teacher[:, :4])
     student[:, 4:] = -torch.inf
     torch.testing.assert_close(LogitStandardizationLoss()(student, teacher), cut)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import structkd
 from structkd import Criterion, Features
+from structkd.distributed import Shards
 
 CLASSES = 4
 WITH_LABELS: dict[str, Callable[[], Criterion]] = {
@@ -276,6 +277,12 @@ def test_regression_says_what_it_lacks() -> None:
         structkd.LogitMSELoss(ignore=float("nan"))(rows, rows)
     with pytest.raises(ValueError, match=r"at least 2, got 1.*drop_last"):
         structkd.LogitMSELoss(form="log")(rows, rows)
+    pixels, shards = torch.randn(1, 2, 3, 3), Shards((1, 0), rank=1)
+    # The rank without a row goes on as the one with nine, which waits for it.
+    found = structkd.LogitMSELoss(form="log", gather=True).terms(
+        pixels[:0], pixels[:0], shards=shards
+    )
+    assert found["Logits"].isfinite()
     with pytest.raises(ValueError, match="form must be one of squared, absolute, log"):
         structkd.LogitMSELoss(form="l1")
     with pytest.raises(TypeError, match="ignore must be a number"):
