@@ -74,15 +74,16 @@ class SupervisionLoss(Criterion):
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
         logits, binary = _two_or_more(student, "SupervisionLoss")
-        if target is not None and target.is_floating_point():
-            if binary and target.shape == logits[:, 1:].shape:
-                target = torch.cat([1 - target, target], dim=1)
-            if target.shape != logits.shape:
+        if isinstance(target, Tensor) and target.is_floating_point():
+            shape = logits[:, int(binary) :].shape  # as they were given
+            if target.shape != shape:
                 raise ValueError(
-                    f"target probabilities must have shape {tuple(logits.shape)}, "
+                    f"target probabilities must have shape {tuple(shape)}, "
                     f"got {tuple(target.shape)}"
                 )
             wanted = target.to(logits.dtype)
+            if binary:
+                wanted = torch.cat([1 - wanted, wanted], dim=1)
         else:
             wanted = class_indices(target, logits.shape, reader="SupervisionLoss")
         smoothing = self.label_smoothing

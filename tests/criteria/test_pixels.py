@@ -113,6 +113,12 @@ def test_one_logit_is_a_question_of_yes_or_no() -> None:
     value = _value(structkd.SupervisionLoss(), student, teacher, soft)
     wanted = F.binary_cross_entropy_with_logits(student, soft)
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    rough = soft.bfloat16()
+    value = _value(structkd.SupervisionLoss(), student, teacher, rough)
+    wanted = F.binary_cross_entropy_with_logits(student, rough.double())
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"shape \((\d), 1, (\d), (\d)\), got \(\1, \2, \3\)"):
+        _value(structkd.SupervisionLoss(), student, teacher, soft[:, 0])
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.1"):
         _value(structkd.DiceLoss(), student, teacher, 2 * flood)
 
