@@ -562,6 +562,8 @@ def _rows(pixels: Tensor) -> Tensor:
 def _labelled_size(logits: Tensor, target: Tensor) -> torch.Size:
     """Returns the size of a target of pixels, which logits at a fraction of it are brought to."""
     given = f"beside logits of pixels {tuple(logits.shape)}"
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor (B, H, W) {given}, got {describe(target)}")
     whole = not target.is_floating_point()
     if target.dim() != 3 and (whole or target.dim() != 4):
         raise ValueError(

@@ -191,10 +191,10 @@ class LogitMSELoss(Criterion):
 
     def _ignored(self, target: Tensor | None, logits: Tensor) -> Tensor:
         """Returns where the target holds ``ignore``, ``(B, 1, ...)`` or ``(B, K, ...)``."""
-        if target is None:
+        if not isinstance(target, Tensor):
             raise ValueError(
-                f"LogitMSELoss(ignore={self.ignore}) needs target, whose values say what does not "
-                "count: pass target=labels"
+                f"LogitMSELoss(ignore={self.ignore}) needs target, a tensor whose values say what "
+                "does not count: pass target=labels"
             )
         rows = logits[:, 0].shape
         if target.shape not in (logits.shape, rows):

@@ -277,6 +277,14 @@ def test_mistakes_are_named_in_one_line_with_the_cure(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [(), (6, 6)], ids=["images", "pixels"])
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_a_target_that_is_no_tensor_is_named(name: str, size: tuple[int, ...]) -> None:
+    logits = Features(logits=torch.randn(2, CLASSES, *size))
+    with pytest.raises((TypeError, ValueError), match=r"target.* a.* tensor"):
+        WITH_LABELS[name]()(logits, logits, [0, 1])
+
+
 def test_regression_says_what_it_lacks() -> None:
     rows = torch.randn(1, 1)
     with pytest.raises(ValueError, match="needs target"):
