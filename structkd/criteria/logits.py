@@ -44,7 +44,8 @@ class KDLoss(Criterion):
         L = \frac{\tau^2}{B} \sum_{b,k} KL\left( (p^t_{bk}, 1 - p^t_{bk}) \,\|\,
             (p^s_{bk}, 1 - p^s_{bk}) \right)
 
-    A class that the teacher masks out, by a logit of -inf, adds nothing. Term: ``KD``.
+    A class that the teacher masks out, by a logit of -inf, adds nothing under ``softmax``, and is a
+    sure no under ``sigmoid``. Term: ``KD``.
 
     Args:
         temperature: tau > 0.
