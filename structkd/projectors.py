@@ -354,8 +354,10 @@ def _unshaped() -> nn.Parameter:
 
 
 def linear_map(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Applies a weight ``(C', C)`` to the channels of a map ``(B, C, H, W)``."""
-    return F.conv2d(features, weight[:, :, None, None], bias)
+    """Applies a weight ``(C', C)`` to the channels of a map, tokens or rows, in their own form."""
+    if features.dim() == 4:
+        return F.conv2d(features, weight[:, :, None, None], bias)
+    return F.linear(features, weight, bias)
 
 
 def _check_rows(embedding: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from structkd._checks import choice, class_indices, number, whole
 from structkd.criteria._maps import checked_layer, map_pair, pooled
 from structkd.criteria.base import Criterion, either, pair
+from structkd.criteria.logits import without_masked
 from structkd.criteria.supervision import labelled_cross_entropy
 from structkd.distributed import Shards
 from structkd.features import Features
@@ -44,7 +45,8 @@ class AdversarialLogitsLoss(Criterion):
     The predictions of the label count over the rows that have one, whose target is not -100; the
     other parts need none and use all rows, so that a batch without a label is no error.
 
-    The L1 norm sums over classes; where K is large, lower ``l1_weight``. The discriminator has no
+    A class that either network masks out, by a logit of -inf, counts as 0 in both. The L1 norm
+    sums over classes; where K is large, lower ``l1_weight``. The discriminator has no
     batch norm and no dropout: a batch's samples do not mix, and equal inputs give equal values.
 
     Args:
@@ -101,7 +103,7 @@ class AdversarialLogitsLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits_s, logits_t = pair(student, teacher, "logits")
+        logits_s, logits_t = without_masked(*pair(student, teacher, "logits"))
         index = class_indices(target, logits_s.shape, reader="AdversarialLogitsLoss")
         outputs = 1 + logits_s.shape[1]
 

@@ -270,7 +270,8 @@ class Criterion(nn.Module):
         for field in self.reads:
             value = getattr(features, field)
             if value is None or (field == "intermediate" and not value):
-                raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
+                why = features.absent.get(field) or _HINTS[field]
+                raise ValueError(f"{type(self).__name__} needs {name}.{field}: {why}")
             for tensor in value if isinstance(value, tuple) else (value,):
                 _check_tensor(tensor, f"{name}.{field}", field)
             looks = not (self.takes_probabilities or self._has_met)
@@ -498,16 +499,7 @@ def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tens
 
 def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
     """Returns ``logits`` or ``embedding`` of both, of any width."""
-    value_s, value_t = getattr(student, field), getattr(teacher, field)
-    for name, features in (("student", student), ("teacher", teacher)):
-        if getattr(features, field) is None:
-            raise ValueError(missing("the criterion", f"{name}.{field}", features, field))
-    return value_s, value_t
-
-
-def missing(reader: str, name: str, features: Features, field: str) -> str:
-    """Returns the message for a missing field, with the capture's reason if it gave one."""
-    return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
+    return getattr(student, field), getattr(teacher, field)
 
 
 def as_features(given: Input, name: str, reader: Criterion) -> Features:
@@ -562,6 +554,8 @@ def _rows(pixels: Tensor) -> Tensor:
 def _labelled_size(logits: Tensor, target: Tensor) -> torch.Size:
     """Returns the size of a target of pixels, which logits at a fraction of it are brought to."""
     given = f"beside logits of pixels {tuple(logits.shape)}"
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor (B, H, W) {given}, got {describe(target)}")
     whole = not target.is_floating_point()
     if target.dim() != 3 and (whole or target.dim() != 4):
         raise ValueError(
@@ -662,15 +656,15 @@ def _flattened(
         weight = number("weight", weights.get(name, 1.0), at_least=0)
         if isinstance(member, CriterionSum):
             for (inner, part), own in zip(member._members(), member.weights.values(), strict=True):
-                yield _base_name(inner), weight * own, part
+                yield _base_name(inner, member.criteria), weight * own, part
         else:
             yield name, weight, member
 
 
-def _base_name(name: str) -> str:
-    """Returns a member's name without the number that made it unique."""
+def _base_name(name: str, members: Iterable[str]) -> str:
+    """Returns a member's name without the number that made it unique among the members."""
     stem, _, count = name.rpartition("_")
-    return stem if stem and count.isdigit() else name
+    return stem if stem in members and count.isdigit() else name
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:

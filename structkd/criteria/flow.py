@@ -12,7 +12,6 @@ from structkd._checks import choice, describe
 from structkd.criteria._maps import (
     Layers,
     adapted,
-    as_map,
     channels,
     checked_layers,
     common_positions,
@@ -113,7 +112,7 @@ class FlowMatrixLoss(Criterion):
         unequal = [width for width in widths if width[0] != width[1]]
         heads = iter(self.convs(unequal, pairs[0][0]))
         return [
-            map_s if width[0] == width[1] else linear_map(as_map(map_s), *next(heads))
+            map_s if width[0] == width[1] else linear_map(map_s, *next(heads))
             for (map_s, _), width in zip(pairs, widths, strict=True)
         ]
 

@@ -44,7 +44,8 @@ class KDLoss(Criterion):
         L = \frac{\tau^2}{B} \sum_{b,k} KL\left( (p^t_{bk}, 1 - p^t_{bk}) \,\|\,
             (p^s_{bk}, 1 - p^s_{bk}) \right)
 
-    A class that the teacher masks out, by a logit of -inf, adds nothing. Term: ``KD``.
+    A class that the teacher masks out, by a logit of -inf, adds nothing under ``softmax``, and is a
+    sure no under ``sigmoid``. Term: ``KD``.
 
     Args:
         temperature: tau > 0.
@@ -174,7 +175,7 @@ class LogitMSELoss(Criterion):
             logits_s, logits_t = (value.masked_fill(gone, 0) for value in (logits_s, logits_t))
         if self.form == "log":
             assert shards is not None
-            if logits_s[:, 0].numel() < 2 and shards.total < 2:
+            if shards.total * math.prod(logits_s.shape[2:]) < 2:
                 raise ValueError(
                     "LogitMSELoss(form='log') measures the teacher's variance over rows: it needs "
                     "at least 2, got 1; use drop_last=True in the DataLoader"
@@ -191,10 +192,10 @@ class LogitMSELoss(Criterion):
 
     def _ignored(self, target: Tensor | None, logits: Tensor) -> Tensor:
         """Returns where the target holds ``ignore``, ``(B, 1, ...)`` or ``(B, K, ...)``."""
-        if target is None:
+        if not isinstance(target, Tensor):
             raise ValueError(
-                f"LogitMSELoss(ignore={self.ignore}) needs target, whose values say what does not "
-                "count: pass target=labels"
+                f"LogitMSELoss(ignore={self.ignore}) needs target, a tensor whose values say what "
+                "does not count: pass target=labels"
             )
         rows = logits[:, 0].shape
         if target.shape not in (logits.shape, rows):
@@ -479,6 +480,14 @@ def _masked_out(*sides: Tensor) -> Tensor | None:
     if sides[0].numel() and seen_empty(*(~(side.amin() > _CLOSED) for side in sides)):
         return None
     return functools.reduce(torch.minimum, sides) <= _CLOSED
+
+
+def without_masked(logits_s: Tensor, logits_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both with 0 where either masks a class out, which then differs nowhere."""
+    gone = _masked_out(logits_s, logits_t)
+    if gone is None:
+        return logits_s, logits_t
+    return logits_s.masked_fill(gone, 0), logits_t.masked_fill(gone, 0)
 
 
 def _yes_no(logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from structkd.criteria._maps import (
     to_common_size,
 )
 from structkd.criteria.base import Criterion, pair
-from structkd.criteria.logits import softened_divergence
+from structkd.criteria.logits import softened_divergence, without_masked
 from structkd.criteria.numerics import unit
 from structkd.features import Features
 from structkd.projectors import ConvAdapter
@@ -202,7 +202,8 @@ class ChannelWiseLoss(Criterion):
         L = \frac{\tau^2}{C} \sum_c KL(\phi_c(t) \,\|\, \phi_c(s))
 
     the mean over the batch. It is for dense predictions: it compares how a channel ranks positions,
-    whatever the channel's level. Term: ``CWD``.
+    whatever the channel's level. A class that either network masks out, by logits of -inf, adds
+    nothing. Term: ``CWD``.
 
     Args:
         temperature: tau > 0.
@@ -263,6 +264,7 @@ class ChannelWiseLoss(Criterion):
                     f"got {describe(map_s)}; take KDLoss on logits of images, or "
                     "ChannelWiseLoss(source='intermediate') on maps"
                 )
+            map_s, map_t = without_masked(map_s, map_t)
         else:
             map_s, map_t = common_pair(student, teacher, self.layer)
             if self.adapter is not None:

@@ -96,9 +96,10 @@ def log_error(
 ) -> Tensor:
     """Returns the logarithm of the mean squared error's share of the teacher's variance, + 0.01.
 
-    The variance is the mean of the channels'. As in :func:`moments`, channels are shifted by their
-    mean first, and one whose deviations are the rounding of its mean has a variance of 0. Where all
-    have, the share counts as 1, without a gradient; where nothing counts, the result is 0.
+    The variance is the mean of the channels' that count. As in :func:`moments`, channels are
+    shifted by their mean first, and one whose deviations are the rounding of its mean has a
+    variance of 0. Where all have, the share counts as 1, without a gradient; where nothing counts,
+    the result is 0.
 
     Args:
         error: ``(B, C, H, W)``.
@@ -122,7 +123,8 @@ def log_error(
     own = [shifted.square().sum(dim=samples), shifted.sum(dim=samples)]
     ((wrong, second, first),) = _total([[error.square().sum(), *own]], shards)
     variances = (second / number - (first / number).square()).clamp_min(0)
-    variance = torch.where(is_rounding(variances.sqrt(), level), 0, variances).mean()
+    variance = torch.where(is_rounding(variances.sqrt(), level), 0, variances).sum()
+    variance = variance / (count > 0).sum().clamp_min(1)
     share = wrong / count.sum().clamp_min(1)
     # Written so that NaN stays NaN: a comparison with it is false, and 0 times it is NaN.
     constant = variance <= 0
@@ -191,8 +193,9 @@ def _moments(
 def _without_rounding(found: Moments, level_s: Tensor, level_t: Tensor) -> Moments:
     mean_s, mean_t, spread_s, var_t, cross = found
     var_s = spread_s.diagonal() if spread_s.dim() == 2 else spread_s
-    dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s)
-    dead_t = is_rounding(var_t.sqrt(), level_t)
+    # Of a half, the square of its mean was taken off too, whose rounding is larger.
+    dead_s = is_rounding(var_s.clamp_min(0).sqrt(), level_s) | is_rounding(var_s, mean_s.square())
+    dead_t = is_rounding(var_t.sqrt(), level_t) | is_rounding(var_t, mean_t.square())
     if seen_empty(dead_s, dead_t):
         return Moments(mean_s, mean_t, spread_s, var_t, cross)
     both = dead_s[:, None] | dead_s if spread_s.dim() == 2 else dead_s

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import NO_LABEL, class_indices, labels, number
-from structkd.criteria.base import Criterion, missing
+from structkd.criteria.base import Criterion
 from structkd.criteria.numerics import mean_of_sum
 from structkd.distributed import Shards
 from structkd.features import Features
@@ -73,16 +73,17 @@ class SupervisionLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits, binary = _two_or_more(student, "SupervisionLoss")
-        if target is not None and target.is_floating_point():
-            if binary and target.shape == logits[:, 1:].shape:
-                target = torch.cat([1 - target, target], dim=1)
-            if target.shape != logits.shape:
+        logits, binary = _two_or_more(student)
+        if isinstance(target, Tensor) and target.is_floating_point():
+            shape = logits[:, int(binary) :].shape  # as they were given
+            if target.shape != shape:
                 raise ValueError(
-                    f"target probabilities must have shape {tuple(logits.shape)}, "
+                    f"target probabilities must have shape {tuple(shape)}, "
                     f"got {tuple(target.shape)}; of class indices take target.long()"
                 )
             wanted = target.to(logits.dtype)
+            if binary:
+                wanted = torch.cat([1 - wanted, wanted], dim=1)
         else:
             wanted = class_indices(target, logits.shape, reader="SupervisionLoss")
         smoothing = self.label_smoothing
@@ -141,7 +142,7 @@ class DiceLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits, binary = _two_or_more(student, "DiceLoss")
+        logits, binary = _two_or_more(student)
         index, labelled = (v[:, None] for v in labels(target, logits.shape, reader="DiceLoss"))
         share = torch.where(labelled, logits.softmax(dim=1), 0)
         classes = torch.arange(logits.shape[1], device=logits.device)
@@ -154,11 +155,10 @@ class DiceLoss(Criterion):
         return {"Dice": torch.where(wanted > 0, 1 - scores, 0).mean()}
 
 
-def _two_or_more(student: Features, reader: str) -> tuple[Tensor, bool]:
+def _two_or_more(student: Features) -> tuple[Tensor, bool]:
     """Returns the student's logits, a single one with a 0 before it, and whether it was single."""
     logits = student.logits
-    if logits is None:
-        raise ValueError(missing(reader, "student.logits", student, "logits"))
+    assert logits is not None
     binary = logits.shape[1] == 1
     if binary:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)

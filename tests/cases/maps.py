@@ -69,13 +69,17 @@ def _vid(kind: str):
     return _regression(build, oracle, kind)
 
 
-def _pairs(criterion, oracle, *kinds: str, widen: int = 0):
-    """Several pairs of maps; ``widen`` adds channels to both."""
+def _pairs(criterion, oracle, *kinds: str, widen: int = 0, enlarge: int = 0):
+    """Several pairs of maps; ``widen`` adds channels to both, ``enlarge`` height and width."""
+
+    def grow(shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) == 2:
+            return shape[0], shape[1] + widen
+        return shape[0] + widen, *(side + enlarge for side in shape[1:])
 
     def make(seed: int, batch: int) -> Example:
         rng = generator(seed)
         shapes = [_shapes(rng, kind) for kind in kinds]
-        grow = lambda s: (s[0] + widen, *s[1:]) if len(s) == 3 else (s[0], s[1] + widen)  # noqa: E731
         student = [normal(rng, batch, *grow(shape_s)) for shape_s, _ in shapes]
         teacher = [normal(rng, batch, *grow(shape_t)) for _, shape_t in shapes]
         return Example(criterion(), Features(intermediate=student), Features(intermediate=teacher))
@@ -151,10 +155,10 @@ CASES = [
         *_pairs(NeuronSelectivityLoss, maps.neuron_selectivity, "maps", "tokens", widen=8),
         zero=_zero_selectivity(2),
     ),
-    # Few channels: channel Grams wherever positions are many.
+    # At least 12 positions above up to 4 channels: channel Grams.
     Case(
         "nst-channels",
-        *_pairs(NeuronSelectivityLoss, maps.neuron_selectivity, "maps", "maps"),
+        *_pairs(NeuronSelectivityLoss, maps.neuron_selectivity, "maps", "maps", enlarge=2),
         zero=_zero_selectivity(5),
     ),
 ]

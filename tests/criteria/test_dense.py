@@ -14,6 +14,7 @@ from structkd import CrossCorrelationLoss, DenseStructureLoss, Features
 from structkd.criteria.dense import _cut_at
 from tests.cases.case import generator, shaped
 from tests.largest import Largest
+from tests.reference import dense
 
 seeds = st.integers(0, 2**16)
 CLOSED = {"adapter": "closed_form"}
@@ -211,6 +212,21 @@ def test_constant_maps_and_dead_channels_say_nothing_and_stay_finite(options) ->
     value, gradient = value_and_gradient(criterion, student, teacher)
     assert value.isfinite()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("blank", [slice(0, 4), slice(4, 8)], ids=["first", "second"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_half_that_shows_the_student_nothing_predicts_nothing(blank: slice, dtype) -> None:
+    """Images without data give one constant map; what is left of its variance is rounding."""
+    student, teacher = randn(0, 8, 3, 4, 4), randn(1, 8, 5, 4, 4)
+    teacher += student[:, :1]
+    student[blank] = torch.tensor([0.0, 3.0, -2.0]).view(3, 1, 1)
+    rows_s, rows_t = (dense.positions(value.double()) for value in (student, teacher))
+    wanted = dense.closed_form(rows_s, rows_t, ridge=1e-3, floor=1e-2, split=True)
+    criterion = DenseStructureLoss(**CLOSED, split=True)
+    value, gradient = value_and_gradient(criterion, student.to(dtype), teacher.to(dtype))
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert gradient.abs().max() < 1
 
 
 @every_form

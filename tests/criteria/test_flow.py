@@ -98,6 +98,15 @@ def test_only_what_differs_is_adapted() -> None:
     assert not list(equal.parameters())
 
 
+def test_tokens_that_are_adapted_keep_their_grid() -> None:
+    """Ends of 4 x 4 and 2 x 2 tokens meet as maps do, whoever brings their channels."""
+    student, teacher = _maps((2, 3, 4, 4), (2, 5, 2, 2)), _maps((2, 4, 4, 4), (2, 6, 2, 2), seed=1)
+    criterion = FlowMatrixLoss()
+    wanted = criterion(student, teacher)
+    tokens = [value.flatten(2).transpose(1, 2) for value in student.intermediate]
+    torch.testing.assert_close(criterion(tokens, list(teacher.intermediate)), wanted)
+
+
 @pytest.mark.peer
 def test_matrices_equal_torchdistill() -> None:
     """The matrices agree; the losses do not, and ours is the paper's.

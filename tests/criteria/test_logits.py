@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structkd import Features, KDLoss
+from structkd import AdversarialLogitsLoss, Features, KDLoss
 from structkd.criteria.logits import (
     CurriculumTemperatureLoss,
     DKDLoss,
@@ -232,7 +232,11 @@ def _by_definition(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> 
 @pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("open_", [1, 4])
 @pytest.mark.parametrize("both", [False, True], ids=["teacher masks", "both mask"])
-@pytest.mark.parametrize("criterion", [*SOFT, LogitMSELoss()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "criterion",
+    [*SOFT, LogitMSELoss(), AdversarialLogitsLoss()],
+    ids=lambda c: type(c).__name__,
+)
 def test_classes_that_are_masked_out_leave_value_and_gradient_finite(
     criterion, mask: float, open_: int, both: bool
 ) -> None:
@@ -258,6 +262,8 @@ def test_masked_classes_are_the_definition() -> None:
     torch.testing.assert_close(ctkd(student, teacher).detach(), wanted, rtol=1e-6, atol=1e-8)
     gap = (student - teacher)[:, :4].square().mean()
     torch.testing.assert_close(LogitMSELoss()(student, teacher), gap)
+    share = LogitMSELoss(form="log")
+    torch.testing.assert_close(share(student, teacher), share(student[:, :4], teacher[:, :4]))
     cut = LogitStandardizationLoss()(student[:, :4], teacher[:, :4])
     student[:, 4:] = -torch.inf
     torch.testing.assert_close(LogitStandardizationLoss()(student, teacher), cut)

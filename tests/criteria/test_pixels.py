@@ -14,6 +14,7 @@ from torch import Tensor
 
 import structkd
 from structkd import Criterion, Features
+from structkd.distributed import Shards
 
 CLASSES = 4
 WITH_LABELS: dict[str, Callable[[], Criterion]] = {
@@ -112,6 +113,12 @@ def test_one_logit_is_a_question_of_yes_or_no() -> None:
     value = _value(structkd.SupervisionLoss(), student, teacher, soft)
     wanted = F.binary_cross_entropy_with_logits(student, soft)
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    rough = soft.bfloat16()
+    value = _value(structkd.SupervisionLoss(), student, teacher, rough)
+    wanted = F.binary_cross_entropy_with_logits(student, rough.double())
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"shape \((\d), 1, (\d), (\d)\), got \(\1, \2, \3\)"):
+        _value(structkd.SupervisionLoss(), student, teacher, soft[:, 0])
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.1"):
         _value(structkd.DiceLoss(), student, teacher, 2 * flood)
 
@@ -172,6 +179,18 @@ def test_a_class_that_is_masked_out_stays_so_at_another_size() -> None:
         torch.cat([c, v[:, 1:]], dim=1) for c, v in zip(closed, (student, teacher), strict=True)
     ]
     torch.testing.assert_close(structkd.KDLoss()(*both), wanted)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_class_that_is_masked_out_ranks_no_position(side: int) -> None:
+    maps = [value.detach() for value in _batch(9)[:2]]
+    wanted = structkd.ChannelWiseLoss()(*(value[:, 1:] for value in maps))
+    maps[side][:, 0] = -torch.inf
+    student = maps[0].requires_grad_()
+    value = structkd.ChannelWiseLoss()(student, maps[1])
+    torch.testing.assert_close(value, wanted * (CLASSES - 1) / CLASSES)
+    value.backward()
+    assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -258,12 +277,26 @@ def test_mistakes_are_named_in_one_line_with_the_cure(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [(), (6, 6)], ids=["images", "pixels"])
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_a_target_that_is_no_tensor_is_named(name: str, size: tuple[int, ...]) -> None:
+    logits = Features(logits=torch.randn(2, CLASSES, *size))
+    with pytest.raises((TypeError, ValueError), match=r"target.* a.* tensor"):
+        WITH_LABELS[name]()(logits, logits, [0, 1])
+
+
 def test_regression_says_what_it_lacks() -> None:
     rows = torch.randn(1, 1)
     with pytest.raises(ValueError, match="needs target"):
         structkd.LogitMSELoss(ignore=float("nan"))(rows, rows)
     with pytest.raises(ValueError, match=r"at least 2, got 1.*drop_last"):
         structkd.LogitMSELoss(form="log")(rows, rows)
+    pixels, shards = torch.randn(1, 2, 3, 3), Shards((1, 0), rank=1)
+    # The rank without a row goes on as the one with nine, which waits for it.
+    found = structkd.LogitMSELoss(form="log", gather=True).terms(
+        pixels[:0], pixels[:0], shards=shards
+    )
+    assert found["Logits"].isfinite()
     with pytest.raises(ValueError, match="form must be one of squared, absolute, log"):
         structkd.LogitMSELoss(form="l1")
     with pytest.raises(TypeError, match="ignore must be a number"):

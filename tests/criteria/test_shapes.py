@@ -256,6 +256,8 @@ def test_members_of_a_sum_load_whatever_their_order() -> None:
     named = CriterionSum({"hint": fit, "kernel": cc}, {"kernel": 0.5})
     torch.testing.assert_close(named(student, teacher), saved(student, teacher))
     assert {name.split(".")[1] for name in named.state_dict()} == {"hint", "kernel"}
+    stages = [{"type": "FitNetLoss", "name": f"stage_{k}", "layer": k} for k in (3, 4)]
+    assert list(build_criterion(stages).weights) == ["stage_3", "stage_4"]
 
 
 def test_a_number_that_yaml_reads_as_text_is_told() -> None:
