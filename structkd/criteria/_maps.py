@@ -10,6 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from structkd._checks import describe, whole
+from structkd.criteria.base import missing
 from structkd.distributed import Shards
 from structkd.features import Features
 from structkd.projectors import project
@@ -80,6 +81,8 @@ def checked_layer(layer: object) -> int:
 def picked_maps(features: Features, layer: Layers, name: str) -> tuple[Tensor, ...]:
     """Returns the maps at the positions ``layer`` of ``features.intermediate``, None for all."""
     maps = features.intermediate
+    if not maps:
+        raise ValueError(missing("the criterion", f"{name}.intermediate", features, "intermediate"))
     if layer is None:
         return maps
     positions = (layer,) if isinstance(layer, int) else tuple(layer)

@@ -270,8 +270,7 @@ class Criterion(nn.Module):
         for field in self.reads:
             value = getattr(features, field)
             if value is None or (field == "intermediate" and not value):
-                why = features.absent.get(field) or _HINTS[field]
-                raise ValueError(f"{type(self).__name__} needs {name}.{field}: {why}")
+                raise ValueError(missing(type(self).__name__, f"{name}.{field}", features, field))
             for tensor in value if isinstance(value, tuple) else (value,):
                 _check_tensor(tensor, f"{name}.{field}", field)
             looks = not (self.takes_probabilities or self._has_met)
@@ -499,7 +498,16 @@ def pair(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tens
 
 def either(student: Features, teacher: Features, field: str) -> tuple[Tensor, Tensor]:
     """Returns ``logits`` or ``embedding`` of both, of any width."""
-    return getattr(student, field), getattr(teacher, field)
+    value_s, value_t = getattr(student, field), getattr(teacher, field)
+    for name, features in (("student", student), ("teacher", teacher)):
+        if getattr(features, field) is None:
+            raise ValueError(missing("the criterion", f"{name}.{field}", features, field))
+    return value_s, value_t
+
+
+def missing(reader: str, name: str, features: Features, field: str) -> str:
+    """Returns the message for a missing field, with the capture's reason if it gave one."""
+    return f"{reader} needs {name}: {features.absent.get(field) or _HINTS[field]}"
 
 
 def as_features(given: Input, name: str, reader: Criterion) -> Features:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structkd._checks import NO_LABEL, class_indices, labels, number
-from structkd.criteria.base import Criterion
+from structkd.criteria.base import Criterion, missing
 from structkd.criteria.numerics import mean_of_sum
 from structkd.distributed import Shards
 from structkd.features import Features
@@ -73,7 +73,7 @@ class SupervisionLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits, binary = _two_or_more(student)
+        logits, binary = _two_or_more(student, "SupervisionLoss")
         if isinstance(target, Tensor) and target.is_floating_point():
             shape = logits[:, int(binary) :].shape  # as they were given
             if target.shape != shape:
@@ -142,7 +142,7 @@ class DiceLoss(Criterion):
     def compute(
         self, student: Features, teacher: Features, target: Tensor | None, shards: Shards
     ) -> dict[str, Tensor]:
-        logits, binary = _two_or_more(student)
+        logits, binary = _two_or_more(student, "DiceLoss")
         index, labelled = (v[:, None] for v in labels(target, logits.shape, reader="DiceLoss"))
         share = torch.where(labelled, logits.softmax(dim=1), 0)
         classes = torch.arange(logits.shape[1], device=logits.device)
@@ -155,10 +155,11 @@ class DiceLoss(Criterion):
         return {"Dice": torch.where(wanted > 0, 1 - scores, 0).mean()}
 
 
-def _two_or_more(student: Features) -> tuple[Tensor, bool]:
+def _two_or_more(student: Features, reader: str) -> tuple[Tensor, bool]:
     """Returns the student's logits, a single one with a 0 before it, and whether it was single."""
     logits = student.logits
-    assert logits is not None
+    if logits is None:
+        raise ValueError(missing(reader, "student.logits", student, "logits"))
     binary = logits.shape[1] == 1
     if binary:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
