@@ -346,11 +346,13 @@ def _flat_search(queries: Tensor, blocks: list[Tensor], k: int) -> tuple[Tensor,
 def _true_float32(device: torch.device) -> Iterator[None]:
     """Keeps TF32, bfloat16 and autocast away: the search bounds what float32 rounds, no more."""
     backends: list[Any] = [torch.backends.cuda.matmul]
-    name, full = "allow_tf32", False
+    cpu: Any = torch.backends.mkldnn
+    name: str = "allow_tf32"
+    full: bool | str = False
     if hasattr(backends[0], "fp32_precision"):
         # torch 2.9 renamed it, refuses the old name once the new one was used, and has one for
         # the CPU apart, which torch.set_float32_matmul_precision("medium") sets to bfloat16.
-        backends.append(torch.backends.mkldnn.matmul)
+        backends.append(cpu.matmul)
         name, full = "fp32_precision", "ieee"
     before = [getattr(backend, name) for backend in backends]
     for backend in backends:
