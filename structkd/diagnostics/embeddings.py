@@ -35,7 +35,7 @@ def self_similarity(embedding: Tensor) -> Tensor:
                 [0., 1., 0.],
                 [0., 0., 1.]])
     """
-    columns = F.normalize(rows_of(embedding), dim=0)
+    columns = F.normalize(rows_of(embedding, "embedding"), dim=0)
     with torch.autocast(columns.device.type, enabled=False):
         return (columns.T @ columns).clamp(-1, 1)
 
@@ -63,7 +63,7 @@ def effective_rank(embedding: Tensor) -> Tensor:
         >>> round(float(effective_rank(torch.eye(4))), 4)
         4.0
     """
-    rows = rows_of(embedding)
+    rows = rows_of(embedding, "embedding")
     if not bool(rows.isfinite().all()):  # LAPACK refuses what is not
         return rows.new_tensor(float("nan"))
     values = torch.linalg.svdvals(rows)
@@ -96,7 +96,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
         >>> uniformity(torch.ones(5, 3))
         tensor(0.)
     """
-    rows = F.normalize(rows_of(features), dim=1)
+    rows = F.normalize(rows_of(features, "features"), dim=1)
     if rows.shape[0] < 2:
         raise ValueError(f"features must have at least 2 rows, got {rows.shape[0]}")
     squared = torch.pdist(rows).square()

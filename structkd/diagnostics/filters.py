@@ -65,7 +65,7 @@ def filter_collapse(module: nn.Module) -> dict[str, FilterDirections]:
     """
     found = {}
     for name, weight in _normalised_filters(module):
-        filters = rows_of(weight.flatten(1))
+        filters = rows_of(weight.flatten(1), "weight")
         norm = float(filters.norm(dim=1).mean())
         rank = float(effective_rank(F.normalize(filters, dim=1)))
         found[name] = FilterDirections(norm, rank, min(filters.shape))

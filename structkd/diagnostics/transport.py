@@ -50,7 +50,8 @@ def transport_cost(features_s: Tensor, features_t: Tensor, *, p: float = 2.0) ->
         raise ImportError(
             "transport_cost needs POT: pip install POT, the package that has the module ot"
         ) from error
-    rows_s, rows_t = rows_of(features_s).detach(), rows_of(features_t).detach()
+    rows_s = rows_of(features_s, "features_s").detach()
+    rows_t = rows_of(features_t, "features_t").detach()
     if rows_s.shape[1] != rows_t.shape[1]:
         raise ValueError(
             "features_s and features_t must have one width, got "

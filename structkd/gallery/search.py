@@ -344,19 +344,25 @@ def _flat_search(queries: Tensor, blocks: list[Tensor], k: int) -> tuple[Tensor,
 
 @contextmanager
 def _true_float32(device: torch.device) -> Iterator[None]:
-    """Keeps TF32 and autocast away: the search bounds what float32 rounds, and no more."""
-    matmul: Any = torch.backends.cuda.matmul
-    # torch 2.9 renamed it, and refuses the old name once the new one was used.
-    name, full = (
-        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    )
-    before = getattr(matmul, name)
-    setattr(matmul, name, full)
+    """Keeps TF32, bfloat16 and autocast away: the search bounds what float32 rounds, no more."""
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    cpu: Any = torch.backends.mkldnn
+    name: str = "allow_tf32"
+    full: bool | str = False
+    if hasattr(backends[0], "fp32_precision"):
+        # torch 2.9 renamed it, refuses the old name once the new one was used, and has one for
+        # the CPU apart, which torch.set_float32_matmul_precision("medium") sets to bfloat16.
+        backends.append(cpu.matmul)
+        name, full = "fp32_precision", "ieee"
+    before = [getattr(backend, name) for backend in backends]
+    for backend in backends:
+        setattr(backend, name, full)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        setattr(matmul, name, before)
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
 
 
 def by_class(labels: Tensor) -> list[tuple[int, Tensor]]:

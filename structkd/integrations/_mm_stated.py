@@ -81,7 +81,7 @@ class Renormalise:
         other: Any = getattr(teacher, "data_preprocessor", None)
         self.pair = None
         if all(getattr(network, "_enable_normalize", False) for network in (student, other)):
-            self.flips = bool(student.to_rgb) != bool(other.to_rgb)
+            self.flips = _to_rgb(student) != _to_rgb(other)
             numbers = [student.mean, student.std, other.mean, other.std]
             if self.flips or not (
                 torch.equal(numbers[0], numbers[2]) and torch.equal(numbers[1], numbers[3])
@@ -100,11 +100,17 @@ class Renormalise:
         return (pixels - mean_t) / std_t
 
 
+def _to_rgb(preprocessor: Any) -> bool:
+    """Tells whether a preprocessor turns the channels; those of mmengine have another word."""
+    own = getattr(preprocessor, "_channel_conversion", False)
+    return bool(getattr(preprocessor, "to_rgb", own))
+
+
 def labels_of(data_samples: Sequence[Any]) -> Tensor | None:
-    """Returns labels, the scores that Mixup leaves in their place, or nothing."""
+    """Returns labels, one a sample, or the scores that Mixup leaves in their place, or nothing."""
     if all("gt_score" in sample for sample in data_samples):
         return torch.stack([sample.gt_score for sample in data_samples])
-    if all("gt_label" in sample for sample in data_samples):
+    if all("gt_label" in sample and len(sample.gt_label) == 1 for sample in data_samples):
         return torch.cat([sample.gt_label for sample in data_samples])
     return None
 

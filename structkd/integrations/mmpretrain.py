@@ -343,6 +343,8 @@ def _preprocessor(
             return own
     if isinstance(given, nn.Module):
         return given
-    config = {"type": "ClsDataPreprocessor", "batch_augments": augments, **(given or {})}
+    config = {"type": "ClsDataPreprocessor", **(given or {})}
+    if augments:  # no other preprocessor knows the word
+        config.setdefault("batch_augments", augments)
     built: nn.Module = CLASSIFIERS.build(config)
     return built

@@ -134,7 +134,7 @@ def _epochs(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: If there is no such argument.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--epochs", type=int)
     found, _ = reader.parse_known_args(list(arguments))
     if found.epochs is None:

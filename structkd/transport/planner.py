@@ -332,9 +332,10 @@ def _column_dual(
     total = row_mass.sum(dim=-1, keepdim=True)
     has_mass, safe = total > 0, total.where(total > 0, 1)
     rows = (row_mass / safe).where(has_mass, 1 / row_mass.shape[-1])
-    columns = (limit / safe).where(has_mass, 1 / limit.shape[-1])
-    if constraint == "capacity":
+    if constraint == "capacity":  # no price in the stand-in, for no column of it is full
+        columns = (limit / safe).where(has_mass, torch.inf)
         return _capped(scores, rows, columns, max_iterations, tolerance)
+    columns = (limit / safe).where(has_mass, 1 / limit.shape[-1])
     return _sinkhorn(scores, rows, columns, max_iterations, tolerance)
 
 

@@ -75,12 +75,17 @@ def test_spread_points_are_more_uniform_than_a_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [diagnostics.self_similarity, diagnostics.effective_rank, diagnostics.uniformity]
+    ("function", "name"),
+    [
+        (diagnostics.self_similarity, "embedding"),
+        (diagnostics.effective_rank, "embedding"),
+        (diagnostics.uniformity, "features"),
+    ],
 )
-def test_bad_input_is_named(function) -> None:
-    with pytest.raises(ValueError, match=r"expected 2-D \(N, D\), got float32 \(2, 3, 4\)"):
+def test_bad_input_is_named(function, name) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be 2-D \(N, D\), got float32 \(2, 3, 4\)"):
         function(torch.zeros(2, 3, 4))
-    with pytest.raises(TypeError, match="floating-point tensor, got int64"):
+    with pytest.raises(TypeError, match=f"{name} must be a floating-point tensor, got int64"):
         function(torch.zeros(2, 3, dtype=torch.int64))
 
 

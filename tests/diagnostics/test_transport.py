@@ -90,9 +90,15 @@ def test_an_early_stop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (torch.ones(4, 3), torch.ones(4, 2), 2, ValueError, r"one width, got .*\(4, 3\).*\(4, 2\)"),
         (torch.ones(4, 3), torch.ones(0, 3), 2, ValueError, r"both sets need a sample"),
-        (torch.ones(4, 3, 2), torch.ones(4, 3), 2, ValueError, r"expected 2-D"),
+        (torch.ones(4, 3, 2), torch.ones(4, 3), 2, ValueError, r"features_s must be 2-D"),
         (torch.ones(4, 3).long(), torch.ones(4, 3), 2, TypeError, r"floating-point"),
-        (torch.ones(4, 3), [[1.0]], 2, TypeError, r"floating-point tensor, got list"),
+        (
+            torch.ones(4, 3),
+            [[1.0]],
+            2,
+            TypeError,
+            r"features_t must be a floating-point tensor, got list",
+        ),
         (torch.ones(4, 3), torch.ones(4, 3), 0.5, ValueError, r"p must be finite >= 1"),
     ],
 )

@@ -82,6 +82,25 @@ def test_tf32_and_autocast_are_away_for_the_search_alone():
     assert torch.equal(found, gallery.search(queries, torch.zeros(9).long(), 3)[1])
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
+)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_lower_precision_of_matmuls_is_away_on_the_cpu_too(precision):
+    # "medium" is bfloat16 on CPUs that multiply in it: the bound of a flat search knows float32.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        asked = [backend.fp32_precision for backend in backends]
+        with search._true_float32(torch.device("cpu")):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == asked
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # FAISS's indexes.
 
 

@@ -261,6 +261,34 @@ def test_samples_without_a_pair_are_left_out() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("labels", [[[0], [], [1, 2], [3]], [[0, 1], [2], [3, 0], [1]]])
+def test_several_labels_a_sample_are_no_classes(labels: list[list[int]]) -> None:
+    network = _resnet(type="MultiLabelLinearClsHead")
+    spec = {"type": "KDLoss", "form": "sigmoid"}
+    model = _model(spec, student=_net(network), teacher=_net(network, 1)).eval()
+    x = torch.randn(4, 3, 32, 32)
+    samples = [one.set_gt_label(some) for one, some in zip(_samples(4), labels, strict=True)]
+    samples[0].set_metainfo({"paired": False})
+    model(x, samples, mode="loss")
+    model.distiller.criterion = structkd.SupervisionLoss()
+    with pytest.raises(ValueError, match="needs target"):
+        model(x, samples, mode="loss")
+
+
+def test_pairs_come_through_mmpretrains_preprocessor_of_pairs() -> None:
+    numbers = {"mean": [10.0, 20.0, 30.0], "std": [2.0, 3.0, 4.0]}
+    teacher = _net({**_resnet(), "data_preprocessor": {**numbers, "to_rgb": False}}, 1)
+    pairs = {"type": "SelfSupDataPreprocessor", **numbers, "to_rgb": True}
+    model = _model("KDLoss", teacher=teacher, data_preprocessor=pairs).eval()
+    raw = torch.randint(0, 256, (2, 4, 3, 32, 32))
+    data = model.data_preprocessor({"inputs": list(raw), "data_samples": _samples(4)})
+    assert model(**data, mode="loss")["loss_KD"].isfinite()
+    own = model.data_preprocessor({"inputs": raw[0], "data_samples": _samples(4)})
+    assert len(model(**own, mode="predict")) == 4
+    alone = teacher.data_preprocessor({"inputs": raw[0]})["inputs"]
+    torch.testing.assert_close(model._renormalise(own["inputs"]), alone, atol=1e-4, rtol=1e-5)
+
+
 def test_the_hook_lets_the_criterias_weight_fall(data: Path, tmp_path: Path) -> None:
     cfg = mm_flow.config("distilled_cifar10", data, tmp_path)
     cfg.custom_hooks = [{"type": "structkd.FallingWeightHook"}]

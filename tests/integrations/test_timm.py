@@ -342,6 +342,18 @@ def test_launcher_reads_only_what_it_knows(
     assert "spec.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "--falling needs the length"), (["--epochs", "ten"], "--epochs: invalid int value")],
+)
+def test_launcher_says_what_falling_needs(
+    script: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        plugin.main(["--falling", str(script), *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_launcher_says_where_the_script_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         plugin.main(["nowhere/train.py"])

@@ -240,6 +240,19 @@ def test_padding_changes_nothing(constraint: str, junk: float, default: bool) ->
 
 
 @every_constraint
+def test_a_problem_without_mass_has_converged(constraint: str) -> None:
+    cost, given = _random(0, 2, 3, 4), _limits(constraint, 0, (2, 3, 4))
+    given["row_mass"][1] = 0
+    if constraint == "both":
+        given["column_mass"][1] = 0
+    wanted = _planner(constraint)(cost[:1], **{name: mass[:1] for name, mass in given.items()})
+    found = _planner(constraint)(cost, **given)
+    assert (found.plan[1] == 0).all()
+    assert found.converged.all()
+    torch.testing.assert_close(found.plan[:1], wanted.plan)
+
+
+@every_constraint
 def test_closed_pairs_stay_empty(constraint: str) -> None:
     cost, given = _random(0, 4, 4), _limits(constraint, 0, (4, 4))
     mask = torch.ones(4, 4).bool()
