@@ -199,6 +199,18 @@ def test_a_copy_that_is_moved_takes_a_teacher_of_its_own_along() -> None:
     assert whole(POOR, x_teacher=RICH)[1]["SEM-1"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("criterion", ["DSLoss", "SemanticCalibrationLoss"])
+def test_channels_last_before_the_criterion_has_a_shape(criterion: str) -> None:
+    plain = distiller(criterion, example=None)
+    whole = distiller(criterion, example=None).to(memory_format=torch.channels_last)
+    assert whole.teacher[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    _, want = plain(POOR, x_teacher=RICH)
+    torch.manual_seed(1)
+    _, found = whole(POOR, x_teacher=RICH)
+    torch.testing.assert_close(found, want)
+
+
 def test_a_student_without_memory_gets_some_and_the_teacher_keeps_its_weights() -> None:
     with torch.device("meta"):
         student = net(4)
