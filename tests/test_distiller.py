@@ -75,6 +75,17 @@ def test_another_teacher_is_refused() -> None:
     assert not any("teacher" in name for name in whole.state_dict())
 
 
+def test_a_criterion_that_reads_what_was_not_captured_is_refused() -> None:
+    whole = distiller(structkd.FitNetLoss())
+    whole.criterion = structkd.KDLoss()  # logits are the student's own output
+    assert list(whole(POOR, x_teacher=RICH)[1]) == ["KD"]
+    with pytest.raises(AttributeError, match="criterion cannot be replaced by one that reads more"):
+        whole.criterion = structkd.CORALLoss()
+    lone = distiller(structkd.SupervisionLoss())
+    with pytest.raises(AttributeError, match="make a new Distiller"):
+        lone.criterion = structkd.KDLoss()  # nothing reads this teacher
+
+
 def test_the_teacher_is_frozen_and_nowhere_to_be_found() -> None:
     whole = distiller()
     before = copy.deepcopy(whole.teacher.state_dict())
