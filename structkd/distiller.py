@@ -106,7 +106,8 @@ class Distiller(nn.Module):
         if teacher_layers is not None:
             options_t = _layer_options("teacher_layers", teacher_layers)
         reads = fields_read(self.criterion)
-        self._reads_teacher = any(leaf.reads_teacher for leaf in leaves_of(self.criterion))
+        self._needs = _needs(self.criterion)
+        self._reads_teacher = "teacher" in self._needs
         self._layers = _only(reads, options_s)
         self._capture: FeatureCapture | None = _captured("student", student, self._layers)
         self._versions: tuple[list[int], list[int]] | None = None
@@ -144,10 +145,14 @@ class Distiller(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module passes every property by: the first teacher would go on teaching.
-        if name == "teacher":
+        replaced = name == "teacher"
+        if name == "criterion" and "_frozen" in self.__dict__ and isinstance(value, Criterion):
+            replaced = not _needs(value) <= self._needs
+        if replaced:
+            more = "" if name == "teacher" else " by one that reads more"
             raise AttributeError(
-                "teacher cannot be replaced, the captures read the first one; fix: make a new "
-                "Distiller(student, teacher, criterion)"
+                f"{name} cannot be replaced{more}, the captures were made for the first one; fix: "
+                "make a new Distiller(student, teacher, criterion)"
             )
         super().__setattr__(name, value)
 
@@ -661,6 +666,12 @@ def _how_called(name: str, network: nn.Module, x: Any, *, of_example: bool) -> s
         said += "; example=(a, b) is the student's input a and the teacher's b: for networks of two"
         said += " arguments pass example=((x, meta), (x, meta))"
     return said
+
+
+def _needs(criterion: Criterion) -> set[str]:
+    """Returns what is captured for a criterion; logits are there anyway, a network's output."""
+    teacher = {"teacher"} if any(leaf.reads_teacher for leaf in leaves_of(criterion)) else set()
+    return teacher | {field for field in fields_read(criterion) if field != "logits"}
 
 
 def _tensors(features: Features, fields: tuple[str, ...] | None = None) -> list[Tensor]:

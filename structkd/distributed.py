@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structkd._devices import sent
 
@@ -214,11 +215,20 @@ def broadcast_state(module: nn.Module) -> None:
     Args:
         module: A module of the same structure on all ranks.
 
+    Raises:
+        RuntimeError: If a parameter has no shape yet.
+
     Example:
         >>> broadcast_state(nn.Linear(2, 2))
     """
     if world_size() == 1:
         return
+    if any(is_lazy(tensor) for tensor in [*module.parameters(), *module.buffers()]):
+        raise RuntimeError(
+            f"{type(module).__name__} has parameters without a shape yet, to which every process "
+            "would give other values: make the Distiller with example=x, or call it once under "
+            "torch.no_grad() before"
+        )
     for tensor in [*module.parameters(), *module.buffers()]:
         value = tensor.detach().contiguous()
         dist.broadcast(value, 0)

@@ -75,6 +75,17 @@ def test_another_teacher_is_refused() -> None:
     assert not any("teacher" in name for name in whole.state_dict())
 
 
+def test_a_criterion_that_reads_what_was_not_captured_is_refused() -> None:
+    whole = distiller(structkd.FitNetLoss())
+    whole.criterion = structkd.KDLoss()  # logits are the student's own output
+    assert list(whole(POOR, x_teacher=RICH)[1]) == ["KD"]
+    with pytest.raises(AttributeError, match="criterion cannot be replaced by one that reads more"):
+        whole.criterion = structkd.CORALLoss()
+    lone = distiller(structkd.SupervisionLoss())
+    with pytest.raises(AttributeError, match="make a new Distiller"):
+        lone.criterion = structkd.KDLoss()  # nothing reads this teacher
+
+
 def test_the_teacher_is_frozen_and_nowhere_to_be_found() -> None:
     whole = distiller()
     before = copy.deepcopy(whole.teacher.state_dict())
@@ -197,6 +208,18 @@ def test_a_copy_that_is_moved_takes_a_teacher_of_its_own_along() -> None:
     assert whole.teacher[0].weight.dtype == torch.float32
     assert twin(POOR.double(), x_teacher=RICH.double())[1]["SEM-1"].dtype == torch.float64
     assert whole(POOR, x_teacher=RICH)[1]["SEM-1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("criterion", ["DSLoss", "SemanticCalibrationLoss"])
+def test_channels_last_before_the_criterion_has_a_shape(criterion: str) -> None:
+    plain = distiller(criterion, example=None)
+    whole = distiller(criterion, example=None).to(memory_format=torch.channels_last)
+    assert whole.teacher[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    _, want = plain(POOR, x_teacher=RICH)
+    torch.manual_seed(1)
+    _, found = whole(POOR, x_teacher=RICH)
+    torch.testing.assert_close(found, want)
 
 
 def test_a_student_without_memory_gets_some_and_the_teacher_keeps_its_weights() -> None:

@@ -268,6 +268,12 @@ def test_one_process_gathers_nothing() -> None:
     assert gather_batch(shard) is shard
 
 
+def test_what_has_no_shape_yet_cannot_be_broadcast(monkeypatch) -> None:
+    monkeypatch.setattr("structkd.distributed.world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"DSLoss has parameters without a shape.*example=x"):
+        broadcast_state(structkd.DSLoss())
+
+
 def _bare_capture_worker(rank: int, out: str) -> None:
     net = Net(5)
     capture = FeatureCapture(net, embedding="fc:input")

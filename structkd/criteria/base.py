@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from structkd._checks import describe, near, number
 from structkd.distributed import Shards
@@ -200,13 +200,15 @@ class Criterion(nn.Module):
         self: CriterionT, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> CriterionT:
         def kept_wide(tensor: Tensor) -> Tensor:
+            waits = is_lazy(tensor)  # then it has no dimensions, which channels_last asks for
+            given = torch.empty(0, dtype=tensor.dtype, device=tensor.device) if waits else tensor
             try:
-                moved = fn(tensor)
+                moved = fn(given)
             except TypeError:  # Apple's GPUs know no float64
-                moved = fn(tensor.float())
+                moved = fn(given.float())
             if moved.dtype in _HALVES and tensor.dtype not in _HALVES:
                 return tensor.to(moved.device)
-            return moved
+            return tensor.to(moved) if waits else moved
 
         super()._apply(kept_wide, recurse)  # type: ignore[no-untyped-call]
         return self
