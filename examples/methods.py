@@ -21,6 +21,7 @@ from structkd.criteria.base import CriterionSum
 
 ALONE = "alone"  # the student that has no teacher
 MEAN_TEACHER = "mean teacher"  # taught by its own average where labels are missing
+_OF_LABELS = {"type", "weight"}  # what a spec may say of the labels' cross-entropy
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 
@@ -43,9 +44,17 @@ class Method:
             told = str(error).splitlines()[0]
             raise ValueError(f"--criterion {text!r} is no YAML: {told}") from error
         parts = _parts(spec, alone=not isinstance(spec, list))
-        labels = [part.get("weight", 1.0) for part in parts if part["type"] == "SupervisionLoss"]
+        labels = [part for part in parts if part["type"] == "SupervisionLoss"]
         kept = tuple(part for part in parts if part["type"] != "SupervisionLoss")
-        return cls(text, kept, labels[0] if labels else 1.0)
+        given = labels[0] if labels else {"type": "SupervisionLoss"}
+        weight = given.get("weight", 1.0)
+        fits = isinstance(weight, int | float) and weight >= 0 and not given.keys() - _OF_LABELS
+        if len(labels) > 1 or not fits:
+            raise ValueError(
+                f"--criterion {text!r}: SupervisionLoss stands once, with a weight of at least 0 "
+                "and nothing else"
+            )
+        return cls(text, kept, float(weight))
 
     def build(self, stages: int, data: Mapping[str, int]) -> structkd.Criterion:
         """The criterion, for networks of so many stages and for so much data."""
@@ -98,7 +107,8 @@ class Method:
         found = {"labels": self.labels, "criterion": [dict(part) for part in self.parts]}
         files = {part["type"].rpartition(":")[0] for part in self.parts if ":" in part["type"]}
         if files:
-            found["own code"] = {file: code_digest(Path(file).resolve()) for file in sorted(files)}
+            paths = {file: Path(file).expanduser().resolve() for file in sorted(files)}
+            found["own code"] = {file: code_digest(path) for file, path in paths.items()}
         return found
 
 

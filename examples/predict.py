@@ -86,7 +86,8 @@ def read(file: Path, content: dict[str, Any]) -> Tensor:
     """An image file (1, bands, H, W), in the size that the network was trained on."""
     bands, (height, width) = content["bands"], content["size"]
     if not file.is_file():
-        raise ValueError(f"image {file} does not exist; fix: name an image file")
+        told = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"image {file} {told}; fix: name an image file")
     image = read_bands(file)
     if image.shape[0] != bands and bands == 3 and image.shape[0] in (1, 2, 4):
         image = read_colours(file)
@@ -95,13 +96,14 @@ def read(file: Path, content: dict[str, Any]) -> Tensor:
             f"image {file} has {image.shape[0]} band(s), the network was trained on {bands} "
             f"({content['modality']}); fix: an image of that modality"
         )
-    if image.shape[1:] != (height, width) and "values" not in content:
+    margin = content.get("margin", 1.0)  # as the training cut its images
+    if (image.shape[1:] != (height, width) or margin != 1.0) and "values" not in content:
         if height != width:
             raise ValueError(
                 f"image {file} is {image.shape[1]}x{image.shape[2]}, the network was trained on "
                 f"{height}x{width}; fix: resize it"
             )
-        image = fitted(image, height)
+        image = fitted(image, height, margin=margin)
     return torch.tensor(image)[None].float()
 
 

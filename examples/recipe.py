@@ -53,11 +53,19 @@ def recipe(name: str, kind: type[_Kind], **changes: Any) -> _Kind:
         known = _known(kind)
         raise ValueError(f"unknown recipe {name!r}; {near(name, known)}known: {', '.join(known)}")
     values: dict[str, Any] = {"recipe": file.stem}
+    seen: list[Path] = []
     while file:
+        seen.append(file)
         content = _read(file)
         like = content.pop("like", None)
         values = {**content, **values}
-        file = file.with_name(f"{like}.yaml") if like else None
+        places = [room / f"{like}.yaml" for room in (file.parent, _RECIPES)] if like else []
+        file = next((place for place in places if place.exists() and place not in seen), None)
+        if like and file is None:
+            raise ValueError(
+                f"recipe {seen[-1]} is like {like!r}, which is none, or is like this one; fix: the "
+                f"name of a recipe beside it, or one of {', '.join(_known(kind))}"
+            )
     adapted = getattr(kind, "adapted", dict)
     values = adapted(values) | changes
     types, kinds = {one.name: one for one in dataclasses.fields(kind)}, get_type_hints(kind)

@@ -464,6 +464,7 @@ class Session(job.Job):
             "classes": list(images.classes),
             "bands": images.shape[0],
             "size": list(images.shape[1:]),
+            "margin": images.read.margin if getattr(images.read, "size", 0) else 1.0,
             "mean": mean.tolist(),
             "std": std.tolist(),
             "modality": "clean" if role == "teacher" else self.views.poverty,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 TIFF, ARRAY = frozenset({".tif", ".tiff"}), frozenset({".npy"})
@@ -21,6 +21,8 @@ _PLAIN = ("L", "RGB", "RGBA", "LA", "I;16", "I;16B", "I", "F")  # modes whose ba
 # Where it is not one of these, what the bands mean is not what the numbers say.
 _AS = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 
+_ORIENTATION = 0x0112  # of EXIF: how a camera was held; above 4 on its side
+
 Rows = NDArray[np.int64]
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
@@ -29,7 +31,8 @@ def read_bands(file: Path) -> Pixels:
     """One image (C, H, W), all of its bands: uint8 where the file has 8 bits, else float32.
 
     PNG, JPEG and their like, TIFF of any number of bands or pages, and ``.npy``, either axis order:
-    the shortest of the outer axes are the bands. A palette is turned to its colours.
+    the shortest of the outer axes are the bands. A palette is turned to its colours, and a
+    photograph upright, as its EXIF says.
     """
     suffix = file.suffix.lower()
     if suffix in TIFF:
@@ -73,9 +76,13 @@ def read_colours(
     """
     try:
         with Image.open(file) as image:
-            mode, colour = image.mode, image.convert("RGB")
+            mode, pages = image.mode, getattr(image, "n_frames", 1)
+            colour = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises, by format
+        _refuse_bands(file)
         raise unreadable(file, error) from error
+    if mode == "L" and pages > 1:  # Pillow gives the first
+        _refuse_bands(file)
     if mode[0] in "IF":  # Pillow cuts them at 255
         raise ValueError(
             f"image {file} has grey values of more than 8 bits, which are no photograph's; fix: "
@@ -89,6 +96,16 @@ def read_colours(
             )
         colour = colour.resize(size[::-1], Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(colour).transpose(2, 0, 1))
+
+
+def _refuse_bands(file: Path) -> None:
+    """Refuse a TIFF whose bands are no photograph's; a damaged one is told by its reader."""
+    if file.suffix.lower() in TIFF and len(image := read_bands(file)) > 1:
+        raise ValueError(
+            f"image {file} is a TIFF of {len(image)} bands in {image.dtype}, which is no "
+            "photograph; fix: store it as RGB with 8 bits, or take the recipe 'pairs', which reads "
+            "any"
+        )
 
 
 def fitted(image: Pixels, size: int, *, margin: float = 1.0) -> Pixels:
@@ -109,11 +126,12 @@ def fitted(image: Pixels, size: int, *, margin: float = 1.0) -> Pixels:
 def _photo(file: Path) -> NDArray[np.generic]:
     try:
         with Image.open(file) as image:
-            deep = image.mode in ("RGB", "RGBA", "LA") and "16" in str(image.tile[0][3:])
+            deep = image.mode in ("RGB", "RGBA", "LA") and "16B" in str(image.tile)
             if not deep:
-                mode = image.mode
-                image.load()
-                values = np.asarray(image if mode in _PLAIN else image.convert(_AS.get(mode, mode)))
+                turned, mode = ImageOps.exif_transpose(image), image.mode
+                values = np.asarray(
+                    turned if mode in _PLAIN else turned.convert(_AS.get(mode, mode))
+                )
     except (OSError, SyntaxError, ValueError, IndexError) as error:
         raise unreadable(file, error) from error
     if deep:
@@ -252,7 +270,8 @@ def refuse_sizes(read: object) -> None:
         if file.suffix.lower() in PHOTOS:
             try:
                 with Image.open(file) as image:
-                    sizes[image.size] += 1
+                    turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) > 4
+                    sizes[image.size[::-1] if turned else image.size] += 1
             except (OSError, SyntaxError, ValueError):
                 continue  # a damaged file is named by whoever reads it
     if len(sizes) > 1:

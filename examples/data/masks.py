@@ -223,6 +223,14 @@ def open_scene_views(options: SceneOptions) -> SceneViews:
     targets = torch.tensor([0 if file else NO_LABEL for file in files])
     rich, poor = (replace(one, targets=targets) for one in sides(found[0], train, 0))
     held_out = sides(other, test, first)
+    first_of = torch.zeros(1, dtype=torch.int64)
+    for both in zip((rich, poor), held_out, strict=True):
+        kinds = [f"{len(i[0])} band(s) in {i.dtype}" for i in (one.take(first_of) for one in both)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"scenes to train on have {kinds[0]}, those to test on {kinds[1]}; fix: store all "
+                "scenes of a side alike"
+            )
     if options.crop > min(poor.shape[1:]):
         raise ValueError(f"--crop must be at most {min(poor.shape[1:])}, got {options.crop}")
     both = masks(poor, files), masks(held_out[1], [other.masks[row] for row in test])

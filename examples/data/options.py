@@ -40,9 +40,10 @@ class ImageOptions:
 
 
 def each_once(options: Any, *names: str) -> None:
-    """Refuse options of several values that have one twice: it would count as two."""
+    """Refuse options of several values that have none, or one twice: it would count as two."""
     for name in names:
-        given = getattr(options, name)
+        if not (given := getattr(options, name)):
+            raise ValueError(f"--{name} names nothing; fix: leave it out, or name one")
         if twice := [value for value in given if given.count(value) > 1]:
             raise ValueError(f"--{name} has {twice[0]} more than once; fix: name it once")
 

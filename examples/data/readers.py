@@ -244,9 +244,15 @@ def open_pairs(root: Path, options: Options) -> Source:
         refuse_lonely(
             lonely, ", --only-pairs leaves them out, and examples/unpaired.py folders needs none"
         )
+    least = 1 if halves[0] else 2  # one to train on and one to test on
     for labels, _ in parts:
-        if bare := sorted(set(range(len(classes))) - set(labels)):
-            raise ValueError(f"class {classes[bare[0]]!r} has no pair; fix: the names must agree")
+        found = np.bincount(labels, minlength=len(classes))
+        rarest = int(found.argmin())
+        if found[rarest] < least:
+            raise ValueError(
+                f"class {classes[rarest]!r} has {found[rarest] or 'no'} pair(s), at least {least} "
+                "needed; fix: the names must agree, or remove the class on both sides"
+            )
     return _source(classes, _tested(parts, options), size=options.size, lonely=lonely)
 
 

@@ -135,12 +135,16 @@ def named(names: Sequence[object], most: int = 5) -> str:
 
 
 def stratified(labels: Rows, count: int, *, draw: int) -> Rows:
-    """``count`` positions, ascending, all classes in proportion; a larger count holds a smaller."""
+    """``count`` positions, ascending, all classes in proportion; a larger count holds a smaller.
+
+    Each class has one at least, where there are as many positions as classes.
+    """
     shuffled = np.random.Generator(np.random.Philox(key=draw)).permutation(len(labels))
     share = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         share[members] = (np.arange(len(members)) + 0.5) / len(members)
+        share[members[0]] = 0.0
     return np.sort(np.lexsort((labels, share))[:count])
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from data import NO_LABEL, Views
-from data.sources import stratified
+from data.sources import split, stratified
 from data.views import halves
 from tests.examples.entries import recipe_views
 
@@ -152,6 +152,13 @@ def test_a_larger_stratified_choice_holds_a_smaller() -> None:
     assert np.bincount(labels[small]).tolist() == [10, 6, 4]
     assert np.bincount(labels[large]).tolist() == [30, 18, 12]
     assert set(small) < set(large)
+
+
+def test_a_stratified_choice_has_an_image_of_the_rarest_class() -> None:
+    labels = np.repeat([0, 1], [1000, 2])
+    assert np.bincount(labels[stratified(labels, 2, draw=7)]).tolist() == [1, 1]
+    counts = [np.bincount(labels[rows]).tolist() for rows in split(labels, 0.2)]
+    assert counts == [[801, 1], [199, 1]]
 
 
 def test_statistics_are_the_images_own() -> None:

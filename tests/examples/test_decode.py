@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data.decode import AlikeFiles, fitted, read_bands, read_colours
+from data.decode import AlikeFiles, fitted, read_bands, read_colours, refuse_sizes
 from tests.examples.files import values, write
 
 ROWS = np.arange(2)
@@ -77,6 +77,39 @@ def test_other_kinds_of_photograph(tmp_path: Path) -> None:
     assert deep.dtype == np.float32
     assert read_bands(tmp_path / "a.jpg").shape == (3, 8, 8)
     assert read_bands(tmp_path / "print.jpg").shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("bands", [3, 4])
+def test_a_webp_is_read(tmp_path: Path, bands: int) -> None:
+    image = values(8, 8, bands) | np.uint8(1)
+    Image.fromarray(image).save(tmp_path / "a.webp", lossless=True)
+    assert np.array_equal(read_bands(tmp_path / "a.webp"), image.transpose(2, 0, 1))
+
+
+def test_a_bitmap_is_read_whatever_its_width(tmp_path: Path) -> None:
+    image = values(8, 54, 3)  # 164 bytes a row
+    Image.fromarray(image).save(tmp_path / "a.bmp")
+    assert np.array_equal(read_bands(tmp_path / "a.bmp"), image.transpose(2, 0, 1))
+
+
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    upright, exif = values(6, 4, 3), Image.Exif()
+    exif[0x0112] = 6  # held on its side
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
+    write(tmp_path / "b.png", upright)
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for read in (read_bands, read_colours):
+        assert np.array_equal(read(files[0]), upright.transpose(2, 0, 1))
+    refuse_sizes(AlikeFiles(files))
+
+
+@pytest.mark.parametrize("layout", ["contig", "pages"])
+def test_a_tiff_of_many_bands_is_no_photograph(tmp_path: Path, layout: str) -> None:
+    image = values(13, 16, 20) if layout == "pages" else values(16, 20, 13)
+    more = {} if layout == "pages" else {"planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", **more)
+    with pytest.raises(ValueError, match=r"a TIFF of 13 bands in uint8, .*the recipe 'pairs'"):
+        read_colours(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])

@@ -230,6 +230,13 @@ def test_a_file_of_ones_own_is_a_row_and_its_change_is_noticed(
         ("[]", "names no criterion"),
         ("[alone]", "'alone' among others"),
         ("[kd, alone]", "'alone' among others"),
+        ("[{type: SupervisionLoss, wieght: 0}, KDLoss]", "with a weight of at least 0 and nothing"),
+        (
+            "[{type: SupervisionLoss, weight: -1}, KDLoss]",
+            "with a weight of at least 0 and nothing",
+        ),
+        ("[{type: SupervisionLoss, weight: x}, KDLoss]", "with a weight of at least 0 and nothing"),
+        ("[SupervisionLoss, KDLoss, SupervisionLoss]", "SupervisionLoss stands once"),
         ("[kd", "is no YAML"),
         ("missing.py:Mean", "there is no file"),
         ("{here}/mine.py:Meen", "mine.py has no structkd.Criterion named Meen"),
@@ -247,6 +254,20 @@ def test_a_spec_that_means_nothing_is_one_line_before_anything_is_trained(
     assert message in said
     assert said.count("\n") == 1
     assert trained == []
+
+
+def test_no_row_at_all_is_one_line(run: Runner, capsys: Shown) -> None:
+    assert run("--criterion") == 2
+    assert "--criterion names nothing; fix: " in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = script.Method.of("~/mine.py:Mean").described["own code"]
+    assert found.keys() == {"~/mine.py"}
 
 
 def test_a_row_that_does_not_fit_is_stored_as_failed_and_the_rest_is_trained(

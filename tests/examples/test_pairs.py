@@ -171,6 +171,13 @@ def test_an_empty_class(tmp_path: Path) -> None:
         opened(rich, poor)
 
 
+def test_a_class_of_one_pair_is_named(tmp_path: Path) -> None:
+    two_sides(tmp_path)
+    rich, poor = two_sides(tmp_path, classes=("boat", "rare"), count=1)
+    with pytest.raises(ValueError, match=r"class 'rare' has 1 pair\(s\), at least 2 needed; fix: "):
+        opened(rich, poor)
+
+
 def test_two_files_of_one_name(tmp_path: Path) -> None:
     rich, poor = two_sides(tmp_path)
     write(poor / "boat" / "00.npy", values(8, 8))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import tyro
 from PIL import Image
 
 import predict
+from data.decode import AlikeFiles, fitted
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,25 @@ def test_an_onnx_file_answers_as_the_checkpoint(student: Path, image: Path, tmp_
     assert predict.predict(predict.Options(student, (image,), onnx=tmp_path / "student.onnx")) == 0
 
 
+def test_an_image_is_framed_as_the_training_framed_it(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content = {"bands": 1, "size": [12, 12], "margin": 256 / 224}
+    wanted = fitted(pixels[None], 12, margin=256 / 224)
+    assert torch.equal(
+        predict.read(tmp_path / "a.png", content), torch.tensor(wanted)[None].float()
+    )
+
+
+def test_what_a_checkpoint_says_of_the_frame(job: Callable[..., Any]):
+    session = job()
+    assert session.facts_of("student")["margin"] == 1.0
+    session.views = replace(
+        session.views, poor=replace(session.views.poor, read=AlikeFiles([], 12, margin=1.5))
+    )
+    assert session.facts_of("student")["margin"] == 1.5
+
+
 def test_an_image_of_another_modality_is_refused(student: Path, tmp_path: Path):
     np.save(tmp_path / "five.npy", np.zeros((5, 12, 14), np.uint8))
     with pytest.raises(ValueError, match="5 band"):
@@ -90,6 +112,7 @@ def test_what_is_not_there_or_cannot_be_written_is_one_line(
         return str(line)
 
     assert "nowhere.png does not exist; fix: name an image file" in said(tmp_path / "nowhere.png")
+    assert f"image {tmp_path} is a folder; fix: name an image file" in said(tmp_path)
     assert "--top must be at least 1, got 0" in said(image, "--top", 0)
     told = said(image, "--torch-export", image / "student.pt2")
     assert "north.png" in told

@@ -199,6 +199,24 @@ def test_every_mask_is_read_once(folders: Path, values: tuple, monkeypatch: pyte
     assert sorted(seen) == NAMES
 
 
+@pytest.mark.parametrize("kind", ["bands", "numbers"])
+def test_scenes_to_test_on_that_are_unlike_those_to_train_on_are_refused(tmp_path: Path, kind: str):
+    for half in ("train", "test"):
+        for side in ("rich", "poor", "masks"):
+            shape = (16, 16, 3) if (side, half, kind) == ("poor", "test", "bands") else (16, 16)
+            deep = (side, half, kind) == ("poor", "test", "numbers")
+            for name in ("a", "b"):
+                image = np.arange(np.prod(shape)).reshape(shape) % 2
+                image = image.astype(np.uint16 if deep else np.uint8)
+                write(tmp_path / side / half, name, image)
+    options = recipe(
+        "scenes", Options, rich=(tmp_path / "rich",), poor=(tmp_path / "poor",),
+        masks=tmp_path / "masks",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"to train on have 1 band\(s\) in torch.uint8, those"):
+        scenes.open_scene_views(options)
+
+
 def test_any_size_is_predicted_whole():
     network = torch.nn.Sequential(torch.nn.MaxPool2d(32), torch.nn.Upsample(scale_factor=32))
     assert models.padded(network, torch.randn(1, 2, 45, 33)).shape == (1, 2, 45, 33)

@@ -80,6 +80,22 @@ def test_a_recipe_names_an_unknown_option(tmp_path: Path):
         script.recipe(str(file), script.Options)
 
 
+@pytest.mark.parametrize("own", ["own", "mnist"])
+def test_a_recipe_of_ones_own_is_like_a_published_one(tmp_path: Path, own: str):
+    file = tmp_path / f"{own}.yaml"
+    file.write_text("like: mnist\nepochs: 3\n")
+    options = script.recipe(str(file), script.Options)
+    assert (options.reader, options.epochs, options.recipe) == ("mnist", 3, own)
+
+
+@pytest.mark.parametrize("like", ["own", "other", "nothing", "[mnist]"])
+def test_a_recipe_that_is_like_none_or_like_itself_is_refused(tmp_path: Path, like: str):
+    (tmp_path / "own.yaml").write_text(f"like: {like}\n")
+    (tmp_path / "other.yaml").write_text("like: own\n")
+    with pytest.raises(ValueError, match=r"is like .* which is none, or is like this one; fix: "):
+        script.recipe(str(tmp_path / "own.yaml"), script.Options)
+
+
 @pytest.mark.parametrize("name", ["s2s_eu", "folders"])
 def test_what_has_no_pairs_is_sent_to_the_other_script(name: str, capsys: pytest.CaptureFixture):
     assert script.main([name]) == 2
