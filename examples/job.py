@@ -44,7 +44,7 @@ from store import (
 from table import result_table
 
 _HERE = Path(__file__).resolve().parent
-_FAILURES = (ValueError, TypeError, RuntimeError, FloatingPointError)  # of one row, not of the job
+_WORDED = (ValueError, TypeError, RuntimeError, FloatingPointError)  # say enough by themselves
 _ENDED_LONG = 24 * 3600  # seconds of training that are not begun without --yes
 
 
@@ -179,9 +179,11 @@ class Job(ABC):
             seeds = [seed for other, seed in missing if other.label == method.label]
             try:
                 total += len(seeds) * self.estimated(self.student_training(method, seeds[0]))
-            except _FAILURES as error:
+            except OSError:  # of the images, and of every row
+                raise
+            except Exception as error:
                 for seed in seeds:
-                    failed = {"failed": first_line(error), "error": "preflight"}
+                    failed = {"failed": _failure(error), "error": "preflight"}
                     self._store(method, seed, failed)
                     self.show.say(f"{method.label} seed {seed}: failed: {failed['failed']}")
         total /= self.options.jobs
@@ -309,8 +311,10 @@ class Job(ABC):
             if isinstance(training.model, structkd.Distiller):
                 training.model.detach()
             run = self.result(training, network)
-        except _FAILURES as error:
-            network, run = None, {"failed": first_line(error), "error": type(error).__name__}
+        except OSError:
+            raise
+        except Exception as error:
+            network, run = None, {"failed": _failure(error), "error": type(error).__name__}
         # The weights first: a kill in between must not leave a result whose weights are never made.
         # Where the disk is full they are the smaller loss: the result then has their room.
         if network is not None and self.leads and seed == self.options.seeds[0]:
@@ -397,6 +401,15 @@ class Job(ABC):
         if kept and kept[-1].exists():
             use = f"python examples/predict.py {kept[-1]} IMAGE"
             self.show.say(f"students: {self.out}; {use}")
+
+
+def _failure(error: Exception) -> str:
+    """What a row failed by; an error that does not say enough is told with its place."""
+    told = first_line(error)
+    if isinstance(error, _WORDED):
+        return told
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {told} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def _check_device(name: str) -> None:

@@ -281,3 +281,14 @@ def test_a_row_that_does_not_fit_is_stored_as_failed_and_the_rest_is_trained(
     failed = next(found for found in results(tmp_path / "out") if "failed" in found)
     assert "temprature" in failed["failed"]
     assert "failed: " in (tmp_path / "out/results.md").read_text()
+
+
+def test_an_own_criterion_that_breaks_ends_its_row_alone_and_its_line_is_told(
+    run: Runner, trained: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN.replace("FACTOR *", '{}["factor"] *'))
+    assert run("--epochs", "1", "--criterion", f"{file}:Mean", "kd") == 1
+    assert trained[1:] == ["kd seed 0"]
+    failed = next(found for found in results(tmp_path / "out") if "failed" in found)
+    assert failed["failed"] == "KeyError: 'factor' (mine.py, line 11)"
