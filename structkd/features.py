@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from structkd._checks import chosen_rows, describe
+from structkd._checks import chosen_rows, describe, near
 from structkd._devices import sent
 
 FIELDS = ("logits", "embedding", "intermediate", "index")
@@ -100,3 +100,13 @@ class Features:
             elif entry.name == "intermediate" and value:
                 parts.append(f"{entry.name}={[tuple(part.shape) for part in value]}")
         return f"Features({', '.join(parts)})"
+
+
+def named_features(given: Features | Mapping[str, Any], name: str) -> Features:
+    """Returns features as they are, or those that a dict of their names holds."""
+    if isinstance(given, Features):
+        return given
+    for key in given:
+        if key not in FIELDS:
+            raise ValueError(f"{name} has no field {key!r}; {near(str(key), FIELDS)}")
+    return Features(**given)

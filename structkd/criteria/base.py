@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from structkd._checks import describe, near, number
 from structkd.distributed import Shards
-from structkd.features import FIELDS, Features
+from structkd.features import Features, named_features
 from structkd.projectors import is_unshaped
 
 CriterionT = TypeVar("CriterionT", bound="Criterion")
@@ -514,13 +514,8 @@ def missing(reader: str, name: str, features: Features, field: str) -> str:
 
 def as_features(given: Input, name: str, reader: Criterion) -> Features:
     """Returns features; bare tensors become the first field that the criterion reads."""
-    if isinstance(given, Features):
-        return given
-    if isinstance(given, Mapping):
-        for key in given:
-            if key not in FIELDS:
-                raise ValueError(f"{name} has no field {key!r}; {near(str(key), FIELDS)}")
-        return Features(**given)
+    if isinstance(given, Features | Mapping):
+        return named_features(given, name)
     field = reader.reads[0] if reader.reads else ""
     is_maps = field == "intermediate" and isinstance(given, list | tuple)
     if not field or (not isinstance(given, Tensor) and not is_maps):

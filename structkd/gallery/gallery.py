@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from structkd._checks import choice, describe, number, whole
-from structkd.features import Features
+from structkd.features import Features, named_features
 from structkd.gallery import file
 from structkd.gallery.search import ClassIndex, Cosine, IndexSpec, NegativeKL, by_class
 
@@ -128,7 +129,7 @@ class RetrievalGallery:
         labels: Tensor,
         ids: Tensor | None = None,
         *,
-        features: Features | None = None,
+        features: Features | Mapping[str, Any] | None = None,
     ) -> None:
         """Adds teacher samples, in as many calls as you like.
 
@@ -138,8 +139,9 @@ class RetrievalGallery:
             ids: What ``search`` returns for them, ``(N,)`` int64, >= 0 and never twice. By default
                 they count on from the largest so far, which is the position in the teacher's data
                 set if all of it is added in order.
-            features: The teacher's features of these samples, kept on the CPU for :meth:`features`
-                (without ``index``, which the ids replace). Give them in every call or in none.
+            features: The teacher's features of these samples, or a dict of their names, kept on
+                the CPU for :meth:`features` (without ``index``, which the ids replace). Give them
+                in every call or in none.
 
         Raises:
             ValueError: If shapes disagree, a vector is not finite or (for ``cosine``) zero, an id
@@ -335,7 +337,9 @@ class RetrievalGallery:
         _refuse_ids(again, "ids must be new and distinct, got again:")
         return ids
 
-    def _new_features(self, features: Features | None, count: int) -> dict[str, Tensor]:
+    def _new_features(
+        self, features: Features | Mapping[str, Any] | None, count: int
+    ) -> dict[str, Tensor]:
         """Returns the columns of ``count`` samples' features after checking them."""
         held = {name: part for name, part in self._pieces[0].items() if "." in name}
         if len(self) and bool(held) != (features is not None):
@@ -346,8 +350,11 @@ class RetrievalGallery:
             )
         if features is None:
             return {}
-        if not isinstance(features, Features):
-            raise TypeError(f"features must be structkd.Features, got {describe(features)}")
+        if not isinstance(features, Features | Mapping):
+            raise TypeError(
+                f"features must be Features or a dict of their names, got {describe(features)}"
+            )
+        features = named_features(features, "features")
         given = {"features.logits": features.logits, "features.embedding": features.embedding}
         given |= {f"features.intermediate.{i:03d}": m for i, m in enumerate(features.intermediate)}
         columns = {name: part.detach().cpu() for name, part in given.items() if part is not None}
@@ -377,14 +384,17 @@ def _as_of_now(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "samples": samples, "indexes": {}}
 
 
-def queries_of(features: Features | Tensor, metric: str) -> Tensor:
+def queries_of(features: Features | Mapping[str, Any] | Tensor, metric: str) -> Tensor:
     """Returns the queries for a gallery of this metric: logits for ``kl``, else embeddings."""
     if isinstance(features, Tensor):
         return features
-    if not isinstance(features, Features):
-        raise TypeError(f"features must be Features or a tensor, got {describe(features)}")
+    if not isinstance(features, Features | Mapping):
+        raise TypeError(
+            "features must be Features, a dict of their names or a tensor, got "
+            f"{describe(features)}"
+        )
     field = "logits" if metric == "kl" else "embedding"
-    queries: Tensor | None = getattr(features, field)
+    queries: Tensor | None = getattr(named_features(features, "features"), field)
     if queries is None:
         raise ValueError(f"features.{field} is missing, which a {metric!r} gallery reads")
     return queries

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -119,12 +119,13 @@ class SemBridgeMatcher(nn.Module):
         self.capacity = number("capacity", capacity, at_least=1)
 
     @torch.no_grad()
-    def match(self, features: Features | Tensor, labels: Tensor) -> Match:
+    def match(self, features: Features | Mapping[str, Any] | Tensor, labels: Tensor) -> Match:
         """Chooses a teacher sample for every student sample.
 
         Args:
-            features: The students' features, of which a ``kl`` gallery reads the logits and a
-                ``cosine`` gallery the embedding; or that tensor, ``(B, dim)``.
+            features: The students' features or a dict of their names, of which a ``kl`` gallery
+                reads the logits and a ``cosine`` gallery the embedding; or that tensor,
+                ``(B, dim)``.
             labels: Their classes, ``(B,)`` int64.
 
         Returns:
@@ -142,7 +143,10 @@ class SemBridgeMatcher(nn.Module):
 
     @torch.no_grad()
     def match_all(
-        self, features: Features | Tensor, labels: Tensor, index: Tensor | None = None
+        self,
+        features: Features | Mapping[str, Any] | Tensor,
+        labels: Tensor,
+        index: Tensor | None = None,
     ) -> Match:
         """Matches the students of all processes: each hands in its own, all get the whole match.
 
@@ -203,7 +207,7 @@ class SemBridgeMatcher(nn.Module):
         return Match(ids, scores, weights, match.converged, index)
 
     @torch.no_grad()
-    def forward(self, student: Features | Tensor, target: Tensor) -> Features:
+    def forward(self, student: Features | Mapping[str, Any] | Tensor, target: Tensor) -> Features:
         """Returns the features of the matched teacher samples, ``index`` being their ids.
 
         Args:
@@ -216,7 +220,7 @@ class SemBridgeMatcher(nn.Module):
         return self.gallery.features(self.match(student, target).ids)
 
     def _checked(
-        self, features: Features | Tensor, labels: Tensor, index: Tensor | None
+        self, features: Features | Mapping[str, Any] | Tensor, labels: Tensor, index: Tensor | None
     ) -> Students:
         """Returns this rank's students after checking them."""
         queries = usable_vectors(

@@ -250,12 +250,24 @@ def test_errors_of_the_search_come_through(planner):
         SemBridgeMatcher(RetrievalGallery(5), planner).match(queries, target)
 
 
+def test_a_dict_of_their_names_is_taken_where_features_are():
+    vectors, labels, queries, target = _draw()
+    gallery = RetrievalGallery(5, metric="kl")
+    gallery.add(vectors, labels, features={"logits": vectors, "intermediate": vectors})
+    matcher = SemBridgeMatcher(gallery)
+    expected, found = (matcher(given, target) for given in (queries, {"logits": queries}))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.intermediate[0], expected.logits)
+    with pytest.raises(ValueError, match="features has no field 'logit'; near names: logits"):
+        matcher({"logit": queries}, target)
+
+
 def test_wrong_arguments():
     vectors, labels, queries, target = _draw()
     gallery = _gallery(vectors, labels)
     with pytest.raises(ValueError, match=r"features.logits is missing.*'kl' gallery"):
         SemBridgeMatcher(gallery).match(Features(embedding=queries), target)
-    with pytest.raises(TypeError, match="features must be Features or a tensor, got list"):
+    with pytest.raises(TypeError, match=r"features must be Features, a dict of .* got list"):
         SemBridgeMatcher(gallery).match([1.0], target)
     with pytest.raises(TypeError, match="gallery must be a RetrievalGallery"):
         SemBridgeMatcher(vectors)
