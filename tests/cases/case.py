@@ -40,7 +40,6 @@ class Case:
         gradcheck: The gradient with respect to the student is the value's (not reversed, sampled).
         reads_teacher: It looks at the teacher's features.
         pure: Calling twice gives the same value (no memory is updated, nothing is sampled).
-        compiles: ``torch.compile(fullgraph=True)`` takes it.
         zero: ``zero(seed) -> Example`` whose value is 0, where the criterion has such an optimum.
     """
 
@@ -55,7 +54,6 @@ class Case:
     gradcheck: bool = True
     reads_teacher: bool = True
     pure: bool = True
-    compiles: bool = True
     zero: Callable[[int], Example] | None = field(default=None)
 
 
@@ -118,11 +116,3 @@ def shaped(criterion: Criterion, student: Features, teacher: Features) -> Criter
 def _tensors(features: Features) -> Iterator[Tensor]:
     yield from (v for v in (features.logits, features.embedding) if v is not None)
     yield from features.intermediate
-
-
-def called(example: Example) -> Example:
-    """Calls the criterion once, so that what it learns has the shape that an oracle reads."""
-    with torch.no_grad():
-        example.criterion.eval()(example.student, example.teacher, example.target)
-    example.criterion.train()
-    return example

@@ -42,12 +42,10 @@ def floored(values: list[Tensor], floor: float) -> list[Tensor]:
     return [value + floor * mean for value in values]
 
 
-def correlations(rows_s: Rows, rows_t: Rows, floor: float, *, center: bool = True) -> Rows:
+def correlations(rows_s: Rows, rows_t: Rows, floor: float) -> Rows:
     """C with a floor under the variances; a pair without any correlates with nothing."""
     zero = torch.zeros((), dtype=torch.float64)
     mean_s, mean_t = means(rows_s), means(rows_t)
-    if not center:
-        mean_s, mean_t = [zero] * len(mean_s), [zero] * len(mean_t)
     var_s = [second(rows_s, i, m, rows_s, i, m) for i, m in enumerate(mean_s)]
     var_t = [second(rows_t, j, m, rows_t, j, m) for j, m in enumerate(mean_t)]
     var_s, var_t = floored(var_s, floor), floored(var_t, floor)
