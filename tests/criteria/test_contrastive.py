@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from structkd import Features
 from structkd.criteria import contrastive
 from structkd.criteria.contrastive import ContrastiveRepresentationLoss, counted
 from tests.cases.case import shaped
+from tests.largest import Largest
 from tests.reference import contrastive as reference
 
 SIZE = 20
@@ -280,21 +279,11 @@ def test_slices_of_the_batch_give_the_same(monkeypatch) -> None:
     torch.testing.assert_close(sliced.bank_s, whole.bank_s)
 
 
-class _Largest(TorchDispatchMode):
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = (leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
-        self.numbers = max(self.numbers, *sizes, 0)
-        return out
-
-
 def test_rows_of_the_negatives_are_never_gathered() -> None:
     criterion = _shaped(embedding_dim=32, negatives=400)
-    with _Largest() as largest:
+    with Largest() as largest:
         criterion(*_batch(0)).backward()
-    assert largest.numbers <= 6 * 401 < 6 * 401 * 32
+    assert largest.numel <= 6 * 401 < 6 * 401 * 32
 
 
 def test_embeddings_learn_under_an_optimizer_and_are_saved() -> None:
