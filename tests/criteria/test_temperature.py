@@ -102,16 +102,6 @@ def test_resumed_ramp_goes_on() -> None:
     assert int(criterion.epoch) == 4
 
 
-def test_temperature_learns_under_an_optimizer_and_is_saved() -> None:
-    student, teacher = _logits()
-    criterion = CurriculumTemperatureLoss().double()
-    optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
-    before = criterion.state_dict()["raw_temperature"].clone()
-    criterion(student, teacher).backward()
-    optimizer.step()
-    assert criterion.state_dict()["raw_temperature"] != before
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
