@@ -119,8 +119,3 @@ def test_bad_arguments_are_named(options, match: str) -> None:
 def test_fractional_epochs_are_named() -> None:
     with pytest.raises(TypeError, match="ramp_epochs must be a whole number, got float"):
         CurriculumTemperatureLoss(ramp_epochs=2.5)
-
-
-def test_class_counts_that_differ_are_named() -> None:
-    with pytest.raises(ValueError, match="logits must have one width, got 4 and 5"):
-        CurriculumTemperatureLoss()(torch.zeros(2, 4), torch.zeros(2, 5))
