@@ -186,21 +186,6 @@ def test_angle_gap_without_a_gradient_is_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "least"), [(RelationalLoss, 3), (CorrelationCongruenceLoss, 2)], ids=["rkd", "cc"]
-)
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**16))
-def test_the_order_of_the_batch_does_not_matter(kind, least: int, seed: int) -> None:
-    rng = generator(seed)
-    batch = pick(rng, least, 9)
-    student, teacher = normal(rng, batch, pick(rng, 1, 5)), normal(rng, batch, pick(rng, 1, 5))
-    order = torch.randperm(batch, generator=rng)
-    criterion = kind()
-    wanted = criterion(student, teacher)
-    torch.testing.assert_close(criterion(student[order], teacher[order]), wanted)
-
-
-@pytest.mark.parametrize(
     "make", [RelationalLoss, lambda: DistilVPRLoss(1, 2, 0)], ids=["rkd", "vpr"]
 )
 @settings(max_examples=20, deadline=None)
