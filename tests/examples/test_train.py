@@ -37,8 +37,6 @@ def test_a_row_by_other_code_is_said_to_be_so_and_made_again(
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
-        ("--lr", "0", "--lr"),
-        ("--clip", "agc", "--clip"),
         ("--criterion", "KDLos", "did you mean 'KDLoss'"),
         ("--view", "nois:0.5", "did you mean 'noise'"),
         ("--view", "noise:2", "amount"),
@@ -56,14 +54,6 @@ def test_wrong_options_are_one_line(
     said = capsys.readouterr().err
     assert word in said
     assert len(said.splitlines()) == 1
-
-
-def test_what_takes_more_than_a_day_is_not_begun(
-    run: Runner, capsys: pytest.CaptureFixture, trained: list[str]
-):
-    assert run("--epochs", "100000000") == 2
-    assert "--yes" in capsys.readouterr().err
-    assert not trained
 
 
 def test_a_row_that_is_the_same_for_every_seed_is_marked():

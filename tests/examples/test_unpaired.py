@@ -62,13 +62,7 @@ def test_matches_refuse_missing_labels(recipe: Path, capsys: pytest.CaptureFixtu
     assert "--labels" in capsys.readouterr().err
 
 
-def test_published_students_are_resnet34():
-    for name in ("s2s_eu", "s2s_cn", "m2s_gl"):
-        assert unpaired.train.recipe(name, unpaired.Options).student == "resnet34"
-
-
-def test_rematching_at_the_published_places():
-    assert rematch_epochs((30, 30, 5, 4), 200) == [30, 60, 95, 135]
+def test_rematching_keeps_its_places_in_fewer_epochs():
     assert rematch_epochs((30, 30, 5, 4), 24) == [4, 7, 11, 16]  # 3.6, 7.2, 11.4, 16.2
     assert rematch_epochs((30, 30, 5, 4), 3) == [1, 2]
 
