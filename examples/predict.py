@@ -107,7 +107,7 @@ def read(file: Path, content: dict[str, Any]) -> Tensor:
     return torch.tensor(image)[None].float()
 
 
-def to_onnx(network: Network, content: dict[str, Any], file: Path, images: Tensor) -> float:
+def to_onnx(network: Network, file: Path, images: Tensor) -> float:
     """Write an ONNX file; the largest difference of its logits from the network's."""
     try:
         import onnxruntime
@@ -210,7 +210,7 @@ def predict(options: Options) -> int:
     drawn = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     images = torch.cat([*(image for image in found if image.shape[1:] == shape[1:]), drawn])
     if options.onnx is not None:
-        far = to_onnx(network, content, options.onnx, images)
+        far = to_onnx(network, options.onnx, images)
         print(f"{options.onnx}: written, its logits differ by at most {far:.1g} (onnxruntime)")
     if options.torch_export is not None:
         far = to_export(network, options.torch_export, images)
