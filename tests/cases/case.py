@@ -113,6 +113,13 @@ def shaped(criterion: Criterion, student: Features, teacher: Features) -> Criter
     return criterion.train()
 
 
+def value_and_gradient(criterion: Criterion, student: Tensor, teacher: Tensor):
+    student = student.clone().requires_grad_()
+    value = criterion(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
 def _tensors(features: Features) -> Iterator[Tensor]:
     yield from (v for v in (features.logits, features.embedding) if v is not None)
     yield from features.intermediate

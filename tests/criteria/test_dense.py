@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structkd import CrossCorrelationLoss, DenseStructureLoss, Features
 from structkd.criteria.dense import _cut_at
-from tests.cases.case import generator, shaped
+from tests.cases.case import generator, shaped, value_and_gradient
 from tests.largest import Largest
 from tests.reference import dense
 
@@ -22,13 +22,6 @@ CLOSED = {"adapter": "closed_form"}
 
 def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
-
-
-def value_and_gradient(criterion: nn.Module, student: Tensor, teacher: Tensor):
-    student = student.clone().requires_grad_()
-    value = criterion(student, teacher)
-    (gradient,) = torch.autograd.grad(value, student)
-    return value.detach(), gradient
 
 
 def build(student, teacher, **options) -> DenseStructureLoss:

@@ -21,7 +21,7 @@ from structkd import (
     SupervisionLoss,
     UniformityCalibrationLoss,
 )
-from tests.cases.case import generator
+from tests.cases.case import generator, value_and_gradient
 from tests.largest import Largest
 
 seeds = st.integers(0, 2**16)
@@ -32,13 +32,6 @@ scales = st.sampled_from([1e-4, 1e-2, 1.0, 1e2, 1e4])
 
 def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
-
-
-def value_and_gradient(criterion: nn.Module, student: Tensor, teacher: Tensor):
-    student = student.clone().requires_grad_()
-    value = criterion(student, teacher)
-    (gradient,) = torch.autograd.grad(value, student)
-    return value.detach(), gradient
 
 
 def both_forms(kind, student: Tensor, teacher: Tensor):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structkd import Criterion, Features
 from structkd.criteria.regression import FitNetLoss, VariationalInformationLoss
-from tests.cases.case import generator, shaped
+from tests.cases.case import generator, shaped, value_and_gradient
 
 every_kind = pytest.mark.parametrize("kind", [FitNetLoss, VariationalInformationLoss])
 
@@ -134,10 +134,7 @@ def test_fitnets_name_a_bad_form_and_a_single_position() -> None:
 def _log_share(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient of FitNets' logarithm with a regressor that changes nothing."""
     criterion = FitNetLoss(form="log", adapter=torch.nn.Identity())
-    student = student.clone().requires_grad_()
-    value = criterion(student, teacher)
-    (gradient,) = torch.autograd.grad(value, student)
-    return value.detach(), gradient
+    return value_and_gradient(criterion, student, teacher)
 
 
 @settings(max_examples=25, deadline=None)
