@@ -463,7 +463,7 @@ def test_a_sweep_is_on_validation_images_and_has_its_best_first(
 
 
 def test_an_ablation_of_any_recipe_tells_what_each_term_is_worth(
-    recipe: Path, tmp_path: Path, trained: list[str]
+    recipe: Path, tmp_path: Path
 ) -> None:
     assert main(["ablation", str(recipe), "--out", str(tmp_path), "--seeds", "0"]) == 0
     text = (tmp_path / "ablation.md").read_text()
@@ -578,7 +578,7 @@ def test_sembridge_tells_what_matching_costs_and_shows_the_matches(
 
 
 def test_published_rows_are_the_default_and_two_sets_have_no_pairs_of_their_own(
-    recipe: Path, tmp_path: Path
+    recipe: Path,
 ) -> None:
     rows_of = sembridge._options([str(recipe)], "sembridge", list(unpaired.ROWS)).rows
     assert rows_of == tuple(unpaired.ROWS)

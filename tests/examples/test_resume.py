@@ -263,7 +263,7 @@ def test_on_a_full_disk_the_training_goes_on_and_its_result_is_kept(
 
 @pytest.mark.parametrize("error", FULL, ids=["system", "torch"])
 def test_a_teacher_that_cannot_be_kept_is_one_line(
-    error: Exception, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+    error: Exception, run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     save = torch.save
 
@@ -293,7 +293,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_results_that_cannot_be_written_are_there_when_the_disk_has_room(
-    run: Runner, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Shown
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     def full(self: Store, *anything: object) -> None:
         raise FULL[0]

@@ -79,7 +79,7 @@ def test_real_bands_without_pairs(
 
 
 def test_a_teacher_is_not_asked_about_images_that_it_cannot_see(
-    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = data("pairs", tmp_path / "data", monkeypatch)
     out = ("--criterion", "kd", "--out", str(tmp_path / "out"))

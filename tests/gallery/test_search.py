@@ -141,7 +141,7 @@ def test_a_small_class_is_searched_exactly_until_its_index_can_be_trained():
     ],
 )
 @pytest.mark.parametrize("metric", ["cosine", "kl"])
-def test_indexes_rank_exactly_what_they_find(index, metric, tmp_path):
+def test_indexes_rank_exactly_what_they_find(index, metric):
     width = 16 if metric == "cosine" else 15  # kl has a factor more
     count = 10_000 if "OPQ" in index else 700
     vectors, labels = _clustered(count)[:, :width], torch.arange(count) // (count - 100)
