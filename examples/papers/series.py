@@ -77,7 +77,8 @@ def labels(arguments: Sequence[str], command: str) -> int:
         if text != ALL and not (text.isdecimal() and int(text) > 0):
             raise ValueError(f"--labels must be numbers such as 100, or all, got {text!r}")
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
-    each_once(own, "draws")
+    if own.draws:
+        each_once(own, "draws")
     if own.draws and not own.pixels:
         raise ValueError("--draws is for --pixels; fix: leave it out")
     options = parsed(others, _kind(own), program="papers labels")
