@@ -104,8 +104,8 @@ def class_indices(target: Tensor | None, shape: Sequence[int], *, reader: str) -
             f"{NO_LABEL} where there is none: pass target=labels"
         )
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        fix = f"; take target.long(), with {NO_LABEL} where there is none"
-        fix = fix if isinstance(target, Tensor) else ""
+        advice = f"; take target.long(), with {NO_LABEL} where there is none"
+        fix = advice if isinstance(target, Tensor) else ""
         raise TypeError(
             f"target must be an int64 tensor of class indices, got {describe(target)}{fix}"
         )

@@ -79,8 +79,8 @@ def labels(arguments: Sequence[str], command: str) -> int:
     numbers = sorted(set(own.labels) - {ALL}, key=int) + [ALL] * (ALL in own.labels)
     if own.draws:
         each_once(own, "draws")
-    if own.draws and not own.pixels:
-        raise ValueError("--draws is for --pixels; fix: leave it out")
+        if not own.pixels:
+            raise ValueError("--draws is for --pixels; fix: leave it out")
     options = parsed(others, _kind(own), program="papers labels")
     values = {}
     for text in numbers:
