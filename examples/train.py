@@ -149,12 +149,12 @@ class Training:
         return sum(row["seconds"] for row in self.history)
 
 
-def supervised(modality: str) -> Callable[..., Any]:
-    """The loss of a network that learns from labels alone."""
+def supervised(modality: str, labels: float = 1.0) -> Callable[..., Any]:
+    """The loss of a network that learns from labels alone, with their weight."""
 
     def loss(model: nn.Module, batch: Batch, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model(getattr(batch, modality))
-        return logits, {"CE": cross_entropy(logits, batch.target)}
+        return logits, {"CE": labels * cross_entropy(logits, batch.target)}
 
     return loss
 
@@ -398,7 +398,8 @@ class Session(job.Job):
             return Training(label, MeanTeacher(network), network, batches, options, mean_teacher)
         if not method.parts:  # an image without a label has nothing for it
             batches = self.batches(options, poor=views.poor, labelled=1.0, seed=seed)
-            return Training(label, network, network, batches, options, supervised("poor"))
+            loss = supervised("poor", method.labels)
+            return Training(label, network, network, batches, options, loss)
         batches = self.batches(
             options, poor=views.poor, rich=views.rich, labelled=options.labelled, seed=seed
         )

@@ -288,7 +288,7 @@ class Session(train.Session):
             rich = views.originals if row.first == "itself" else views.rich
             batches = self.batches(options, poor=views.poor, rich=rich, together=False, seed=seed)
         if not method.parts:
-            loss = train.supervised("poor")
+            loss = train.supervised("poor", method.labels)
             return train.Training(label, network, network, batches, options, loss)
         model = self._distiller(method, network, batches, seed)
         loss = train.distilled(method.labels)

@@ -27,16 +27,16 @@ Rows = NDArray[np.int64]
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
 
-def read_bands(file: Path) -> Pixels:
+def read_bands(file: Path, *, indices: bool = False) -> Pixels:
     """One image (C, H, W), all of its bands: uint8 where the file has 8 bits, else float32.
 
     PNG, JPEG and their like, TIFF of any number of bands or pages, and ``.npy``, either axis order:
-    the shortest of the outer axes are the bands. A palette is turned to its colours, and a
-    photograph upright, as its EXIF says.
+    the shortest of the outer axes are the bands. A photograph is turned upright, as its EXIF says,
+    and a palette to its colours; ``indices`` gives the numbers that point into it, as masks mean.
     """
     suffix = file.suffix.lower()
     if suffix in TIFF:
-        values, axes = read_tiff(file)
+        values, axes = read_tiff(file, indices=indices)
         # Samples (S), channels (C) and pages (I) are told apart; Q is an array of any meaning.
         if axes in ("YXS", "YXC"):
             image = values.transpose(2, 0, 1)
@@ -49,7 +49,7 @@ def read_bands(file: Path) -> Pixels:
             raise unreadable(file, error) from error
         image = _bands_first(file, np.asarray(values))
     else:
-        image = _photo(file)
+        image = _photo(file, indices)
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     if image.dtype.kind not in "uifb":
@@ -123,15 +123,14 @@ def fitted(image: Pixels, size: int, *, margin: float = 1.0) -> Pixels:
     return middle
 
 
-def _photo(file: Path) -> NDArray[np.generic]:
+def _photo(file: Path, indices: bool) -> NDArray[np.generic]:
     try:
         with Image.open(file) as image:
             deep = image.mode in ("RGB", "RGBA", "LA") and "16B" in str(image.tile)
             if not deep:
                 turned, mode = ImageOps.exif_transpose(image), image.mode
-                values = np.asarray(
-                    turned if mode in _PLAIN else turned.convert(_AS.get(mode, mode))
-                )
+                plain = mode in _PLAIN or (indices and mode == "P")
+                values = np.asarray(turned if plain else turned.convert(_AS.get(mode, mode)))
     except (OSError, SyntaxError, ValueError, IndexError) as error:
         raise unreadable(file, error) from error
     if deep:
@@ -142,8 +141,8 @@ def _photo(file: Path) -> NDArray[np.generic]:
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
-def read_tiff(file: Path) -> tuple[NDArray[np.generic], str]:
-    """What a TIFF holds, and the names of its axes."""
+def read_tiff(file: Path, *, indices: bool = False) -> tuple[NDArray[np.generic], str]:
+    """What a TIFF holds, and the names of its axes; a palette's numbers only as ``indices``."""
     try:
         import tifffile
     except ImportError as error:
@@ -154,7 +153,7 @@ def read_tiff(file: Path) -> tuple[NDArray[np.generic], str]:
         with tifffile.TiffFile(file) as content:
             page, series = content.pages[0], content.series[0]
             compression, palette = page.compression.name, page.photometric.name == "PALETTE"
-            axes, values = series.axes, None if palette else series.asarray()
+            axes, values = series.axes, None if palette and not indices else series.asarray()
     except Exception as error:  # damaged files raise whatever their bytes lead to
         if "imagecodecs" in str(error):
             raise ValueError(

@@ -134,7 +134,7 @@ def _classes(
 
 
 def _read_mask(file: Path) -> Pixels:
-    image = read_bands(file)
+    image = read_bands(file, indices=True)
     if image.shape[0] != 1:
         raise ValueError(f"mask {file} has {image.shape[0]} bands; fix: store one, a class a value")
     return image[0]

@@ -138,6 +138,15 @@ def test_the_loss_is_cross_entropy_plus_the_terms(
     assert row["loss"] == pytest.approx(sum(terms.values()), rel=1e-5)
 
 
+def test_a_row_of_labels_alone_has_their_weight(trained_by: Callable[..., script.Training]) -> None:
+    still = {"lr": 1e-12, "epochs": 1}
+    once, twice = (
+        trained_by(row, **still).history[0]["CE"]
+        for row in ("alone", "[{type: SupervisionLoss, weight: 2}]")
+    )
+    assert twice == pytest.approx(2 * once, rel=1e-5)
+
+
 def test_images_without_a_label_are_distilled_and_not_supervised(
     trained_by: Callable[..., script.Training],
 ) -> None:

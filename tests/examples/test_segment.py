@@ -180,13 +180,22 @@ def test_an_ignored_value_is_no_label_and_finer_masks_are_voted_on(folders: Path
     assert torch.equal(targets[:, 8, 8], targets[:, 9, 9])
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_palette_masks_numbers_are_its_classes(tmp_path: Path, suffix: str):
+    numbers = np.array([[0, 1, 2], [255, 2, 1]], np.uint8)
+    image = Image.fromarray(numbers, mode="P")
+    image.putpalette(np.random.default_rng(0).permutation(768).astype(np.uint8).tolist())
+    image.save(tmp_path / f"mask.{suffix}")
+    assert np.array_equal(scenes._read_mask(tmp_path / f"mask.{suffix}"), numbers)
+
+
 @pytest.mark.parametrize("values", [(), (0, 255)])
 def test_every_mask_is_read_once(folders: Path, values: tuple, monkeypatch: pytest.MonkeyPatch):
     seen, read = [], scenes.read_bands
 
-    def counted(file: Path) -> np.ndarray:
+    def counted(file: Path, **options: bool) -> np.ndarray:
         seen.append(file.stem)
-        return read(file)
+        return read(file, **options)
 
     monkeypatch.setattr(scenes, "read_bands", counted)
     options = recipe(
