@@ -40,8 +40,6 @@ class Options(SceneOptions, train.LoopOptions):
     judged: str = ""
     # Stages that criteria on maps read: encoder, decoder or both.
     layers: str = "both"
-    # How far the contrast and brightness of each band vary while the teacher learns, at most 1.
-    teacher_jitter: float = 0.0
     # Optimizer.
     optimizer: str = "adamw"
     lr: float = 2e-3
@@ -56,8 +54,6 @@ class Options(SceneOptions, train.LoopOptions):
         super().check()
         if self.layers not in ("encoder", "decoder", "both"):
             raise ValueError(f"--layers must be encoder, decoder or both, got {self.layers!r}")
-        if not 0 <= self.teacher_jitter <= 1:
-            raise ValueError(f"--teacher-jitter must lie in [0, 1], got {self.teacher_jitter}")
 
 
 class Session(train.Session):
@@ -89,11 +85,6 @@ class Session(train.Session):
     def batches(self, options: Options, **images: Any) -> SceneBatches:
         return SceneBatches(options, masks=self.views.masks, **train.here(options), **images)
 
-    def teacher_training(self) -> train.Training:
-        training = super().teacher_training()
-        training.batches.jitter = self.options.teacher_jitter
-        return training
-
     def stages(self, method: Method, network: nn.Module) -> list[str]:
         if not method.reads_maps:
             return []
@@ -108,8 +99,6 @@ class Session(train.Session):
         return found
 
     def settings(self, role: str, **own: Any) -> dict[str, Any]:
-        if role == "teacher" and self.options.teacher_jitter:
-            own["jitter"] = self.options.teacher_jitter
         return super().settings(role, masks=self.views.masks.fingerprint, **own)
 
     def evaluated(self, student: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from data.sources import by_name, named, partners, refuse_lonely, stratified
 from data.views import VAL_FRACTION, Views
 
 _listed = partial(named, most=3)
-_TEST, _VAL, _LABELS, _CROPS, _JITTER = 41, 42, 43, 44, 45  # fixed draws
+_TEST, _VAL, _LABELS, _CROPS = 41, 42, 43, 44  # fixed draws
 _ABSENT = 255  # a pixel without a label, as masks are held
 
 
@@ -249,7 +249,6 @@ class SceneBatches(Batches):
     """Batches of scenes: both modalities and the mask are cropped, turned and mirrored alike."""
 
     masks: Masks
-    jitter: float = 0.0  # how far each band's contrast and brightness vary in training
 
     def first(self, size: int | None = None) -> Batch:
         """The first scenes, as large as a step's crops: whole ones may not fit into memory."""
@@ -269,15 +268,7 @@ class SceneBatches(Batches):
             parts = {name: turned_crops(one, draws, size, turn) for name, one in parts.items()}
         target = parts.pop("target")[:, 0]
         normal = {name: seen[name].statistics.normalise(one) for name, one in parts.items()}
-        if number is not None and self.jitter:
-            normal = {name: self._jittered(one, number, keys) for name, one in normal.items()}
         return Batch(normal.get("rich"), normal.get("poor"), target, index)
-
-    def _jittered(self, images: Tensor, number: int, keys: Tensor) -> Tensor:
-        """Each band times 1 + u and plus v, drawn evenly from plus or minus the jitter."""
-        draws = uniform((self.seed, _JITTER, number), keys, 2 * images.shape[1])
-        gain, offset = (self.jitter * (2 * draws - 1))[..., None, None].chunk(2, 1)
-        return images * (1 + gain) + offset
 
 
 def turned_crops(images: Tensor, draws: Tensor, size: int, turn: bool) -> Tensor:

@@ -149,32 +149,6 @@ def test_both_modalities_and_the_mask_are_cropped_alike(folders: Path):
         assert torch.equal(one.target, other.target)
 
 
-def test_bands_vary_while_the_teacher_learns_and_nowhere_else(folders: Path):
-    options = recipe(
-        "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",), student="unet8",
-        masks=folders / "masks", teacher="unet8", device="cpu", batch_size=4, teacher_jitter=0.3,
-        criterion=("kd",),
-    )  # fmt: skip
-    session = segment.Session(options)
-    varied = session.teacher_training().batches
-    session.teacher = session.network("teacher", 0)
-    assert session.student_training(session.methods[0], 0).batches.jitter == 0
-    plain = scenes.SceneBatches(options, rich=session.views.rich, masks=session.views.masks)
-    rows = torch.arange(4)
-    one, other = plain.made(rows, 0, None), varied.made(rows, 0, None)
-    assert torch.equal(one.target, other.target)
-    for image, seen in zip(one.rich[:, 0].flatten(1), other.rich[:, 0].flatten(1), strict=True):
-        gain = (seen.max() - seen.min()) / (image.max() - image.min())
-        assert 0.7 <= gain <= 1.3
-        offset = seen - gain * image
-        assert offset.abs().max() <= 0.3 + 1e-5
-        assert offset.max() - offset.min() < 1e-5
-        assert not torch.allclose(seen, image, atol=1e-3)
-    assert torch.equal(varied.made(rows, 0, None).rich, other.rich)
-    assert not torch.equal(varied.made(rows, 1, None).rich, other.rich)
-    assert torch.equal(varied.made(rows, None, None).rich, plain.made(rows, None, None).rich)
-
-
 def test_scenes_without_a_mask_are_pairs_without_labels(folders: Path):
     for name in NAMES[:6]:
         (folders / "masks" / f"{name}.png").unlink()
@@ -335,7 +309,6 @@ def _nothing(root: Path) -> None:
         (_nothing, ("--crop", "12"), "does not take images of"),
         (_nothing, ("--judged", "flood"), "--judged must be one of 0, 255"),
         (_nothing, ("--layers", "middle"), "--layers must be encoder, decoder or both"),
-        (_nothing, ("--teacher-jitter", "2"), "--teacher-jitter must lie in [0, 1]"),
         (_nothing, ("--criterion", "rkd"), "RelationalLoss"),
     ],
 )
