@@ -102,10 +102,12 @@ class Features:
         return f"Features({', '.join(parts)})"
 
 
-def named_features(given: Features | Mapping[str, Any], name: str) -> Features:
+def named_features(given: object, name: str) -> Features:
     """Returns features as they are, or those that a dict of their names holds."""
     if isinstance(given, Features):
         return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be Features or a dict of their names, got {describe(given)}")
     for key in given:
         if key not in FIELDS:
             raise ValueError(f"{name} has no field {key!r}; {near(str(key), FIELDS)}")

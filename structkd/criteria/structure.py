@@ -15,7 +15,7 @@ from structkd.criteria.supervision import SupervisionLoss
 from structkd.criteria.uniformity import TERMS as DCM_TERMS
 from structkd.criteria.uniformity import UniformityCalibrationLoss
 from structkd.distributed import Shards
-from structkd.features import Features
+from structkd.features import named_features
 
 # What each variant stands for; docs/choices.md has the sweeps behind "measured" and both gammas.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -77,8 +77,8 @@ class DSLoss(Criterion):
     Example:
         >>> import torch
         >>> small, large = torch.randn(8, 64, 4, 4), torch.randn(8, 256, 4, 4)
-        >>> feats_s = Features(embedding=small.mean((2, 3)), intermediate=small)
-        >>> feats_t = Features(embedding=large.mean((2, 3)), intermediate=large)
+        >>> feats_s = dict(embedding=small.mean((2, 3)), intermediate=small)
+        >>> feats_t = dict(embedding=large.mean((2, 3)), intermediate=large)
         >>> loss = DSLoss()(feats_s, feats_t)
         >>> criterion = DSLoss(sem=CrossCorrelationLoss(lambd=0.01), gamma=0.1)
         >>> list(criterion.terms(feats_s, feats_t))
@@ -120,11 +120,7 @@ class DSLoss(Criterion):
         shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         """Returns the terms of all parts, gamma included."""
-        for name, given in (("student", student), ("teacher", teacher)):
-            if not isinstance(given, Features | Mapping):
-                raise TypeError(
-                    f"{name} must be Features or a dict of their names, got {describe(given)}"
-                )
+        student, teacher = named_features(student, "student"), named_features(teacher, "teacher")
         found: dict[str, Tensor] = {}
         for part, weight in zip((self.srm, self.sem, self.dcm), (1.0, *self.gamma), strict=True):
             if part is not None:

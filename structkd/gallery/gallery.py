@@ -350,10 +350,6 @@ class RetrievalGallery:
             )
         if features is None:
             return {}
-        if not isinstance(features, Features | Mapping):
-            raise TypeError(
-                f"features must be Features or a dict of their names, got {describe(features)}"
-            )
         features = named_features(features, "features")
         given = {"features.logits": features.logits, "features.embedding": features.embedding}
         given |= {f"features.intermediate.{i:03d}": m for i, m in enumerate(features.intermediate)}
