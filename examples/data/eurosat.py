@@ -82,7 +82,8 @@ def neighbourhoods(places: NDArray[np.float64]) -> Rows:
 def _root(data_dir: Path) -> Path:
     for folder in (data_dir, *sorted(data_dir.glob("*/"))):
         children = sorted(child for child in folder.glob("*/") if child.is_dir())
-        if len(children) > 1 and all(any(child.glob(f"{child.name}_*.tif")) for child in children):
+        named = (child.glob(f"{child.name}_*.[Tt][Ii][Ff]*") for child in children)
+        if len(children) > 1 and all(any(files) for files in named):
             return folder
     raise ValueError(
         f"{data_dir} has no <class>/<class>_<n>.tif{hint(data_dir, 'eurosat')}; fix: --data must "

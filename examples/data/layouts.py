@@ -66,10 +66,10 @@ def _itself(folder: Path) -> str:
         return "folder (train/<class>/* and test/<class>/*)" if classes else ""
     classes = sorted(child for child in folder.glob("*/") if child.is_dir())[:_MANY]
     for child in classes:
-        files = [file for file in sorted(child.iterdir())[:_MANY] if file.suffix in SUFFIXES]
-        if files and all(
-            file.suffix in TIFF and file.name.startswith(f"{child.name}_") for file in files
-        ):
+        found = sorted(child.iterdir())[:_MANY]
+        files = [file for file in found if file.suffix.lower() in SUFFIXES]
+        tiff = all(file.suffix.lower() in TIFF for file in files)
+        if files and tiff and all(file.name.startswith(f"{child.name}_") for file in files):
             return "eurosat"
         if files:
             return "folder (<class>/*)"

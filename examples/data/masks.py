@@ -22,7 +22,7 @@ from data.decode import AlikeFiles, Pixels, Rows, Stacked, read_bands
 from data.draws import uniform
 from data.images import NO_LABEL, Images
 from data.options import ImageOptions, at_least
-from data.sources import by_name, named, partners, refuse_lonely, stratified
+from data.sources import by_name, named, pair_name, partners, refuse_lonely, stratified
 from data.views import VAL_FRACTION, Views
 
 _listed = partial(named, most=3)
@@ -323,7 +323,7 @@ def _scenes(options: SceneOptions, half: str) -> _Scenes:
     places = list(dict.fromkeys(sides[0] + sides[1]))
     files, lonely = partners(places)
     refuse_lonely(lonely)
-    masks, names = by_name(place(options.masks)), [file.stem for file in files[0]]
+    masks, names = by_name(place(options.masks)), list(map(pair_name, files[0]))
     odd = sorted(masks.keys() - set(names))
     if len(odd) == len(masks):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,18 +89,24 @@ def class_files(
     return np.asarray(labels, dtype=np.int64), files
 
 
+def pair_name(file: Path) -> str:
+    """What pairs a file with others; an accent counts the same in either of its spellings."""
+    return unicodedata.normalize("NFC", file.stem)  # macOS gives the other
+
+
 def by_name(folder: Path) -> dict[str, Path]:
     """The images of a folder by their names without suffix."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
-        if file.stem in found:
+        name = pair_name(file)
+        if name in found:
             raise ValueError(
-                f"{found[file.stem]} and {file.name} have one name, so a partner could be of "
+                f"{found[name]} and {file.name} have one name, so a partner could be of "
                 "either; fix: remove one"
             )
-        found[file.stem] = file
+        found[name] = file
     if not found:
         raise ValueError(
             f"folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); fix: add some, or "

@@ -218,7 +218,7 @@ class LagrangianPlanner(nn.Module):
 
     def _dual(self, given: _Given) -> tuple[Tensor, int]:
         """Returns ``g / epsilon`` and the iterations it took."""
-        if given.limit is None:
+        if given.limit is None or given.cost.shape[:-2].numel() == 0:  # POT takes no empty batch
             return given.scores.new_zeros(given.scores.shape[:-2] + given.scores.shape[-1:]), 0
         return _column_dual(
             self.constraint,

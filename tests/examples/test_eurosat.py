@@ -43,6 +43,14 @@ def test_no_neighbourhood_lies_on_both_sides(eurosat: Path) -> None:
     assert len({tuple(_places(test.held_out_rich)) for test in tests}) > 1
 
 
+def test_suffixes_in_capitals_are_read_too(eurosat: Path) -> None:
+    for file in eurosat.glob("*/*.tif"):
+        file.rename(file.with_suffix(".TIF"))
+    assert len(recipe_views("eurosat", data=eurosat).rich.classes) == len(EUROSAT_CLASSES)
+    with pytest.raises(ValueError, match="it looks like eurosat"):
+        recipe_views("cifar10", data=eurosat)
+
+
 def _places(images: object) -> list[tuple[float, ...]]:
     files = images.read.files  # type: ignore[attr-defined]
     found = [place(files[row]) for row in images.rows]  # type: ignore[attr-defined]

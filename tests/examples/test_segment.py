@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,19 @@ def test_scenes_without_a_mask_are_pairs_without_labels(folders: Path):
     assert len(views.held_out_poor) == 1
     assert int((views.poor.known() >= 0).sum()) == 5
     assert (views.masks.take(torch.arange(11)) == -100).flatten(1).all(1).sum() == 6
+
+
+def test_an_accent_in_either_spelling_is_one_name(folders: Path):
+    for side, form in {"rich": "NFC", "poor": "NFD", "masks": "NFD"}.items():
+        for file in (folders / side).iterdir():
+            file.rename(file.with_stem(unicodedata.normalize(form, f"Évora {file.stem}")))
+    options = recipe(
+        "scenes", Options, rich=(folders / "rich",), poor=(folders / "poor",),
+        masks=folders / "masks",
+    )  # fmt: skip
+    views = scenes.open_scene_views(options)
+    assert (views.poor.known() >= 0).all()
+    assert len(views.poor) + len(views.held_out_poor) == 12
 
 
 def test_an_ignored_value_is_no_label_and_finer_masks_are_voted_on(folders: Path):

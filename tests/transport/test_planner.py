@@ -201,6 +201,15 @@ def test_a_batch_equals_one_by_one(constraint: str) -> None:
 
 
 @every_constraint
+def test_a_batch_of_no_problems_has_no_plans(constraint: str) -> None:
+    cost, given = torch.zeros(0, 3, 4, requires_grad=True), _limits(constraint, 0, (0, 3, 4))
+    plan = _planner(constraint, gradient="unrolled")(cost, **given)
+    assert (plan.plan.shape, plan.cost.shape) == ((0, 3, 4), (0,))
+    plan.value.sum().backward()
+    assert _planner(constraint).received(cost, **given).shape == (0, 4)
+
+
+@every_constraint
 @pytest.mark.parametrize("junk", [0.0, 1e30, float("nan")])
 @pytest.mark.parametrize("default", [True, False], ids=["even", "given"])
 def test_padding_changes_nothing(constraint: str, junk: float, default: bool) -> None:
