@@ -157,11 +157,11 @@ def run(
     def made(options: Any) -> Any:
         return lambda: kind(replace(options, out=out), command)
 
-    jobs = {
-        f"{name}: {value}" + (f", draw {number}" if len(several) > 1 else ""): (value, options)
-        for value, several in values.items()
-        for number, options in enumerate(several)
-    }
+    jobs = {}
+    for value, several in values.items():
+        for options in several:
+            drawn = f", draw {options.seeds[0]}" if len(several) > 1 else ""
+            jobs[f"{name}: {value}{drawn}"] = value, options
     sessions = opened({job: made(options) for job, (_, options) in jobs.items()})
     found: dict[str, list[Any]] = {}
     for job, session in each(sessions):

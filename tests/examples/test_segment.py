@@ -388,15 +388,18 @@ def test_a_mask_takes_no_place_of_an_image_or_of_another_mask(
     assert not (tmp_path / "marked").exists()
 
 
-def test_labels_over_draws_of_scenes_become_one_table(folders: Path, tmp_path: Path):
+def test_labels_over_draws_of_scenes_become_one_table(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     given = [f"--{side}={folders / side}" for side in ("rich", "poor", "masks")]
     out = tmp_path / "series"
-    own = ["--pixels", "--labels", "4", "all", "--draws", "0", "1", "--criterion", "alone", "dense"]
+    own = ["--pixels", "--labels", "4", "all", "--draws", "1", "2", "--criterion", "alone", "dense"]
     more = [*FAST, "--out", str(out), "--epochs", "1"]
     assert papers.main(["labels", "scenes", *given, *own, *more]) == 0
     found = results(out)
     assert len(found) == 8
-    assert {one["seed"] for one in found} == {0, 1}
+    assert {one["seed"] for one in found} == {1, 2}
+    assert "labels: 4, draw 2" in capsys.readouterr().out
     assert len(list(out.glob("teacher-*.pt"))) == 3  # of either draw of four, and of all
     table = (out / "labels.md").read_text()
     assert "| labels | 4 | all |" in table
